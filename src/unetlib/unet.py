@@ -1,0 +1,248 @@
+"""The U-Net, readable in one sitting.
+
+Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015 (arXiv:1505.04597),
+with padded convolutions, batch norm, and any input size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import DoubleConv, Up
+from .config import Preprocessing, UNetConfig
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+    from .inference import Picture
+
+
+class UNet(nn.Module):
+    """U-Net: double convolutions down to a bottleneck and back up, with a skip at every level.
+
+    The defaults are the study's network: 31,037,633 parameters.
+
+    Args:
+        in_channels: channels of the input picture, 3 for RGB.
+        out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
+        features: width of each level, the full-size level first; any length, any widths. Each level halves height and width.
+        bottleneck: width of the deepest block; None takes twice the last of `features`.
+        norm: "batch", "instance", "group" or "none".
+        activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
+        dropout: probability of dropping a channel at the end of each double convolution, while training.
+
+    Attributes:
+        config: the `UNetConfig` that builds this network again.
+        preprocessing: the `Preprocessing` that `predict` applies and `save_pretrained` writes; assign another to change it.
+
+    Shape:
+        (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `2 ** len(features)`.
+
+    Raises:
+        ValueError: for an option that `UNetConfig` refuses.
+
+    Example:
+        >>> model = UNet(features=(16, 32))
+        >>> model(torch.zeros(1, 3, 101, 67)).shape
+        torch.Size([1, 1, 101, 67])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        features: Sequence[int] = (64, 128, 256, 512),
+        *,
+        bottleneck: int | None = None,
+        norm: str = "batch",
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = UNetConfig(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            features=tuple(features),
+            bottleneck=bottleneck,  # type: ignore[arg-type]  # None is filled in by UNetConfig
+            norm=norm,
+            activation=activation,
+            dropout=dropout,
+        )
+        self._preprocessing = Preprocessing()
+        widths = (*self.config.features, self.config.bottleneck)
+        options: dict[str, Any] = {"norm": norm, "activation": activation, "dropout": dropout}
+
+        self.encoder = nn.ModuleList(
+            DoubleConv(before, width, **options) for before, width in zip((in_channels, *widths), widths[:-1])
+        )
+        self.bottleneck = DoubleConv(widths[-2], widths[-1], **options)
+        self.decoder = nn.ModuleList(  # the deepest level first
+            Up(deeper, width, **options) for width, deeper in reversed(list(zip(widths, widths[1:])))
+        )
+        self.head = nn.Conv2d(widths[0], out_channels, kernel_size=1)
+
+    @classmethod
+    def from_config(cls, config: UNetConfig) -> UNet:
+        """Build the network that `config` describes, with fresh random weights.
+
+        Example:
+            >>> UNet.from_config(UNetConfig(features=(8, 16))).config.features
+            (8, 16)
+        """
+        return cls(**config.to_dict())
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How `predict` turns a picture into the network's input, and logits into a mask."""
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, preprocessing: Preprocessing) -> None:
+        preprocessing.check_channels(self.config.in_channels, self.config.out_channels)
+        self._preprocessing = preprocessing
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> UNet:
+        """A trained network by name, in evaluation mode.
+
+        Args:
+            name: decided by its form: a name of the zoo (`list_pretrained()`); a model folder or weights file, as a path object or a
+                string with a separator or suffix; or `owner/name` on the Hugging Face Hub. A file is one of ours, or a checkpoint
+                of a family that `unetlib.convert` knows.
+            revision: branch, tag or commit of a Hub repository.
+            cache_dir: folder of the Hub's cache.
+            token: Hub token; None takes the one that is logged in.
+            local_files_only: do not use the network.
+            force_download: download again what the cache has.
+            device: where the weights go.
+
+        Raises:
+            FileNotFoundError: for a path that does not exist.
+            ValueError: for an unknown name, or weights that do not fit their config.
+            OSError: for a Hub repository that cannot be reached.
+
+        Example:
+            >>> UNet.from_pretrained("carvana").preprocessing.class_names
+            ('background', 'car')
+        """
+        from .pretrained import load_pretrained
+
+        found = load_pretrained(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is assigned below
+            model = cls.from_config(found.config)
+        try:
+            model.load_state_dict(found.state_dict, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights of {str(name)!r} do not fit their config: {error}") from error
+        model.preprocessing = found.preprocessing
+        return model.to(device).eval()
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
+    ) -> Path:
+        """Write `config.json`, `model.safetensors` and `README.md`, for `from_pretrained`.
+
+        Args:
+            folder: where to; made where it does not exist.
+            dtype: type in which convolution weights are stored (`torch.float16` halves the file); loading gives float32.
+            card: text of the model card; None writes a short one, unless the folder has a card already.
+
+        Returns:
+            The folder.
+        """
+        from .pretrained import save_pretrained
+
+        return save_pretrained(self, folder, dtype=dtype, card=card)
+
+    def predict(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        batch_size: int = 4,
+        progress: bool = False,
+    ) -> Any:
+        """Segment one picture or a list of them; see `unetlib.inference.predict`.
+
+        Args:
+            images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1]; or a
+                list of these, of any sizes.
+            threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
+            probabilities: return float32 probabilities instead of classes.
+            batch_size: pictures in one forward pass.
+            progress: show a progress bar.
+
+        Returns:
+            For each picture, at its own height and width: a uint8 array (H, W) of class indices; or, with `probabilities`, float32
+            (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list.
+
+        Example:
+            >>> import numpy as np
+            >>> UNet(features=(8, 16)).predict(np.zeros((90, 120, 3), np.uint8)).shape
+            (90, 120)
+        """
+        from .inference import predict
+
+        return predict(
+            self, images, threshold=threshold, probabilities=probabilities, batch_size=batch_size, progress=progress
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for a batch of pictures.
+
+        Args:
+            x: (N, in_channels, H, W), float, H and W at least `2 ** len(features)`.
+
+        Returns:
+            (N, out_channels, H, W) logits.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        self._check_input(x)
+        skips = []
+        for block in self.encoder:
+            x = block(x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
+            skips.append(x)
+            x = F.max_pool2d(x, kernel_size=2)  # (h, w) -> (h // 2, w // 2)
+        x = self.bottleneck(x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
+        for up, skip in zip(self.decoder, reversed(skips)):
+            x = up(x, skip)  # (N, deeper, h, w) -> the skip's shape
+        return self.head(x)  # (N, features[0], H, W) -> (N, out_channels, H, W)
+
+    def _check_input(self, x: Tensor) -> None:
+        smallest = 2**self.config.depth
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"expected pictures of shape (N, {self.config.in_channels}, H, W), got {tuple(x.shape)}"
+                + ("; add the batch dimension with x[None]" if x.ndim == 3 else "")
+            )
+        if x.shape[-2] < smallest or x.shape[-1] < smallest:
+            raise ValueError(
+                f"a U-Net of {self.config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "
+                f"got {x.shape[-2]}x{x.shape[-1]}; enlarge the picture or use fewer features"
+            )
