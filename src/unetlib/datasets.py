@@ -1,0 +1,431 @@
+"""Folders of pictures and masks as PyTorch data sets, the split by car, and Carvana's run-length code."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path, PurePath
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import Dataset
+
+from unetlib.imaging import MaskValues, class_of_value, read_image, read_mask
+
+MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
+_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = _LOSSY_SUFFIXES + MASK_SUFFIXES
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+
+DatasetT = TypeVar("DatasetT", bound="ImageMaskDataset")
+NameT = TypeVar("NameT", bound="str | PathLike[str]")
+
+
+class ImageMaskDataset(Dataset[tuple[Any, Any]]):
+    """Pictures in one folder, their masks in another (or the same), paired by name.
+
+    `<name>.<any picture format>` pairs with `<name><mask_suffix>.<any lossless format>`. Pairs are sorted by name. The
+    pairing is checked when the data set is made; what is inside the files is checked when they are read, or all at once
+    by `check()`. `unetlib.imaging` says how colour, grey, 16-bit and turned pictures and every form of mask are read.
+
+    Args:
+        image_dir: Folder of pictures.
+        mask_dir: Folder of masks. May be `image_dir` if `mask_suffix` tells the masks apart.
+        transform: Called on each pair, in one of two ways:
+            a torchvision v2 transform (any `nn.Module`) as `transform(image, mask)`, with `tv_tensors.Image` (uint8,
+            CxHxW) and `tv_tensors.Mask` (HxW); `unetlib.transforms` has ready ones;
+            an albumentations pipeline, or whatever else has keywords `image` and `mask`, as
+            `transform(image=image, mask=mask)`, with the arrays one gets without a transform. Other callables are
+            called the first way. The result is `(image, mask)` or a dictionary of "image" and "mask".
+        mask_suffix: What a mask's name has after its picture's, before the dot.
+        mode: `"RGB"`, or `"L"` for grey: the model's `in_channels` is then 1.
+        mask_values: `None` for binary masks, otherwise the values or colours that are the classes; see
+            `unetlib.imaging.read_mask`.
+
+    Attributes:
+        images: Names of the pictures, sorted.
+        masks: Names of their masks.
+        transform: As given; may be replaced, also on one side of a split.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: The folders do not pair up: one error that counts and names missing masks, stray files and names
+            that clash. Hidden files (`.DS_Store`) are ignored.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 6)).save(folder / "cat.jpg")
+        >>> Image.new("L", (8, 6), 255).save(folder / "cat_mask.png")
+        >>> image, mask = ImageMaskDataset(folder, folder, mask_suffix="_mask")[0]
+        >>> image.shape, image.dtype, mask.shape, mask.dtype, mask.min()
+        ((6, 8, 3), dtype('uint8'), (6, 8), dtype('float32'), np.float32(1.0))
+    """
+
+    def __init__(
+        self,
+        image_dir: str | PathLike[str],
+        mask_dir: str | PathLike[str],
+        transform: Callable[..., Any] | None = None,
+        *,
+        mask_suffix: str = "",
+        mode: Literal["RGB", "L"] = "RGB",
+        mask_values: MaskValues = None,
+    ) -> None:
+        """Pair the files."""
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be callable or None, not {transform!r}")
+        if mode not in ("RGB", "L"):
+            raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
+        if mask_values is not None and mask_values != "nonzero":
+            class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
+        self.image_dir = Path(image_dir)
+        self.mask_dir = Path(mask_dir)
+        self.transform = transform
+        self.mode = mode
+        self.mask_values = mask_values
+        self.images, self.masks = _pair(self.image_dir, self.mask_dir, mask_suffix)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """The picture and mask number `index`.
+
+        Returns:
+            Without a transform a uint8 array (H, W, C), where C is 3, or 1 for grey, and a mask (H, W): float32 of 0.
+            and 1., or int64 class indices if `mask_values` names classes. With one, what it gives.
+
+        Raises:
+            ValueError: A file cannot be read, the sizes differ, or the mask holds values other than expected.
+        """
+        image_path, mask_path = self._paths(index)
+        image = read_image(image_path, self.mode)
+        mask = read_mask(mask_path, self.mask_values)
+        if image.shape[:2] != mask.shape:
+            raise ValueError(_size_clash(image_path, image, mask_path, mask))
+        return (image, mask) if self.transform is None else _apply(self.transform, image, mask)
+
+    def __repr__(self) -> str:
+        """One line with the folders and the count."""
+        return f"{type(self).__name__}({str(self.image_dir)!r}, {str(self.mask_dir)!r}): {len(self)} pairs"
+
+    def subset(self: DatasetT, indices: Iterable[int]) -> DatasetT:
+        """The same data set with the pairs at `indices` only, and a `transform` of its own to replace.
+
+        Example:
+            >>> dataset.subset(range(100))  # doctest: +SKIP
+            CarvanaDataset('train', 'train_masks'): 100 pairs
+        """
+        part = copy.copy(self)
+        chosen = list(indices)
+        part.images = [self.images[i] for i in chosen]
+        part.masks = [self.masks[i] for i in chosen]
+        return part
+
+    def check(self) -> None:
+        """Read every file once, without the transform, and report all that is wrong.
+
+        Raises:
+            ValueError: One error that counts and names pictures and masks that cannot be read, sizes that clash and
+                unexpected mask values.
+
+        Example:
+            >>> CarvanaDataset("train", "train_masks").check()  # doctest: +SKIP
+        """
+        problems: dict[str, list[str]] = {
+            "unreadable picture": [],
+            "unreadable mask or unexpected value": [],
+            "size clash": [],
+        }
+
+        def read(index: int) -> None:
+            image_path, mask_path = self._paths(index)
+            image = mask = None
+            try:
+                image = read_image(image_path, self.mode)
+            except (ValueError, FileNotFoundError) as error:
+                problems["unreadable picture"].append(str(error))
+            try:
+                mask = read_mask(mask_path, self.mask_values)
+            except (ValueError, FileNotFoundError) as error:
+                problems["unreadable mask or unexpected value"].append(str(error))
+            if image is not None and mask is not None and image.shape[:2] != mask.shape:
+                problems["size clash"].append(_size_clash(image_path, image, mask_path, mask))
+
+        with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+            list(pool.map(read, range(len(self))))
+        _raise_problems(problems, self.image_dir, self.mask_dir)
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        return self.image_dir / self.images[index], self.mask_dir / self.masks[index]
+
+
+class CarvanaDataset(ImageMaskDataset):
+    """Kaggle's Carvana Image Masking Challenge: `<car>_<view>.jpg` pairs with `<car>_<view>_mask.gif` (or `.png`).
+
+    Download `train_hq.zip` (or `train.zip`) and `train_masks.zip` from the competition's page, after accepting its
+    rules there.
+
+    Args:
+        image_dir: Folder of pictures.
+        mask_dir: Folder of masks.
+        transform: An albumentations or torchvision v2 transform; see `ImageMaskDataset`.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: The folders do not pair up; see `ImageMaskDataset`.
+
+    Example:
+        >>> from unetlib.transforms import train_transform
+        >>> dataset = CarvanaDataset("train", "train_masks", train_transform((160, 240)))  # doctest: +SKIP
+        >>> train, val = split_by_car(dataset, val_fraction=0.1)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, image_dir: str | PathLike[str], mask_dir: str | PathLike[str], transform: Callable[..., Any] | None = None
+    ) -> None:
+        """Pair the files."""
+        super().__init__(image_dir, mask_dir, transform, mask_suffix="_mask")
+
+
+@overload
+def split_by_car(dataset: DatasetT, val_fraction: float = 0.1, seed: int = 0) -> tuple[DatasetT, DatasetT]: ...
+@overload
+def split_by_car(
+    dataset: Sequence[NameT], val_fraction: float = 0.1, seed: int = 0
+) -> tuple[list[NameT], list[NameT]]: ...
+def split_by_car(dataset: Any, val_fraction: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
+    """Split into training and validation so that no car is on both sides.
+
+    A car's 16 views look alike: a split by picture would test on cars the model has trained on. The choice depends on
+    the cars' names and `seed` alone, so it is the same on every machine and for every order of the pictures.
+
+    Args:
+        dataset: A `CarvanaDataset` (or another `ImageMaskDataset` with such names), or a list of file names
+            `<car>_<view>.<suffix>`.
+        val_fraction: Part of the cars to hold back, rounded to whole cars, at least one on each side.
+        seed: Another seed gives another choice.
+
+    Returns:
+        `(train, val)`: two data sets, each with a `transform` of its own to set, or two lists of names in the given
+        order.
+
+    Raises:
+        ValueError: `val_fraction` is not between 0 and 1, there are fewer than two cars, or a name has no car in it.
+        TypeError: `dataset` is neither.
+
+    Example:
+        >>> split_by_car(["a_01.jpg", "a_02.jpg", "b_01.jpg", "b_02.jpg"], val_fraction=0.5)
+        (['a_01.jpg', 'a_02.jpg'], ['b_01.jpg', 'b_02.jpg'])
+
+        With a data set: `train, val = split_by_car(dataset)`, then `val.transform = eval_transform((160, 240))`.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+    names = dataset.images if isinstance(dataset, ImageMaskDataset) else dataset
+    if isinstance(names, (str, Dataset)):
+        raise TypeError(f"split_by_car takes an ImageMaskDataset or a list of file names, not a {type(names).__name__}")
+    cars = [car_id(name) for name in names]
+    ranked = sorted(set(cars), key=lambda car: hashlib.sha256(f"{seed}/{car}".encode()).digest())
+    if len(ranked) < 2:
+        raise ValueError(f"a split by car needs two or more cars, but there are {len(ranked)} in {len(names)} pictures")
+    held_back = set(ranked[: min(max(round(val_fraction * len(ranked)), 1), len(ranked) - 1)])
+    train = [i for i, car in enumerate(cars) if car not in held_back]
+    val = [i for i, car in enumerate(cars) if car in held_back]
+    if isinstance(dataset, ImageMaskDataset):
+        return dataset.subset(train), dataset.subset(val)
+    return [names[i] for i in train], [names[i] for i in val]
+
+
+def car_id(name: str | PathLike[str]) -> str:
+    """The car in a Carvana file name: what stands before the last underscore, `_mask` aside.
+
+    Raises:
+        ValueError: The name has no such part.
+
+    Example:
+        >>> car_id("00087a6bd4dc_01.jpg"), car_id("train_masks/00087a6bd4dc_01_mask.gif")
+        ('00087a6bd4dc', '00087a6bd4dc')
+    """
+    car, _, view = PurePath(name).stem.removesuffix("_mask").rpartition("_")
+    if not car or not view:
+        raise ValueError(f"no car in the name {str(name)!r}; expected <car>_<view>, such as 00087a6bd4dc_01.jpg")
+    return car
+
+
+def rle_encode(mask: ArrayLike) -> str:
+    """Write a mask in the run-length code of the Carvana competition.
+
+    Pixels are numbered from 1, left to right, then top to bottom; the code lists "start length" of each run of
+    foreground.
+
+    Args:
+        mask: Array (H, W); what is not 0 is foreground.
+
+    Returns:
+        "start length start length ...", empty for an empty mask.
+
+    Raises:
+        ValueError: `mask` does not have two dimensions.
+
+    Example:
+        >>> rle_encode([[0, 1, 1], [1, 0, 1]])
+        '2 3 6 1'
+    """
+    pixels = np.asarray(mask)
+    if pixels.ndim != 2:
+        raise ValueError(f"mask must have two dimensions (H, W), not the shape {pixels.shape}")
+    padded = np.concatenate(([False], pixels.reshape(-1) != 0, [False]))
+    runs = np.flatnonzero(padded[1:] != padded[:-1]) + 1
+    runs[1::2] -= runs[::2]
+    return " ".join(map(str, runs.tolist()))
+
+
+def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Read a mask written by `rle_encode`, or a line of a Carvana submission or of `train_masks.csv`.
+
+    Args:
+        rle: "start length start length ...": 1-based, row by row, in rising order, not overlapping.
+        shape: (H, W) of the mask: (1280, 1918) for Carvana.
+
+    Returns:
+        uint8 array (H, W) of 0 and 1.
+
+    Raises:
+        ValueError: `rle` holds anything but pairs of positive whole numbers, or runs that overlap or leave the picture.
+        TypeError: `rle` is not a string.
+
+    Example:
+        >>> rle_decode("2 3 6 1", (2, 3))
+        array([[0, 1, 1],
+               [1, 0, 1]], dtype=uint8)
+    """
+    if not isinstance(rle, str):
+        raise TypeError(f'rle must be a string, not {rle!r} (an empty mask is "", which pandas reads as NaN)')
+    height, width = shape
+    words = rle.split()
+    if unknown := [word for word in words if not (word.isascii() and word.isdigit())]:
+        raise ValueError(f"rle must hold whole numbers separated by spaces, not {unknown[0]!r}")
+    if len(words) % 2:
+        raise ValueError(f'rle must hold pairs "start length", but has {len(words)} numbers')
+    mask = np.zeros(height * width, np.uint8)
+    end = 0  # of the run before, in pixels from 0
+    for start, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
+        if length < 1 or start <= end or start - 1 + length > mask.size:
+            raise ValueError(
+                f'rle has the run "{start} {length}" after pixel {end}; runs must have a length of 1 or more, rise '
+                f"without overlap, and lie in 1..{mask.size} for the shape {height}x{width}"
+            )
+        end = start - 1 + length
+        mask[start - 1 : end] = 1
+    return mask.reshape(height, width)
+
+
+def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
+    if not isinstance(transform, torch.nn.Module) and _takes_keywords(transform):
+        result = transform(image=image, mask=mask)
+    else:
+        from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
+
+        result = transform(
+            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(mask))
+        )
+    if isinstance(result, Mapping) and {"image", "mask"} <= result.keys():
+        return result["image"], result["mask"]
+    if isinstance(result, (tuple, list)) and len(result) == 2:
+        return result[0], result[1]
+    raise TypeError(
+        f'{type(transform).__name__} must give (image, mask) or {{"image": ..., "mask": ...}}, but gave a '
+        f"{type(result).__name__}"
+    )
+
+
+def _takes_keywords(transform: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(transform).bind(image=None, mask=None)
+    except (TypeError, ValueError):  # it takes other arguments, or is built in and has no signature
+        return False
+    return True
+
+
+def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
+    """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
+    image_files, mask_files = _list_folder(image_dir), _list_folder(mask_dir)
+    if image_dir.resolve() == mask_dir.resolve():
+        if not mask_suffix:
+            raise ValueError(
+                f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar"
+            )
+        image_files = [path for path in image_files if not path.stem.endswith(mask_suffix)]
+        mask_files = [path for path in mask_files if path.stem.endswith(mask_suffix)]
+    images, other_images = _by_stem(image_files, IMAGE_SUFFIXES)
+    masks, other_masks = _by_stem(mask_files, MASK_SUFFIXES)
+    lossy = [path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()]
+
+    unmasked = [stem for stem in images if stem + mask_suffix not in masks]
+    unused = masks.keys() - {stem + mask_suffix for stem in images}
+    several = [paths for group in (images, masks) for paths in group.values() if len(paths) > 1]
+    problems = {
+        "picture without a mask": [
+            f"{images[stem][0]} (no {stem + mask_suffix}.gif or .png in {mask_dir})" for stem in unmasked
+        ],
+        "mask without a picture": [str(masks[stem][0]) for stem in unused],
+        "name in several formats": [" and ".join(map(str, paths)) for paths in several],
+        "mask in a lossy format (draw or save it as PNG)": [str(path) for path in lossy],
+        "stray file or folder": [str(path) for path in [*other_images, *other_masks] if path not in lossy],
+    }
+    _raise_problems(problems, image_dir, mask_dir)
+    if not images:
+        raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_dir}")
+    stems = sorted(images, key=lambda stem: images[stem][0].name)
+    return [images[stem][0].name for stem in stems], [masks[stem + mask_suffix][0].name for stem in stems]
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(folder)!r}. For Carvana, accept the competition's rules on Kaggle, download "
+            "train_hq.zip and train_masks.zip, and unpack both."
+        )
+    return [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _SYSTEM_FILES]
+
+
+def _by_stem(paths: Iterable[Path], suffixes: Sequence[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Files of the given kinds by stem, and all the rest."""
+    found: dict[str, list[Path]] = {}
+    rest: list[Path] = []
+    for path in sorted(paths):
+        if path.suffix.lower() in suffixes and path.is_file():
+            found.setdefault(path.stem, []).append(path)
+        else:
+            rest.append(path)
+    return found, rest
+
+
+def _size_clash(image_path: Path, image: NDArray[Any], mask_path: Path, mask: NDArray[Any]) -> str:
+    (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
+    return (
+        f"{image_path} is {width}x{height}, but its mask {mask_path} is {mask_width}x{mask_height} (width x height, "
+        "upright). Save the mask at the picture's size."
+    )
+
+
+def _raise_problems(problems: Mapping[str, list[str]], image_dir: Path, mask_dir: Path, first: int = 3) -> None:
+    """Raise one error that counts each kind of problem and names the first few, if there is any."""
+    lines = []
+    for kind, found in problems.items():
+        if found:
+            lines.append(f"{len(found)} x {kind}:")
+            lines += [f"  {text}" for text in sorted(found)[:first]]
+            lines += [f"  ... and {len(found) - first} more"] * (len(found) > first)
+    if lines:
+        raise ValueError("\n".join([f"pictures in {image_dir} and masks in {mask_dir}:", *lines]))

@@ -1,0 +1,247 @@
+"""Reading pictures and masks from files into arrays: the one place where file formats are understood.
+
+A picture becomes a uint8 array of one known shape whatever its file holds (grey, RGBA, palette, CMYK, 1-bit, 16-bit,
+turned by EXIF), and a mask becomes the class of each pixel. What has no single right reading is an error that says what
+to do, never a guess or a clipped value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from os import PathLike
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+Source: TypeAlias = "str | PathLike[str] | Image.Image"
+Color: TypeAlias = tuple[int, int, int]
+Classes: TypeAlias = dict["int | Color", int]
+MaskValues: TypeAlias = (
+    "Literal['nonzero'] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None"
+)
+
+# Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
+_SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
+
+
+def read_image(source: Source, mode: Literal["RGB", "L"] = "RGB") -> NDArray[np.uint8]:
+    """Read a picture as 8-bit colour or grey.
+
+    EXIF orientation is applied. Transparency is dropped, as `PIL.Image.convert("RGB")` does: the colour stored under it
+    stays. 16-bit grey is scaled from 0..65535 to 0..255 with rounding, never clipped; of 16-bit colour Pillow keeps
+    the high byte. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
+
+    Args:
+        source: Path of a picture, or an open PIL picture (left unchanged).
+        mode: `"RGB"` or `"L"` (grey).
+
+    Returns:
+        uint8 array (H, W, 3), or (H, W, 1) for `"L"`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, holds several frames, or holds 32-bit numbers, whose range is unknown.
+
+    Example:
+        >>> read_image(Image.new("RGBA", (4, 2), (255, 128, 0, 10))).shape
+        (2, 4, 3)
+        >>> read_image(Image.new("I;16", (1, 1), 65535), mode="L").tolist()
+        [[[255]]]
+    """
+    if mode not in ("RGB", "L"):
+        raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
+    image, file_format = _load(source)
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
+        levels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # round(v / 257), exactly
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(
+            f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
+            "and save it again."
+        )
+    return np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
+
+
+def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
+    """Read a mask as 0. and 1., or as class indices.
+
+    Without `mask_values` a mask is binary: 0 (black) is background and one other value is foreground, whatever that
+    value is (1, 2, 255, a colour). A palette mask counts by what its colours look like, black or not: encoders may
+    reorder a palette, so an index alone means nothing. (Only if all used entries share one colour, the index counts.) A
+    mask with a third value, as a lossy or an anti-aliased one has, is an error and not a guess.
+
+    With `mask_values` the values are classes. A palette mask then counts by index for integers, and by colour for
+    colours.
+
+    EXIF orientation is applied and transparency dropped, as in `read_image`.
+
+    Args:
+        source: Path of a mask, or an open PIL picture (left unchanged).
+        mask_values: `None`: binary, as above.
+            `"nonzero"`: binary, where any number of values may be foreground (numbered instances, anti-aliased edges).
+            A sequence of integers, or of (r, g, b) colours: value number k is class k.
+            A mapping of value to class index, so that one can be set aside: `{0: 0, 1: 1, 255: 255}` with
+            `ignore_index=255` in the loss.
+
+    Returns:
+        float32 array (H, W) of 0. and 1. for a binary mask, int64 array (H, W) of class indices otherwise.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, or holds values other than expected.
+
+    Example:
+        >>> mask = Image.new("L", (2, 1), 0)
+        >>> mask.putpixel((1, 0), 255)
+        >>> read_mask(mask).tolist()
+        [[0.0, 1.0]]
+        >>> read_mask(mask, mask_values=(0, 128, 255)).tolist()
+        [[0, 2]]
+    """
+    image, _ = _load(source)
+    if mask_values is None or mask_values == "nonzero":
+        values, are_colors = _visible_values(image, source)
+        foreground: NDArray[np.bool_] = values != 0
+        other = values.flat[foreground.argmax()]
+        if mask_values is None and (foreground & (values != other)).any():
+            zero = "(0, 0, 0)" if are_colors else "0"
+            raise ValueError(
+                f"{_name(source)} holds {_describe(values, are_colors)}, but a binary mask holds {zero} and one other. "
+                f"If these are classes, name them: mask_values=({zero}, ...). If all but {zero} is foreground: "
+                'mask_values="nonzero". If a lossy format (JPEG) made them, draw or save the mask again as PNG.'
+            )
+        return foreground.astype(np.float32)
+
+    classes = class_of_value(mask_values)
+    if isinstance(next(iter(classes)), tuple):
+        values, are_colors = _color_codes(_convert(image, "RGB", source)), True
+    else:
+        values, are_colors = _stored_values(image, source), False
+    keys = np.array([_color_codes(key).item() if isinstance(key, tuple) else key for key in classes])
+    order = np.argsort(keys)
+    nearest = np.minimum(np.searchsorted(keys[order], values), len(keys) - 1)
+    unexpected = keys[order][nearest] != values
+    if unexpected.any():
+        raise ValueError(
+            f"{_name(source)} holds {_describe(values[unexpected], are_colors)}, which mask_values={mask_values!r} "
+            "does not name. Name it too, or mend the mask."
+        )
+    indices: NDArray[np.int64] = np.array(list(classes.values()))[order][nearest]
+    return indices
+
+
+def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int]) -> Classes:
+    """Check the `mask_values` of `read_mask` and write them as value -> class index.
+
+    Raises:
+        ValueError: There are fewer than two values, one twice, integers and colours mixed, or a class that is no index.
+        TypeError: A value is neither an integer nor an (r, g, b) colour.
+
+    Example:
+        >>> class_of_value((0, 128, 255))
+        {0: 0, 128: 1, 255: 2}
+    """
+    if isinstance(mask_values, Mapping):
+        pairs: list[tuple[Any, int]] = list(mask_values.items())
+    elif isinstance(mask_values, Sequence) and not isinstance(mask_values, str):
+        pairs = [(tuple(value) if isinstance(value, list) else value, k) for k, value in enumerate(mask_values)]
+    else:
+        raise TypeError(f'mask_values must be None, "nonzero", a sequence or a mapping, not {mask_values!r}')
+    for value, index in pairs:
+        is_color = isinstance(value, tuple) and len(value) == 3 and all(part in range(256) for part in value)
+        if not is_color and not isinstance(value, (int, np.integer)):
+            raise TypeError(f"mask_values must hold integers or (r, g, b) colours of 0..255, not {value!r}")
+        if not isinstance(index, int) or index < 0:
+            raise ValueError(f"mask_values gives {value!r} the class {index!r}; classes are 0, 1, 2, ...")
+    classes: Classes = dict(pairs)
+    if len(classes) < len(pairs):
+        raise ValueError(f"mask_values={mask_values!r} names a value twice")
+    if len(classes) < 2 or len({isinstance(value, tuple) for value in classes}) > 1:
+        raise ValueError(f"mask_values={mask_values!r} must name two or more values, all integers or all colours")
+    return classes
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "")) or "the given picture"
+    return str(source)
+
+
+def _load(source: Source) -> tuple[Image.Image, str | None]:
+    """Decode and turn upright; returns the picture and the format its file had."""
+    try:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+            # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
+            one = image is source or image.format == "MPO"
+            frames = 1 if one else getattr(image, "n_frames", 1)
+            if frames == 1:
+                return ImageOps.exif_transpose(image), image.format
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {str(source)!r}") from None
+    except Exception as error:  # inside a decoder a broken file can raise nearly anything
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
+    raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
+
+
+def _convert(image: Image.Image, mode: Literal["RGB", "L"], source: Source) -> Image.Image:
+    try:
+        if image.mode in ("P", "PA"):  # by way of RGBA, since Pillow warns about transparent palettes otherwise
+            image = image.convert("RGBA").convert("RGB")
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError as error:
+        raise ValueError(
+            f"{_name(source)} has the mode {image.mode!r}, which cannot become {mode}. Save it as an RGB or grey PNG."
+        ) from error
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+
+
+def _visible_values(image: Image.Image, source: Source) -> tuple[NDArray[Any], bool]:
+    """A number for each pixel, 0 where it looks black, and whether the numbers are colour codes."""
+    if _is_grey(image):
+        return _stored_values(image, source), False
+    if image.mode != "P":
+        return _color_codes(_convert(image, "RGB", source)), True
+    palette = np.zeros((256, 3), np.uint8)
+    entries = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette[: len(entries)] = entries
+    codes = _color_codes(palette)
+    used = np.flatnonzero(image.histogram())
+    if len(used) > 1 and len(set(codes[used])) == 1:
+        return np.asarray(image), False
+    return np.take(codes, np.asarray(image), mode="clip"), True  # twice as fast as codes[...]
+
+
+def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
+    """The number a file stores for each pixel: the index in a palette mask, 0 and 1 in a 1-bit one."""
+    if image.mode == "LA":
+        return np.asarray(image.getchannel("L"))
+    if _is_grey(image) or image.mode == "P":
+        return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
+    rgb = np.asarray(_convert(image, "RGB", source))
+    if (rgb != rgb[..., :1]).any():
+        raise ValueError(
+            f"{_name(source)} holds {_describe(_color_codes(rgb), are_colors=True)}, but mask_values names integers. "
+            "Name the colours: mask_values=((0, 0, 0), ...)."
+        )
+    return rgb[..., 0]
+
+
+def _color_codes(rgb: Image.Image | NDArray[np.uint8] | Color) -> NDArray[np.int32]:
+    """0xRRGGBB for each colour, (..., 3) to (...)."""
+    channels = np.asarray(rgb).astype(np.int32)
+    return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+
+
+def _describe(values: NDArray[Any], are_colors: bool, first: int = 6) -> str:
+    found = np.unique(values).tolist()
+    names = [str((v >> 16, v >> 8 & 255, v & 255)) if are_colors else str(v) for v in found[:first]]
+    noun = ("colour" if are_colors else "value") + "s" * (len(found) > 1)
+    return f"the {noun} {', '.join(names)}" + f", ... ({len(found)} in all)" * (len(found) > first)

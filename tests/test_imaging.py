@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unetlib.imaging import class_of_value, read_image, read_mask
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+SHAPE = np.array([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 1, 1]], np.uint8)  # a mask, not symmetric in any direction
+
+
+def as_the_study_reads_it(path: Path) -> np.ndarray:
+    mask = np.array(Image.open(path).convert("L"), dtype=np.float32)
+    mask[mask == 255.0] = 1.0
+    return mask
+
+
+def palette_mask(index: np.ndarray, *colors: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(index.astype(np.uint8)).convert("L")
+    image.putpalette([part for color in colors for part in color])
+    return image
+
+
+def png_16_bit_rgb(array: np.ndarray) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# --- pictures
+
+
+def test_colour_and_grey_are_kept_byte_for_byte(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "rgb.png")
+    Image.fromarray(GREY).save(tmp_path / "grey.png")
+    rgb, grey = read_image(tmp_path / "rgb.png"), read_image(str(tmp_path / "grey.png"), "L")
+    assert rgb.dtype == grey.dtype == np.uint8
+    np.testing.assert_array_equal(rgb, RGB)
+    np.testing.assert_array_equal(grey, GREY[..., None])
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(GREY[..., None], 3, axis=2))
+
+
+def test_colour_becomes_luma(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "rgb.png")
+    luma = RGB @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(read_image(tmp_path / "rgb.png", "L")[..., 0] - luma).max() <= 1
+
+
+def test_alpha_is_dropped_and_the_colour_under_it_stays(tmp_path):
+    alpha = np.full(GREY.shape, 3, np.uint8)
+    Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "rgba.png")
+    Image.fromarray(np.dstack([GREY, alpha])).save(tmp_path / "la.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "rgba.png"), RGB)
+    np.testing.assert_array_equal(read_image(tmp_path / "la.png", "L")[..., 0], GREY)
+
+
+def test_palette_with_transparency(tmp_path):
+    colors = [(10, 20, 30), (200, 100, 50)]
+    palette_mask(SHAPE, *colors).save(tmp_path / "p.png", transparency=b"\x00\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(tmp_path / "p.png")
+    np.testing.assert_array_equal(image, np.array(colors)[SHAPE])
+
+
+def test_one_bit_and_cmyk(tmp_path):
+    Image.fromarray(SHAPE.astype(bool)).save(tmp_path / "bit.png")
+    Image.new("CMYK", (3, 2), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "bit.png", "L")[..., 0], SHAPE * 255)
+    np.testing.assert_array_equal(read_image(tmp_path / "ink.tif"), np.full((2, 3, 3), (255, 0, 0)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    expected = np.round(levels / 65535 * 255)
+    np.testing.assert_array_equal(read_image(tmp_path / f"deep.{suffix}", "L")[..., 0], expected)
+    np.testing.assert_array_equal(read_image(tmp_path / f"deep.{suffix}"), np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_16_bit_big_endian_tiff(tmp_path):
+    image = Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257, 65535))
+    image.save(tmp_path / "big.tif")
+    assert read_image(tmp_path / "big.tif", "L").tolist() == [[[1], [255]]]
+
+
+def test_16_bit_colour_is_not_clipped(tmp_path):
+    levels = np.random.default_rng(1).integers(0, 65536, (4, 5, 3))
+    (tmp_path / "deep.png").write_bytes(png_16_bit_rgb(levels))
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), levels >> 8)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(np.float32, "floating-point"), (np.int32, "32-bit integers")])
+def test_numbers_of_unknown_range_are_refused(tmp_path, dtype, words):
+    Image.fromarray(np.full((2, 2), 300, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=rf"x\.tif holds {words}.*0\.\.255"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.swapaxes(0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)),
+        (8, lambda a: np.rot90(a)),
+    ],
+)
+def test_exif_orientation(tmp_path, suffix, orientation, upright):
+    stored = np.zeros((32, 48, 3), np.uint8)
+    stored[:16, :24] = (255, 255, 255)  # whole JPEG blocks, so that JPEG keeps them exactly
+    stored[16:, :16] = (128, 128, 128)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(stored).save(path, exif=exif)
+    np.testing.assert_allclose(read_image(path), upright(stored), atol=1)
+    if suffix == "png":
+        np.testing.assert_array_equal(read_mask(path, "nonzero"), upright(stored)[..., 0] > 0)
+
+
+def test_an_open_picture_is_read_like_its_file_and_left_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(read_image(image), np.rot90(RGB, -1))
+        assert image.size == (7, 5)
+        assert image.getexif()[0x0112] == 6
+
+
+def test_the_array_is_writable():
+    read_image(Image.fromarray(RGB))[0, 0] = 0
+
+
+def test_several_frames_are_refused(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4), v, np.uint8)) for v in (0, 100, 200)]
+    for name in ("stack.tif", "film.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match=rf"{name} holds 3 frames; save each"):
+            read_image(tmp_path / name)
+    with Image.open(tmp_path / "stack.tif") as stack:  # an open one is at the frame its owner chose
+        stack.seek(1)
+        assert (read_image(stack) == 100).all()
+
+
+def test_a_phone_picture_with_a_preview_behind_it_is_one_picture(tmp_path):
+    Image.new("RGB", (8, 8), "white").save(
+        tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))]
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), np.full((8, 8, 3), 255))
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.png"):
+        read_image(tmp_path / "nothing.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture"):
+        read_image(tmp_path / "text.png")
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "half.jpg")
+    whole = (tmp_path / "half.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.jpg cannot be read.*truncated"):
+        read_image(tmp_path / "half.jpg")
+    with pytest.raises(ValueError, match="mode must be"):
+        read_image(tmp_path / "half.jpg", "RGBA")
+
+
+def test_a_mode_without_a_reading_as_colour_is_named():
+    with pytest.raises(ValueError, match=r"the given picture has the mode 'La'.*PNG"):
+        read_image(Image.new("La", (2, 2)))
+
+
+# --- masks
+
+MASKS = {
+    "palette_0_1.png": palette_mask(SHAPE, (0, 0, 0), (255, 255, 255)),
+    "palette_0_1.gif": palette_mask(SHAPE, (0, 0, 0), (255, 255, 255)),
+    "palette_0_255.png": palette_mask(SHAPE * 255, *[(v, v, v) for v in range(256)]),
+    "palette_0_255.gif": palette_mask(SHAPE * 255, *[(v, v, v) for v in range(256)]),
+    "palette_white_first.png": palette_mask(1 - SHAPE, (255, 255, 255), (0, 0, 0)),
+    "palette_white_first.gif": palette_mask(1 - SHAPE, (255, 255, 255), (0, 0, 0)),
+    "grey_0_255.png": Image.fromarray(SHAPE * 255),
+    "grey_0_255.gif": Image.fromarray(SHAPE * 255),
+    "grey_0_1.png": Image.fromarray(SHAPE),
+    "one_bit.png": Image.fromarray(SHAPE.astype(bool)),
+    "one_bit.gif": Image.fromarray(SHAPE.astype(bool)),
+    "one_bit.pbm": Image.fromarray(SHAPE.astype(bool)),
+}
+MASKS_THE_STUDY_MISREADS = {
+    "grey_0_2.png": Image.fromarray(SHAPE * 2),
+    "palette_dark_blue.png": palette_mask(SHAPE, (0, 0, 0), (0, 0, 1)),
+    "palette_red.png": palette_mask(SHAPE, (0, 0, 0), (128, 0, 0)),
+    "palette_all_black.png": palette_mask(SHAPE, (0, 0, 0), (0, 0, 0)),
+    "rgb.png": Image.fromarray(SHAPE[..., None] * np.array([200, 10, 0], np.uint8)),
+    "rgba.png": Image.fromarray(np.dstack([SHAPE * 255] * 3 + [np.full_like(SHAPE, 7)])),
+    "grey_alpha.png": Image.fromarray(np.dstack([SHAPE * 255, SHAPE])),
+    "deep.png": Image.fromarray(SHAPE.astype(np.uint16) * 300),
+    "float.tif": Image.fromarray(SHAPE.astype(np.float32) / 2),
+    "long.tif": Image.fromarray(SHAPE.astype(np.int32) * -70000),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_form_of_a_binary_mask(tmp_path, name):
+    MASKS[name].save(tmp_path / name)
+    mask = read_mask(tmp_path / name)
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask, SHAPE)
+    np.testing.assert_array_equal(mask, as_the_study_reads_it(tmp_path / name))
+    np.testing.assert_array_equal(read_mask(tmp_path / name, "nonzero"), SHAPE)
+
+
+@pytest.mark.parametrize("name", MASKS_THE_STUDY_MISREADS)
+def test_forms_of_a_binary_mask_that_luma_misreads(tmp_path, name):
+    MASKS_THE_STUDY_MISREADS[name].save(tmp_path / name)
+    np.testing.assert_array_equal(read_mask(tmp_path / name), SHAPE)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_a_mask_of_one_value(tmp_path, value, suffix):
+    # Optimizing, Pillow writes a full mask with one palette entry, white, as index 0.
+    image = palette_mask(np.full((3, 4), value), (0, 0, 0), (255, 255, 255))
+    image.save(tmp_path / f"x.{suffix}", optimize=True)
+    assert (read_mask(tmp_path / f"x.{suffix}") == value).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (Image.fromarray(np.array([[0, 1, 255]], np.uint8)), "the values 0, 1, 255, but"),
+        (Image.fromarray(np.array([[7, 200]], np.uint8)), "the values 7, 200, but"),
+        (Image.fromarray(np.arange(9, dtype=np.uint8)[None]), r"the values 0, 1, 2, 3, 4, 5, \.\.\. \(9 in all\), but"),
+        (Image.fromarray(np.array([[0, 1, np.nan]], np.float32)), "the values 0.0, 1.0, nan, but"),
+        (Image.fromarray(np.array([[0, -1, -2, 0]], np.int32)), "the values -2, -1, 0, but"),
+        (
+            Image.fromarray(np.array([[(0, 0, 0), (9, 0, 0), (0, 8, 0)]], np.uint8)),
+            r"the colours \(0, 0, 0\), \(0, 8, 0",
+        ),
+        (palette_mask(np.array([[0, 1, 2]]), (0, 0, 0), (1, 2, 3), (4, 5, 6)), r"the colours \(0, 0, 0\), \(1, 2, 3\)"),
+    ],
+)
+def test_a_binary_mask_of_three_values_is_refused(tmp_path, image, found):
+    path = tmp_path / "odd.tif"
+    image.save(path)
+    with pytest.raises(ValueError, match=rf"odd\.tif holds {found}"):
+        read_mask(path)
+    np.testing.assert_array_equal(read_mask(path, "nonzero"), (np.array(image).reshape(1, image.width, -1) != 0).any(2))
+
+
+def test_classes_by_value_for_any_depth_and_order(tmp_path):
+    rng = np.random.default_rng(3)
+    index = rng.integers(0, 3, (6, 5))
+    for values in ([0, 128, 255], [255, 0, 7], [3, 300, 60000]):
+        stored = np.array(values)[index].astype(np.uint16 if max(values) > 255 else np.uint8)
+        Image.fromarray(stored).save(tmp_path / "x.png")
+        classes = read_mask(tmp_path / "x.png", values)
+        assert classes.dtype == np.int64
+        np.testing.assert_array_equal(classes, index)
+
+
+def test_classes_by_palette_index_or_by_colour(tmp_path):
+    index = np.array([[0, 1, 2], [2, 1, 0]])
+    colors = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+    palette_mask(index, *colors).save(tmp_path / "p.png")
+    Image.fromarray(np.array(colors, np.uint8)[index]).save(tmp_path / "rgb.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "p.png", range(3)), index)
+    np.testing.assert_array_equal(read_mask(tmp_path / "p.png", colors), index)
+    np.testing.assert_array_equal(read_mask(tmp_path / "rgb.png", [list(color) for color in colors]), index)
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "rgb.png", dict(zip(colors, (5, 0, 5), strict=True))), index % 2 * -5 + 5
+    )
+
+
+def test_classes_by_mapping_can_set_a_value_aside():
+    image = Image.fromarray(np.array([[0, 1, 255]], np.uint8))
+    assert read_mask(image, {0: 0, 1: 1, 255: 255}).tolist() == [[0, 1, 255]]
+
+
+def test_grey_saved_as_rgb_has_numbers_and_colour_has_none():
+    assert read_mask(Image.fromarray(np.array([[[1] * 3, [0] * 3]], np.uint8)), (0, 1)).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match=r"colour \(1, 2, 3\), but mask_values names integers"):
+        read_mask(Image.new("RGB", (2, 2), (1, 2, 3)), (0, 1))
+    assert read_mask(Image.fromarray(SHAPE.astype(bool)), (0, 1)).tolist() == SHAPE.tolist()
+
+
+def test_a_value_that_is_no_class_is_named(tmp_path):
+    Image.fromarray(np.array([[0, 1, 3, 9]], np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png holds the values 3, 9, which mask_values=\(0, 1, 2\) does not name"):
+        read_mask(tmp_path / "x.png", (0, 1, 2))
+    with pytest.raises(ValueError, match=r"the given picture holds the colour \(9, 9, 9\), which"):
+        read_mask(Image.new("L", (2, 2), 9), [(0, 0, 0), (1, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("mask_values", "error", "message"),
+    [
+        ("binary", TypeError, "'binary'"),
+        (3, TypeError, "3"),
+        ((0, 1.5), TypeError, "1.5"),
+        (((0, 0, 0), (0, 0, 256)), TypeError, "256"),
+        (((0, 0), (1, 1)), TypeError, r"\(0, 0\)"),
+        ((0, 0), ValueError, "twice"),
+        ((0,), ValueError, "two or more"),
+        ((0, (1, 2, 3)), ValueError, "all integers or all colours"),
+        ({0: 0, 1: -1}, ValueError, "class -1"),
+        ({0: 0, 1: 0.5}, ValueError, "class 0.5"),
+    ],
+)
+def test_impossible_mask_values(mask_values, error, message):
+    with pytest.raises(error, match=message):
+        class_of_value(mask_values)
