@@ -1,0 +1,67 @@
+"""Segment pictures: a mask and an overlay for each.
+
+    python examples/segment.py                         # the sample picture beside this script
+    python examples/segment.py photo.jpg folder/       # pictures, or folders of them
+    python examples/segment.py --model runs/carvana/model photo.jpg
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from unetlib import UNet, list_pretrained
+from unetlib.imaging import read_image
+from unetlib.visualize import mask_to_image, overlay
+
+SAMPLE = Path(__file__).parent / "car.jpg"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    pictures = find_pictures(args.pictures)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = UNet.from_pretrained(args.model, device=args.device)
+    for picture in pictures:
+        start = time.perf_counter()
+        image = read_image(picture)
+        mask = model.predict(image)
+        seconds = time.perf_counter() - start
+        mask_path, overlay_path = (args.out / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay"))
+        Image.fromarray(mask_to_image(mask, classes=max(2, model.config.out_channels))).save(mask_path)
+        Image.fromarray(overlay(image, mask)).save(overlay_path)
+        print(f"{picture}: {(mask > 0).mean():.1%} foreground, {seconds:.2f} s -> {mask_path}, {overlay_path}")
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The pictures among files and folders; two that would write the same mask are refused."""
+    suffixes = Image.registered_extensions()
+    found = []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        if not inside:
+            sys.exit(f"no picture in {path}")
+        found += inside
+    stems = [path.stem for path in found]
+    twice = next((path for path in found if stems.count(path.stem) > 1), None)
+    if twice is not None:
+        sys.exit(f"two pictures are called {twice.stem!r}; their masks would overwrite each other. Segment them one after the other with --out")
+    return found
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, nargs="*", default=[SAMPLE], help="pictures, or folders of them")
+    parser.add_argument("--model", default="carvana", help=f"zoo name ({', '.join(list_pretrained())}), folder, file or Hub repository")
+    parser.add_argument("--out", type=Path, default=Path("segmented"), help="folder for the masks and overlays")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Pictures of masks, to look at: grey levels for the classes, overlays, grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.utils import draw_segmentation_masks, make_grid
+
+# The "bright" scheme of Paul Tol, which colour-blind people tell apart too; class 1 is the first.
+PALETTE = ((238, 102, 119), (68, 119, 170), (34, 136, 51), (204, 187, 68), (102, 204, 238), (170, 51, 119), (187, 187, 187))
+
+
+def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
+    """A mask as a grey picture: class 0 black, the last class white, the others evenly between.
+
+    Args:
+        mask: (H, W) integers or bools, classes 0 to `classes` - 1.
+        classes: number of classes, 2 to 256.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ValueError: for another shape, or a class that is out of range.
+
+    Example:
+        >>> mask_to_image(np.array([[0, 1, 2]]), classes=3).tolist()
+        [[0, 127, 255]]
+    """
+    mask = _check_mask(mask)
+    if not 2 <= classes <= 256:
+        raise ValueError(f"classes must be from 2 to 256, got {classes}")
+    if mask.size and mask.max() >= classes:
+        raise ValueError(f"the mask holds class {mask.max()}, but classes={classes} makes {classes - 1} the last")
+    return (mask.astype(np.int64) * 255 // (classes - 1)).astype(np.uint8)
+
+
+def overlay(
+    image: NDArray[np.uint8],
+    mask: NDArray[Any],
+    *,
+    alpha: float = 0.5,
+    colors: Sequence[tuple[int, int, int]] = PALETTE,
+) -> NDArray[np.uint8]:
+    """A picture with each class of its mask in a colour of its own; class 0 stays as it is.
+
+    Args:
+        image: uint8 (H, W, 3), or (H, W) for a grey one.
+        mask: (H, W) integers or bools: the class of each pixel.
+        alpha: opacity of the colours, 0 to 1.
+        colors: RGB for class 1, 2, ...; taken from the start again when there are more classes.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: where picture and mask differ in size, or `image` is no uint8 picture.
+
+    Example:
+        >>> overlay(np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.uint8), alpha=1.0)[0, 0].tolist()
+        [238, 102, 119]
+    """
+    mask = _check_mask(mask)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(f"image must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).reshape(*mask.shape, -1).permute(2, 0, 1).expand(3, -1, -1)
+    classes = [index for index in np.unique(mask).tolist() if index]
+    if not classes:
+        return pixels.permute(1, 2, 0).contiguous().numpy()
+    layers = torch.from_numpy(np.stack([mask == index for index in classes]))
+    painted = draw_segmentation_masks(pixels, layers, alpha=alpha, colors=[colors[(i - 1) % len(colors)] for i in classes])
+    return painted.permute(1, 2, 0).contiguous().numpy()
+
+
+def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 4) -> NDArray[np.uint8]:
+    """Pictures of one size side by side, in rows, on white.
+
+    Args:
+        pictures: uint8 (H, W, 3), or (H, W) for grey ones such as `mask_to_image`'s; all of one height and width.
+        columns: pictures in a row.
+        gap: pixels between pictures and around them.
+
+    Returns:
+        uint8 (rows of them, columns of them, 3).
+
+    Raises:
+        ValueError: for no picture, or pictures of several sizes.
+
+    Example:
+        >>> grid([np.zeros((10, 20), np.uint8)] * 5, columns=3, gap=2).shape
+        (26, 68, 3)
+    """
+    sizes = sorted({picture.shape[:2] for picture in pictures})
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
+    tiles = [torch.from_numpy(np.ascontiguousarray(p)).reshape(*sizes[0], -1).permute(2, 0, 1).expand(3, -1, -1) for p in pictures]
+    sheet = make_grid(torch.stack(tiles), nrow=columns, padding=gap, pad_value=255)
+    return sheet.permute(1, 2, 0).contiguous().numpy()
+
+
+def _check_mask(mask: NDArray[Any]) -> NDArray[Any]:
+    if mask.ndim != 2 or mask.dtype.kind not in "bui":
+        raise ValueError(f"mask must be integers or bools of shape (H, W), got {mask.dtype} {mask.shape}")
+    if mask.size and mask.min() < 0:
+        raise ValueError(f"a mask's classes start at 0, got {mask.min()}")
+    return mask

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from unetlib.visualize import PALETTE, grid, mask_to_image, overlay
+
+
+def test_mask_to_image_spreads_the_classes_over_the_greys():
+    mask = np.array([[0, 1], [2, 3]], np.uint8)
+    assert mask_to_image(mask, classes=4).tolist() == [[0, 85], [170, 255]]
+    assert mask_to_image(mask.astype(bool)).tolist() == [[0, 255], [255, 255]]
+
+
+def test_overlay_mixes_the_class_colour_and_leaves_the_background():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    mask = np.zeros((5, 7), np.int64)
+    mask[1, 2], mask[3, 4] = 1, 2
+    painted = overlay(image, mask, alpha=0.25)
+    expected = image.astype(float)
+    for (row, column), color in (((1, 2), PALETTE[0]), ((3, 4), PALETTE[1])):
+        expected[row, column] = 0.75 * image[row, column] + 0.25 * np.array(color)
+    assert np.abs(painted - expected).max() < 1.0
+    assert (painted[mask == 0] == image[mask == 0]).all()
+
+
+def test_overlay_of_an_empty_mask_is_the_picture_and_grey_pictures_are_taken():
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert (overlay(image, np.zeros((3, 4), np.uint8)) == image[..., None]).all()
+
+
+def test_overlay_takes_colours_from_the_start_again():
+    painted = overlay(np.zeros((1, 1, 3), np.uint8), np.array([[3]]), alpha=1.0, colors=[(1, 2, 3), (4, 5, 6)])
+    assert painted[0, 0].tolist() == [1, 2, 3]
+
+
+def test_grid_puts_pictures_where_they_belong():
+    pictures = [np.full((3, 5, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = grid(pictures, columns=2, gap=1)
+    assert sheet.shape == (2 * 4 + 1, 2 * 6 + 1, 3)
+    assert [sheet[1, 1, 0], sheet[1, 7, 0], sheet[5, 1, 0], sheet[0, 0, 0]] == [10, 20, 30, 255]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mask_to_image(np.array([[2]])), "holds class 2"),
+        (lambda: mask_to_image(np.array([[-1]])), "start at 0, got -1"),
+        (lambda: mask_to_image(np.array([[0.5]])), "float64"),
+        (lambda: mask_to_image(np.array([[0]]), classes=1), "from 2 to 256, got 1"),
+        (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), np.uint8)), r"\(2, 2\) and its mask \(2, 3\)"),
+        (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),
+        (lambda: grid([]), "got none"),
+        (lambda: grid([np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8)]), r"\(2, 2\), \(2, 3\)"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
