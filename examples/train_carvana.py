@@ -17,19 +17,21 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from unetlib import BCEDiceLoss, CarvanaDataset, Preprocessing, SegmentationMetrics, UNet, split_by_car
 from unetlib.inference import iter_logits
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import Resize, train_transform
+from unetlib.visualize import grid, mask_to_image
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -163,16 +165,14 @@ def validate(model: UNet, dataset: CarvanaDataset) -> dict[str, float]:
     return metrics.compute()
 
 
-def save_grid(model: UNet, dataset: CarvanaDataset, path: Path, pictures: int = 8) -> None:
-    """A PNG of pictures, true masks and predictions, a row for each."""
-    reduce = Resize((160, 240))
-    rows = []
-    for index in range(0, len(dataset), max(1, len(dataset) // pictures))[:pictures]:
+def save_grid(model: UNet, dataset: CarvanaDataset, path: Path, rows: int = 8) -> None:
+    """A PNG with a picture, its true mask and the prediction in each row."""
+    tiles = []
+    for index in range(0, len(dataset), max(1, len(dataset) // rows))[:rows]:
         image, mask = dataset[index]
-        prediction = model.predict(image)
-        for plane in (torch.from_numpy(image).permute(2, 0, 1) / 255, torch.from_numpy(mask), torch.from_numpy(prediction).float()):
-            rows.append(reduce(plane if plane.ndim == 3 else plane.expand(3, -1, -1)))
-    save_image(rows, path, nrow=3)
+        for array in (image, mask_to_image(mask > 0), mask_to_image(model.predict(image))):
+            tiles.append(np.asarray(Image.fromarray(array).convert("RGB").resize((240, 160))))
+    Image.fromarray(grid(tiles, columns=3)).save(path)
 
 
 def save_whole(state: dict, path: Path) -> None:
@@ -182,7 +182,7 @@ def save_whole(state: dict, path: Path) -> None:
     os.replace(partial, path)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -213,7 +213,7 @@ def parse_args() -> argparse.Namespace:
     add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar")
     add("--device", default="cuda" if cuda else "cpu")
     add("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.data and not args.synthetic:
         parser.error("give --data FOLDER, or --synthetic N to train on rendered scenes")
     return args

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from unetlib.imaging import MaskValues, class_of_value, read_image, read_mask
+from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
@@ -336,9 +336,7 @@ def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArra
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
 
-        result = transform(
-            tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(mask))
-        )
+        result = transform(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask)))
     if isinstance(result, Mapping) and {"image", "mask"} <= result.keys():
         return result["image"], result["mask"]
     if isinstance(result, (tuple, list)) and len(result) == 2:

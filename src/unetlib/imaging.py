@@ -13,8 +13,10 @@ from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
 Source: TypeAlias = "str | PathLike[str] | Image.Image"
 Color: TypeAlias = tuple[int, int, int]
@@ -132,6 +134,23 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         )
     indices: NDArray[np.int64] = np.array(list(classes.values()))[order][nearest]
     return indices
+
+
+def to_tensor(array: NDArray[Any]) -> Tensor:
+    """An array of pixels with its channels first, as PyTorch has them.
+
+    Args:
+        array: (H, W) or (H, W, C); copied only where it is read-only or not contiguous, such as `numpy.asarray` of a PIL picture.
+
+    Returns:
+        (C, H, W), with C = 1 for (H, W), in the array's type.
+
+    Example:
+        >>> to_tensor(np.zeros((4, 6, 3), np.uint8)).shape
+        torch.Size([3, 4, 6])
+    """
+    channels_last = array[..., None] if array.ndim == 2 else array
+    return torch.from_numpy(np.require(channels_last, requirements=("C", "W"))).permute(2, 0, 1)
 
 
 def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int]) -> Classes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .imaging import read_image
+from .imaging import read_image, to_tensor
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -101,7 +101,7 @@ def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
     waiting = iter(images)
-    while chunk := [_to_tensor(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
+    while chunk := [_read(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
         sizes = [tuple(picture.shape[-2:]) for picture in chunk]
         inputs = [_resize(picture, _input_size(model, size)) for picture, size in zip(chunk, sizes)]
         numbered = zip(inputs, sizes)
@@ -111,17 +111,17 @@ def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) 
                 yield _resize(logits, own_size)
 
 
-def _to_tensor(picture: Picture, channels: int) -> Tensor:
+def _read(picture: Picture, channels: int) -> Tensor:
     """The picture as (channels, H, W), uint8 or float in [0, 1]."""
     if isinstance(picture, (str, PathLike, Image.Image)):
-        return torch.from_numpy(read_image(picture, "L" if channels == 1 else "RGB")).permute(2, 0, 1)
+        return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             raise ValueError(
                 f"a picture as an array must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {picture.shape}; "
                 "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
             )
-        tensor = torch.from_numpy(np.ascontiguousarray(picture.reshape(*picture.shape[:2], -1))).permute(2, 0, 1)
+        tensor = to_tensor(picture)
     elif isinstance(picture, Tensor):
         tensor = picture.detach()
         if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
@@ -129,7 +129,7 @@ def _to_tensor(picture: Picture, channels: int) -> Tensor:
                 f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
                 + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
             )
-        if tensor.is_floating_point() and tensor.numel() and not (tensor.amin() >= 0 and tensor.amax() <= 1):
+        if tensor.is_floating_point() and tensor.numel() > 0 and not (tensor.amin() >= 0 and tensor.amax() <= 1):
             raise ValueError(
                 f"a picture of floats must lie in [0, 1], got {tensor.amin():.6g} to {tensor.amax():.6g}; "
                 "divide by 255, and leave mean and std to the model's preprocessing"

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.utils import draw_segmentation_masks, make_grid
 
+from .imaging import to_tensor
+
 # The "bright" scheme of Paul Tol, which colour-blind people tell apart too; class 1 is the first.
 PALETTE = ((238, 102, 119), (68, 119, 170), (34, 136, 51), (204, 187, 68), (102, 204, 238), (170, 51, 119), (187, 187, 187))
 
@@ -69,7 +71,7 @@ def overlay(
         raise ValueError(f"image must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
     if image.shape[:2] != mask.shape:
         raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).reshape(*mask.shape, -1).permute(2, 0, 1).expand(3, -1, -1)
+    pixels = to_tensor(image).expand(3, -1, -1)
     classes = [index for index in np.unique(mask).tolist() if index]
     if not classes:
         return pixels.permute(1, 2, 0).contiguous().numpy()
@@ -99,8 +101,7 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
     sizes = sorted({picture.shape[:2] for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
-    tiles = [torch.from_numpy(np.ascontiguousarray(p)).reshape(*sizes[0], -1).permute(2, 0, 1).expand(3, -1, -1) for p in pictures]
-    sheet = make_grid(torch.stack(tiles), nrow=columns, padding=gap, pad_value=255)
+    sheet = make_grid([to_tensor(picture).expand(3, -1, -1) for picture in pictures], nrow=columns, padding=gap, pad_value=255)
     return sheet.permute(1, 2, 0).contiguous().numpy()
 
 

@@ -1,0 +1,152 @@
+"""The examples run as a newcomer runs them, and the README's commands are those that CI runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from albumentations.pytorch import ToTensorV2
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from unetlib import CarvanaDataset, UNet
+from unetlib.synthetic import write_carvana
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--features", "8", "16", "--size", "32", "48", "--batch-size", "2", "--epochs", "2", "--device", "cpu", "--precision", "fp32"]
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_on_synthetic_scenes_writes_weights_and_predictions(tmp_path, capsys):
+    example("train_carvana").main(["--synthetic", "8", "--out", str(tmp_path), *TINY])
+    model = UNet.from_pretrained(tmp_path / "model")
+    assert model.config.features == (8, 16)
+    assert model.preprocessing.size == (32, 48)
+    assert Image.open(tmp_path / "predictions.png").size == (3 * 244 + 4, 2 * 164 + 4)
+    assert re.search(r"epoch 2: dice 0\.\d+", capsys.readouterr().out)
+
+
+def test_resumed_training_ends_where_unbroken_training_does(tmp_path):
+    train = example("train_carvana").main
+    options = ["--synthetic", "8", *TINY, "--loss", "bce-dice", "--schedule", "onecycle"]
+    train([*options, "--out", str(tmp_path / "unbroken")])
+
+    killed = example("train_carvana")
+    save = killed.save_whole
+
+    def save_once_and_die(state, path):
+        save(state, path)
+        raise KeyboardInterrupt
+
+    killed.save_whole = save_once_and_die
+    with pytest.raises(KeyboardInterrupt):
+        killed.main([*options, "--out", str(tmp_path / "broken")])
+    assert torch.load(tmp_path / "broken/checkpoint.pt", weights_only=True)["epoch"] == 1
+    train([*options, "--out", str(tmp_path / "broken"), "--resume"])
+
+    unbroken, broken = (UNet.from_pretrained(tmp_path / name / "model").state_dict() for name in ("unbroken", "broken"))
+    assert all(torch.equal(unbroken[key], broken[key]) for key in unbroken)
+
+
+def test_training_takes_a_real_folder_and_starts_from_weights(tmp_path):
+    data = tmp_path / "data"
+    write_carvana(data, cars=2, views=2, size=(64, 96), split="train")
+    write_carvana(data, cars=[7], views=2, size=(64, 96), split="val")
+    train = example("train_carvana").main
+    train(["--data", str(data), "--out", str(tmp_path / "first"), *TINY])
+    before = UNet.from_pretrained(tmp_path / "first/model").state_dict()
+    train(["--data", str(data), "--out", str(tmp_path / "next"), *TINY, "--init", str(tmp_path / "first/model"), "--lr", "1e-9"])
+    after = UNet.from_pretrained(tmp_path / "next/model").state_dict()
+    np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-7)
+
+
+def test_training_says_what_to_give(capsys):
+    with pytest.raises(SystemExit):
+        example("train_carvana").main([])
+    assert "--synthetic N" in capsys.readouterr().err
+
+
+def test_segmenting_files_and_folders(tmp_path, capsys):
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    write_carvana(tmp_path, cars=1, views=[1, 2], size=(40, 60))
+    Image.new("L", (30, 20)).save(tmp_path / "grey.png")
+    out = tmp_path / "out"
+    pictures = [str(tmp_path / "grey.png"), str(tmp_path / "train")]
+    example("segment").main([*pictures, "--model", str(tmp_path / "model"), "--out", str(out), "--device", "cpu"])
+    assert len(list(out.iterdir())) == 6
+    mask = np.asarray(Image.open(out / "grey_mask.png"))
+    assert mask.shape == (20, 30) and set(np.unique(mask)) <= {0, 255}
+    assert Image.open(out / "grey_overlay.png").size == (30, 20)
+    assert str(out / "grey_mask.png") in capsys.readouterr().out
+
+
+def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "x.png")
+    with pytest.raises(SystemExit, match="two pictures are called 'x'"):
+        example("segment").main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+
+
+def test_the_study_runs_with_its_imports_changed(tmp_path):
+    """The study's steps in its order: albumentations, UNET, BCE with logits, Adam, autocast and scaler, checkpoint."""
+    write_carvana(tmp_path, cars=1, views=4, size=(64, 96))
+    transform = A.Compose(
+        [
+            A.Resize(height=32, width=48),
+            A.Rotate(limit=35, p=1.0),
+            A.HorizontalFlip(p=0.5),
+            A.VerticalFlip(p=0.1),
+            A.Normalize(mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0], max_pixel_value=255.0),
+            ToTensorV2(),
+        ]
+    )
+    dataset = CarvanaDataset(image_dir=str(tmp_path / "train"), mask_dir=str(tmp_path / "train_masks"), transform=transform)
+    loader = DataLoader(dataset, batch_size=2, shuffle=True)
+    model = UNet(in_channels=3, out_channels=1)
+    loss_fn, optimizer = nn.BCEWithLogitsLoss(), torch.optim.Adam(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler("cuda", enabled=torch.cuda.is_available())
+    losses = []
+    for _ in range(2):
+        for data, targets in loader:
+            assert data.shape == (2, 3, 32, 48) and data.dtype == torch.float32
+            assert targets.shape == (2, 32, 48) and set(targets.unique().tolist()) <= {0.0, 1.0}
+            with torch.autocast("cuda", enabled=torch.cuda.is_available()):
+                loss = loss_fn(model(data), targets.float().unsqueeze(1))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+    path = tmp_path / "my_checkpoint.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    again = UNet(in_channels=3, out_channels=1)
+    again.load_state_dict(torch.load(path)["state_dict"])
+    model.eval(), again.eval()
+    with torch.no_grad():
+        assert torch.equal(torch.sigmoid(again(data)) > 0.5, torch.sigmoid(model(data)) > 0.5)
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    commands = re.findall(r"^python -m pip install -e .*$", readme, flags=re.MULTILINE)
+    assert len(commands) == 2, "one command to segment, one to test"
+    install, test = commands[1].split(" && ")
+    assert install.replace("pip install", "pip install --quiet") in ci
+    assert re.search(rf"^{test}$", ci, flags=re.MULTILINE)
+    segment = commands[0].split(" && ")[1]
+    assert segment == "python examples/segment.py"
