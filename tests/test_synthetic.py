@@ -27,9 +27,9 @@ def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
 @pytest.fixture
 def fresh_cars(monkeypatch):
     """Cars are remembered: forget them where a test changes what they are made of."""
-    synthetic._build.cache_clear()
+    synthetic.scene.build_car.cache_clear()
     yield monkeypatch
-    synthetic._build.cache_clear()
+    synthetic.scene.build_car.cache_clear()
 
 
 # ---- one scene ----
@@ -37,19 +37,22 @@ def fresh_cars(monkeypatch):
 
 def test_types_shapes_and_values():
     image, mask = render_scene(0, 4, size=SIZE)
-    assert image.shape == (80, 120, 3) and image.dtype == np.uint8
-    assert mask.shape == (80, 120) and mask.dtype == np.uint8
+    assert image.shape == (80, 120, 3)
+    assert image.dtype == np.uint8
+    assert mask.shape == (80, 120)
+    assert mask.dtype == np.uint8
     assert set(np.unique(mask)) == {0, 1}
 
 
 def test_kaggles_size_is_the_default():
     image, mask = render_scene(0)
-    assert image.shape == (1280, 1918, 3) and mask.shape == (1280, 1918)
+    assert image.shape == (1280, 1918, 3)
+    assert mask.shape == (1280, 1918)
 
 
 def test_same_arguments_same_scene():
     first = render_scene(3, 7, size=SIZE, seed=5)
-    synthetic._build.cache_clear()
+    synthetic.scene.build_car.cache_clear()
     again = render_scene(np.int64(3), 7, size=list(SIZE), seed=5)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -70,9 +73,9 @@ def test_car_view_and_seed_each_change_the_scene(other):
 
 
 def test_a_turn_of_the_table_keeps_car_and_studio():
-    synthetic._build.cache_clear()
+    synthetic.scene.build_car.cache_clear()
     pictures = [render_scene(2, view, size=SIZE)[0] for view in (1, 5, 9)]
-    assert synthetic._build.cache_info().misses == 1
+    assert synthetic.scene.build_car.cache_info().misses == 1
     corners = np.stack([picture[:20, :8].astype(int) for picture in pictures])  # wall, far from the car
     assert np.abs(corners - corners[0]).mean() < 6  # grain only
 
@@ -86,11 +89,12 @@ def test_views_show_front_sides_and_rear():
     left, right = (mask[:, mask.any(0)] for mask in (left, right))
     columns = min(left.shape[1], right.shape[1])
     flipped = dice(left[:, :columns], right[:, ::-1][:, :columns])
-    assert flipped > 0.95 and flipped > dice(left[:, :columns], right[:, :columns])
+    assert flipped > 0.95
+    assert flipped > dice(left[:, :columns], right[:, :columns])
 
 
 def test_tail_lights_turn_with_the_table(fresh_cars):
-    fresh_cars.setattr(synthetic, "_PAINTS", [(120, 120, 120)] * len(synthetic._PAINTS))
+    fresh_cars.setattr(synthetic.car, "PAINTS", [(weight, (120, 120, 120)) for weight, _ in synthetic.car.PAINTS])
 
     def red(view: int) -> np.ndarray:
         """Columns of red samples, from -1 at the car's left end to 1 at its right end."""
@@ -100,9 +104,12 @@ def test_tail_lights_turn_with_the_table(fresh_cars):
         return 2 * (found - columns[0]) / (columns[-1] - columns[0]) - 1
 
     assert red(1).size == 0
-    assert red(5).min() > 0.6 and red(13).max() < -0.6
-    assert red(7).max() > 0.3 and red(11).min() < -0.3
-    assert red(9).min() < -0.4 and red(9).max() > 0.4
+    assert red(5).min() > 0.6
+    assert red(13).max() < -0.6
+    assert red(7).max() > 0.3
+    assert red(11).min() < -0.3
+    assert red(9).min() < -0.4
+    assert red(9).max() > 0.4
 
 
 @pytest.mark.parametrize(("car", "view"), [(1, 1), (5, 4), (8, 11)])
@@ -111,7 +118,8 @@ def test_sizes_show_the_same_scene(car, view):
     small_image, small_mask = render_scene(car, view, size=(80, 120))
     share = mask.reshape(80, 4, 120, 4).mean((1, 3))
     assert dice(share >= 0.5, small_mask > 0) > 0.985
-    assert np.all(small_mask[share == 1] == 1) and np.all(small_mask[share == 0] == 0)
+    assert np.all(small_mask[share == 1] == 1)
+    assert np.all(small_mask[share == 0] == 0)
     reduced = image.reshape(80, 4, 120, 4, 3).mean((1, 3))
     assert np.abs(reduced - small_image).mean() < 5
 
@@ -119,28 +127,31 @@ def test_sizes_show_the_same_scene(car, view):
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 7), (33, 200), (200, 33), (96, 96), (101, 151)])
 def test_any_size(size):
     image, mask = render_scene(1, 4, size=size)
-    assert image.shape == (*size, 3) and mask.shape == size
+    assert image.shape == (*size, 3)
+    assert mask.shape == size
     assert mask.any()
 
 
 def test_cars_fill_the_picture_as_in_a_studio():
     shares = [render_scene(car, car % 16 + 1, size=(40, 60))[1].mean() for car in range(40)]
-    assert min(shares) > 0.08 and max(shares) < 0.4
+    assert min(shares) > 0.08
+    assert max(shares) < 0.4
     assert 0.15 < np.mean(shares) < 0.27
 
 
 def test_cars_are_whole_and_inside_the_picture():
     for car in range(30):
         _, mask = render_scene(car, 5, size=(40, 60))
-        assert not mask[[0, -1]].any() and not mask[:, [0, -1]].any()
+        assert not mask[[0, -1]].any()
+        assert not mask[:, [0, -1]].any()
 
 
 def test_cars_vary():
-    cars = [synthetic._design_car(np.random.default_rng(number)) for number in range(150)]
-    assert {car.body for car in cars} == set(synthetic._BODIES)
+    cars = [synthetic.car.design_car(np.random.default_rng(number)) for number in range(150)]
+    assert {car.body for car in cars} == set(synthetic.car.BODIES)
     assert len({car.paint[:3] for car in cars}) > 100
-    assert {car.spokes for car in cars} == {5, 6, 7, 10, 12}
-    assert {car.trim == synthetic._CHROME for car in cars} == {car.sunroof for car in cars} == {True, False}
+    assert {car.wheel.spokes for car in cars} == {5, 6, 7, 10, 12}
+    assert {car.trim == synthetic.car.CHROME for car in cars} == {car.sunroof for car in cars} == {True, False}
 
 
 # ---- the mask is exact ----
@@ -149,8 +160,8 @@ def test_cars_vary():
 @pytest.mark.parametrize(("car", "view"), [(0, 3), (6, 9), (9, 14)])
 def test_the_picture_differs_from_the_empty_studio_on_the_mask_only(monkeypatch, car, view):
     image, mask = render_scene(car, view, size=(160, 240))
-    nothing = Image.new("RGBA", (1, 1)), np.array([0, 0])
-    monkeypatch.setattr(synthetic, "_paint_car", lambda *_: nothing)
+    nothing = Image.new("RGBA", (1, 1)), (0, 0)
+    monkeypatch.setattr(synthetic.scene, "paint_car", lambda *_: nothing)
     empty, no_mask = render_scene(car, view, size=(160, 240))
     assert not no_mask.any()
     difference = np.abs(image.astype(int) - empty).max(-1)
@@ -160,8 +171,8 @@ def test_the_picture_differs_from_the_empty_studio_on_the_mask_only(monkeypatch,
 
 def test_the_mask_knows_nothing_of_colours(fresh_cars):
     image, mask = render_scene(6, 4, size=(160, 240))
-    fresh_cars.setattr(synthetic, "_PAINTS", [(40, 200, 60)] * len(synthetic._PAINTS))
-    synthetic._build.cache_clear()
+    fresh_cars.setattr(synthetic.car, "PAINTS", [(weight, (40, 200, 60)) for weight, _ in synthetic.car.PAINTS])
+    synthetic.scene.build_car.cache_clear()
     green, same = render_scene(6, 4, size=(160, 240))
     assert np.array_equal(mask, same)
     changed = np.abs(image.astype(int) - green).max(-1) > 0
@@ -171,8 +182,8 @@ def test_the_mask_knows_nothing_of_colours(fresh_cars):
 
 def test_the_mask_is_the_half_covered_pixels(monkeypatch):
     layers = []
-    paint = synthetic._paint_car
-    monkeypatch.setattr(synthetic, "_paint_car", lambda *given: layers.append(paint(*given)) or layers[-1])
+    paint = synthetic.scene.paint_car
+    monkeypatch.setattr(synthetic.scene, "paint_car", lambda *given: layers.append(paint(*given)) or layers[-1])
     _, mask = render_scene(4, 6, size=SIZE)
     layer, (left, top) = layers[0]
     alpha = np.zeros(SIZE)
@@ -182,9 +193,7 @@ def test_the_mask_is_the_half_covered_pixels(monkeypatch):
 
 
 def test_projection_is_that_of_a_pinhole():
-    camera = dataclasses.replace(
-        synthetic._design_studio(np.random.default_rng(0), (200, 300)).camera, shift=(0.0, 0.0)
-    )
+    camera = dataclasses.replace(synthetic.studio.design_studio(np.random.default_rng(0), (200, 300)).camera, shift=(0.0, 0.0))
     target = np.array([0.0, 0.0, 0.72])
     place, depth = camera.project(target)
     assert place == pytest.approx([150, 100])
@@ -234,6 +243,15 @@ def test_needs_numpy_and_pillow_only():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_each_room_knows_only_rooms_above_it():
+    rooms = re.findall(r"^- `(\w+)`:", synthetic.__doc__, re.MULTILINE)
+    files = {path.stem: path for path in Path(synthetic.__file__).parent.glob("*.py")}
+    assert {*rooms, "__init__"} == set(files)
+    for number, room in enumerate(rooms):
+        known = re.findall(r"^from \.(\w*) import", files[room].read_text("utf-8"), re.MULTILINE)
+        assert set(known) <= set(rooms[:number]), room
+
+
 # ---- files ----
 
 
@@ -262,10 +280,12 @@ def test_files_hold_the_scenes(tmp_path):
     [picture] = write_carvana(tmp_path, cars=[7], views=[12], size=(60, 90), seed=3)
     image, mask = render_scene(7, 12, size=(60, 90), seed=3)
     with Image.open(picture) as jpeg:
-        assert jpeg.format == "JPEG" and jpeg.mode == "RGB"
+        assert jpeg.format == "JPEG"
+        assert jpeg.mode == "RGB"
         assert np.abs(np.asarray(jpeg).astype(int) - image).mean() < 5
     with Image.open(tmp_path / "train_masks" / f"{picture.stem}_mask.gif") as gif:
-        assert gif.format == "GIF" and gif.mode == "P"
+        assert gif.format == "GIF"
+        assert gif.mode == "P"
         assert gif.getpalette()[:6] == [0, 0, 0, 255, 255, 255]
         assert np.array_equal(np.asarray(gif), mask)
         assert set(np.unique(np.asarray(gif.convert("L")))) == {0, 255}
