@@ -1,8 +1,8 @@
 """Segment pictures: a mask and an overlay for each.
 
-    python examples/segment.py                         # the sample picture beside this script
-    python examples/segment.py photo.jpg folder/       # pictures, or folders of them
-    python examples/segment.py --model runs/carvana/model photo.jpg
+python examples/segment.py                         # the sample picture beside this script
+python examples/segment.py photo.jpg folder/       # pictures, or folders of them
+python examples/segment.py --model runs/carvana/model photo.jpg
 """
 
 from __future__ import annotations
@@ -50,14 +50,16 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     stems = [path.stem for path in found]
     twice = next((path for path in found if stems.count(path.stem) > 1), None)
     if twice is not None:
-        sys.exit(f"two pictures are called {twice.stem!r}; their masks would overwrite each other. Segment them one after the other with --out")
+        sys.exit(
+            f"two pictures are called {twice.stem!r} and would share a mask file; segment them apart, each with its own --out"
+        )
     return found
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="*", default=[SAMPLE], help="pictures, or folders of them")
-    parser.add_argument("--model", default="carvana", help=f"zoo name ({', '.join(list_pretrained())}), folder, file or Hub repository")
+    parser.add_argument("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder or a file")
     parser.add_argument("--out", type=Path, default=Path("segmented"), help="folder for the masks and overlays")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)

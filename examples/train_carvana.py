@@ -5,8 +5,8 @@
     python examples/train_carvana.py --help
 
 `--data` holds `train/` and `train_masks/`, and `val/` and `val_masks/` or else one car in ten is set aside for validation.
-Kaggle's files of the Carvana Image Masking Challenge are `train_hq.zip` and `train_masks.zip`; accept the competition's rules there
-to download them. Each epoch writes a checkpoint and a model folder to `--out`; `--resume` goes on from the checkpoint.
+Kaggle's files of the Carvana Image Masking Challenge are `train_hq.zip` and `train_masks.zip`; accept the competition's rules
+there to download them. Each epoch writes a checkpoint and a model folder to `--out`; `--resume` goes on from the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
-from unetlib import BCEDiceLoss, CarvanaDataset, Preprocessing, SegmentationMetrics, UNet, split_by_car
-from unetlib.inference import iter_logits
+from unetlib import BCEDiceLoss, CarvanaDataset, Preprocessing, UNet, split_by_car
+from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import Resize, train_transform
 from unetlib.visualize import grid, mask_to_image
@@ -46,19 +46,15 @@ def main(argv: list[str] | None = None) -> None:
         color_jitter=args.color_jitter,
     )
     cached = [Cached(dataset, Resize(args.size), augment) for dataset in train_sets]
-    loader = DataLoader(
-        ConcatDataset(cached), args.batch_size, shuffle=True, drop_last=True, pin_memory=device.type == "cuda"
-    )
+    loader = DataLoader(ConcatDataset(cached), args.batch_size, shuffle=True, drop_last=True, pin_memory=device.type == "cuda")
     print(f"{len(loader.dataset)} pictures to train on, {len(val)} to validate on, {device}")
 
     # Model, loss, optimizer: the study's unless asked otherwise.
-    if args.init:
-        model = UNet.from_pretrained(args.init)
-    else:
-        model = UNet(features=args.features, bottleneck=args.bottleneck)
+    model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
     model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    loss_fn = BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size) if args.loss == "bce-dice" else torch.nn.BCEWithLogitsLoss()
+    bce_dice = BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
+    loss_fn = {"bce": torch.nn.BCEWithLogitsLoss(), "bce-dice": bce_dice}[args.loss]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     steps = args.epochs * len(loader)
     schedule = (
@@ -90,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
             with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
                 loss = loss_fn(model(images), masks)
             if not math.isfinite(loss.item()):
-                raise SystemExit(f"the loss is {loss.item()} at epoch {epoch}, step {step}; try a smaller --lr or --precision fp32")
+                raise SystemExit(
+                    f"the loss is {loss.item()} in epoch {epoch}, step {step}; try a smaller --lr or --precision fp32"
+                )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -108,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         save_whole(state, checkpoint)
         model.save_pretrained(args.out / "model")
         if epoch % args.validate_every == 0 or epoch == args.epochs:
-            scores = validate(model, val)
-            print(f"epoch {epoch}: " + ", ".join(f"{name} {value:.5f}" for name, value in scores.items()), flush=True)
+            scores = evaluate(model, val, progress=True)
+            shown = ", ".join(f"{name} {scores[name]:.5f}" for name in ("dice", "iou", "accuracy"))
+            print(f"epoch {epoch}: {shown}", flush=True)
             save_grid(model, val, args.out / "predictions.png")
     print(f"weights: {args.out / 'model'}; predictions beside the truth: {args.out / 'predictions.png'}")
 
@@ -155,16 +154,6 @@ class Cached(Dataset):
         return self.augment(*self.kept[index])
 
 
-def validate(model: UNet, dataset: CarvanaDataset) -> dict[str, float]:
-    """Scores at the pictures' own size."""
-    metrics = SegmentationMetrics()
-    images = (dataset[index][0] for index in range(len(dataset)))
-    for index, logits in enumerate(tqdm(iter_logits(model, images), total=len(dataset), desc="validation", mininterval=30)):
-        mask = torch.from_numpy(dataset[index][1]).to(logits.device)
-        metrics.update(logits[None], mask[None])
-    return metrics.compute()
-
-
 def save_grid(model: UNet, dataset: CarvanaDataset, path: Path, rows: int = 8) -> None:
     """A PNG with a picture, its true mask and the prediction in each row."""
     tiles = []
@@ -202,7 +191,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=float, default=0.1, help="share of a one-cycle schedule spent rising")
     add("--loss", choices=("bce", "bce-dice"), default="bce")
     add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice")
-    add("--border-size", type=int, default=41, metavar="PIXELS", help="odd window; a pixel is near an edge where it holds both classes")
+    add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that makes a pixel an edge pixel")
     add("--rotation", type=float, default=35.0, help="degrees either way")
     add("--horizontal-flip", type=float, default=0.5)
     add("--vertical-flip", type=float, default=0.1)

@@ -19,7 +19,22 @@ from unetlib import CarvanaDataset, UNet
 from unetlib.synthetic import write_carvana
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--features", "8", "16", "--size", "32", "48", "--batch-size", "2", "--epochs", "2", "--device", "cpu", "--precision", "fp32"]
+TINY = [
+    "--features",
+    "8",
+    "16",
+    "--size",
+    "32",
+    "48",
+    "--batch-size",
+    "2",
+    "--epochs",
+    "2",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
 
 
 def example(name):
@@ -67,7 +82,9 @@ def test_training_takes_a_real_folder_and_starts_from_weights(tmp_path):
     train = example("train_carvana").main
     train(["--data", str(data), "--out", str(tmp_path / "first"), *TINY])
     before = UNet.from_pretrained(tmp_path / "first/model").state_dict()
-    train(["--data", str(data), "--out", str(tmp_path / "next"), *TINY, "--init", str(tmp_path / "first/model"), "--lr", "1e-9"])
+    train(
+        ["--data", str(data), "--out", str(tmp_path / "next"), *TINY, "--init", str(tmp_path / "first/model"), "--lr", "1e-9"]
+    )
     after = UNet.from_pretrained(tmp_path / "next/model").state_dict()
     np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-7)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from unetlib import Preprocessing, UNet
-from unetlib.inference import iter_logits
+from unetlib.inference import evaluate, iter_logits
 
 
 @pytest.fixture
@@ -154,6 +154,24 @@ def test_iter_logits_reads_a_batch_at_a_time(model, picture):
     logits = iter_logits(model, pictures(), batch_size=2)
     assert next(logits).shape == (1, 37, 50)
     assert taken == [0, 1]
+
+
+def test_evaluate_scores_the_masks_that_predict_gives(model, capsys):
+    rng = np.random.default_rng(2)
+    pairs = [
+        (rng.integers(0, 256, (h, w, 3), np.uint8), rng.integers(0, 2, (h, w), np.uint8))
+        for h, w in ((9, 30), (20, 8), (9, 30))
+    ]
+    model.preprocessing = Preprocessing(size=(16, 16), threshold=0.47)
+    dice, right, pixels = [], 0, 0
+    for picture, mask in pairs:
+        found = model.predict(picture)
+        dice.append(2 * (found & mask).sum() / (found.sum() + mask.sum()))
+        right, pixels = right + (found == mask).sum(), pixels + mask.size
+    scores = evaluate(model, pairs, batch_size=2, progress=True)
+    assert scores["dice"] == pytest.approx(np.mean(dice), abs=1e-9)
+    assert scores["accuracy"] == pytest.approx(right / pixels, abs=1e-9)
+    assert "3/3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,7 @@ class CarvanaDataset(ImageMaskDataset):
 @overload
 def split_by_car(dataset: DatasetT, val_fraction: float = 0.1, seed: int = 0) -> tuple[DatasetT, DatasetT]: ...
 @overload
-def split_by_car(
-    dataset: Sequence[NameT], val_fraction: float = 0.1, seed: int = 0
-) -> tuple[list[NameT], list[NameT]]: ...
+def split_by_car(dataset: Sequence[NameT], val_fraction: float = 0.1, seed: int = 0) -> tuple[list[NameT], list[NameT]]: ...
 def split_by_car(dataset: Any, val_fraction: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
     """Split into training and validation so that no car is on both sides.
 
@@ -360,9 +358,7 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str],
     image_files, mask_files = _list_folder(image_dir), _list_folder(mask_dir)
     if image_dir.resolve() == mask_dir.resolve():
         if not mask_suffix:
-            raise ValueError(
-                f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar"
-            )
+            raise ValueError(f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar")
         image_files = [path for path in image_files if not path.stem.endswith(mask_suffix)]
         mask_files = [path for path in mask_files if path.stem.endswith(mask_suffix)]
     images, other_images = _by_stem(image_files, IMAGE_SUFFIXES)

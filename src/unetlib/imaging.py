@@ -21,9 +21,7 @@ from torch import Tensor
 Source: TypeAlias = "str | PathLike[str] | Image.Image"
 Color: TypeAlias = tuple[int, int, int]
 Classes: TypeAlias = dict["int | Color", int]
-MaskValues: TypeAlias = (
-    "Literal['nonzero'] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None"
-)
+MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None"
 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
@@ -140,7 +138,7 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
     """An array of pixels with its channels first, as PyTorch has them.
 
     Args:
-        array: (H, W) or (H, W, C); copied only where it is read-only or not contiguous, such as `numpy.asarray` of a PIL picture.
+        array: (H, W) or (H, W, C); copied only where read-only or not contiguous, such as `numpy.asarray` of a PIL picture.
 
     Returns:
         (C, H, W), with C = 1 for (H, W), in the array's type.

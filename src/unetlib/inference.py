@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import groupby, islice
 from os import PathLike
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,8 +37,8 @@ def predict(
 
     Args:
         model: the network; its `preprocessing` says how a picture becomes its input. Training mode and device stay as they are.
-        images: one picture or a list of them: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W) that
-            is uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
+        images: one picture or a list of them: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W),
+            uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
             into grey for a network of one.
         threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
         probabilities: return probabilities instead of classes.
@@ -46,9 +46,9 @@ def predict(
         progress: show a progress bar.
 
     Returns:
-        For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel); or
-        with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One result for one picture, a list
-        for a list.
+        For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel);
+        or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One result for one picture, a
+        list for a list.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
@@ -69,12 +69,8 @@ def predict(
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
     logits = iter_logits(model, pictures, batch_size=batch_size)
-    if progress:
-        from tqdm.auto import tqdm
-
-        logits = tqdm(logits, total=len(pictures), unit="picture")
     decide = _probabilities if probabilities else _classes
-    results = [decide(picture_logits, threshold) for picture_logits in logits]
+    results = [decide(one_logits, threshold) for one_logits in (_with_bar(logits, len(pictures)) if progress else logits)]
     return results[0] if one else results  # type: ignore[return-value]
 
 
@@ -109,6 +105,51 @@ def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) 
             batch, own_sizes = zip(*group)
             for logits, own_size in zip(_forward(model, torch.stack(batch)), own_sizes):
                 yield _resize(logits, own_size)
+
+
+def evaluate(
+    model: UNet, dataset: Iterable[tuple[Picture, ArrayLike]], *, batch_size: int = 4, progress: bool = False
+) -> dict[str, float]:
+    """Scores of a model on a data set, at the pictures' own size.
+
+    Args:
+        model: the network; its `preprocessing` applies, as in `predict`.
+        dataset: pairs of a picture, as in `predict`, and its mask (H, W): an `ImageMaskDataset` without a transform, for one.
+        batch_size: pictures in one forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
+
+    Example:
+        >>> from unetlib import UNet
+        >>> from unetlib.synthetic import render_scene
+        >>> scenes = [render_scene(car, size=(32, 48)) for car in range(3)]
+        >>> 0 <= evaluate(UNet(features=(8,)), scenes)["dice"] <= 1
+        True
+    """
+    from .metrics import SegmentationMetrics
+
+    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
+    masks: deque[ArrayLike] = deque()
+
+    def pictures() -> Iterator[Picture]:
+        for picture, mask in dataset:
+            masks.append(mask)
+            yield picture
+
+    logits = iter_logits(model, pictures(), batch_size=batch_size)
+    total = len(dataset) if isinstance(dataset, Sized) else None
+    for picture_logits in _with_bar(logits, total) if progress else logits:
+        mask = torch.as_tensor(masks.popleft(), device=picture_logits.device)
+        metrics.update(picture_logits[None], mask[None])
+    return metrics.compute()
+
+
+def _with_bar(items: Iterator[Tensor], total: int | None) -> Iterator[Tensor]:
+    from tqdm.auto import tqdm
+
+    yield from tqdm(items, total=total, unit="picture")
 
 
 def _read(picture: Picture, channels: int) -> Tensor:
@@ -150,7 +191,8 @@ def _match_channels(picture: Tensor, channels: int) -> Tensor:
     if found == 3 and channels == 1:
         from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-        return rgb_to_grayscale(picture)
+        grey: Tensor = rgb_to_grayscale(picture)
+        return grey
     raise ValueError(
         f"the picture has {found} channels, but the network takes {channels}; expected (H, W, {channels}) as an array or "
         f"({channels}, H, W) as a tensor"
@@ -174,7 +216,8 @@ def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:
         return picture
     from torchvision.transforms.v2.functional import resize_image
 
-    return resize_image(picture, list(size), antialias=True)
+    resized: Tensor = resize_image(picture, list(size), antialias=True)
+    return resized
 
 
 @torch.inference_mode()
@@ -188,7 +231,8 @@ def _forward(model: UNet, batch: Tensor) -> Tensor:
         for values in (model.preprocessing.mean, model.preprocessing.std)
     )
     with _eval_mode(model):
-        return model(((pixels - mean) / std).to(weight.dtype)).float()
+        logits: Tensor = model(((pixels - mean) / std).to(weight.dtype))
+    return logits.float()
 
 
 @contextmanager

@@ -74,10 +74,10 @@ def overlay(
     pixels = to_tensor(image).expand(3, -1, -1)
     classes = [index for index in np.unique(mask).tolist() if index]
     if not classes:
-        return pixels.permute(1, 2, 0).contiguous().numpy()
+        return _to_array(pixels)
     layers = torch.from_numpy(np.stack([mask == index for index in classes]))
     painted = draw_segmentation_masks(pixels, layers, alpha=alpha, colors=[colors[(i - 1) % len(colors)] for i in classes])
-    return painted.permute(1, 2, 0).contiguous().numpy()
+    return _to_array(painted)
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 4) -> NDArray[np.uint8]:
@@ -102,7 +102,12 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
     sheet = make_grid([to_tensor(picture).expand(3, -1, -1) for picture in pictures], nrow=columns, padding=gap, pad_value=255)
-    return sheet.permute(1, 2, 0).contiguous().numpy()
+    return _to_array(sheet)
+
+
+def _to_array(picture: torch.Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = picture.permute(1, 2, 0).contiguous().numpy()
+    return array
 
 
 def _check_mask(mask: NDArray[Any]) -> NDArray[Any]:
