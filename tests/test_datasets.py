@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
@@ -221,8 +220,7 @@ def test_check_reads_all_and_reports_once(folders):
     with pytest.raises(ValueError) as error:
         dataset.check()
     headings_and_files = [
-        line if line.endswith(":") else re.search(r"\w+\.(jpg|gif|png)", line)[0]
-        for line in str(error.value).splitlines()
+        line if line.endswith(":") else re.search(r"\w+\.(jpg|gif|png)", line)[0] for line in str(error.value).splitlines()
     ]
     assert headings_and_files[1:] == [
         "1 x unreadable picture:",
@@ -291,9 +289,7 @@ def test_a_v2_transform_gets_tv_tensors(folders):
 
 
 def test_a_v2_pipeline_moves_picture_and_mask_together(folders):
-    image, mask = CarvanaDataset(
-        *folders, v2.Compose([v2.RandomHorizontalFlip(1.0), v2.ToDtype(torch.float32, scale=True)])
-    )[0]
+    image, mask = CarvanaDataset(*folders, v2.Compose([v2.RandomHorizontalFlip(1.0), v2.ToDtype(torch.float32, scale=True)]))[0]
     plain_image, plain_mask = CarvanaDataset(*folders)[0]
     np.testing.assert_allclose(image, plain_image[:, ::-1].transpose(2, 0, 1) / 255, atol=1e-6)
     np.testing.assert_array_equal(mask, plain_mask[:, ::-1])

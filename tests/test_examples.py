@@ -104,7 +104,8 @@ def test_segmenting_files_and_folders(tmp_path, capsys):
     example("segment").main([*pictures, "--model", str(tmp_path / "model"), "--out", str(out), "--device", "cpu"])
     assert len(list(out.iterdir())) == 6
     mask = np.asarray(Image.open(out / "grey_mask.png"))
-    assert mask.shape == (20, 30) and set(np.unique(mask)) <= {0, 255}
+    assert mask.shape == (20, 30)
+    assert set(np.unique(mask)) <= {0, 255}
     assert Image.open(out / "grey_overlay.png").size == (30, 20)
     assert str(out / "grey_mask.png") in capsys.readouterr().out
 
@@ -138,8 +139,10 @@ def test_the_study_runs_with_its_imports_changed(tmp_path):
     losses = []
     for _ in range(2):
         for data, targets in loader:
-            assert data.shape == (2, 3, 32, 48) and data.dtype == torch.float32
-            assert targets.shape == (2, 32, 48) and set(targets.unique().tolist()) <= {0.0, 1.0}
+            assert data.shape == (2, 3, 32, 48)
+            assert data.dtype == torch.float32
+            assert targets.shape == (2, 32, 48)
+            assert set(targets.unique().tolist()) <= {0.0, 1.0}
             with torch.autocast("cuda", enabled=torch.cuda.is_available()):
                 loss = loss_fn(model(data), targets.float().unsqueeze(1))
             optimizer.zero_grad()

@@ -30,7 +30,8 @@ def logits_by_hand(model, picture):
 
 def test_the_mask_is_the_sign_of_the_logits(model, picture):
     mask = model.predict(picture)
-    assert mask.dtype == np.uint8 and mask.shape == (37, 50)
+    assert mask.dtype == np.uint8
+    assert mask.shape == (37, 50)
     assert (mask == (logits_by_hand(model, picture)[0] >= 0).numpy()).all()
 
 

@@ -167,9 +167,7 @@ def test_color_jitter_changes_the_picture_alone():
     assert 79 <= min(means) < 95 < 105 < max(means) <= 121
 
 
-@pytest.mark.parametrize(
-    "option", [{"rotation": -1}, {"horizontal_flip": 2}, {"vertical_flip": -1}, {"color_jitter": -1}]
-)
+@pytest.mark.parametrize("option", [{"rotation": -1}, {"horizontal_flip": 2}, {"vertical_flip": -1}, {"color_jitter": -1}])
 def test_options_out_of_range(option):
     with pytest.raises(ValueError):
         train_transform(**option)
