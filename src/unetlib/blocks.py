@@ -73,7 +73,8 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Return the level's features at the skip's height and width."""
         x = match_size(self.upsample(x), skip)  # (N, in, h, w) -> (N, skip, H, W)
-        return self.conv(torch.cat((skip, x), dim=1))  # (N, 2 * skip, H, W) -> (N, skip, H, W)
+        x = self.conv(torch.cat((skip, x), dim=1))  # (N, 2 * skip, H, W) -> (N, skip, H, W)
+        return x
 
 
 def match_size(x: Tensor, skip: Tensor) -> Tensor:
@@ -83,10 +84,20 @@ def match_size(x: Tensor, skip: Tensor) -> Tensor:
     """
     # In a captured graph the resize is always there: a branch on the sizes would tie an exported program to even ones.
     # Eager mode saves itself the copy.
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if captured or x.shape[-2:] != skip.shape[-2:]:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on the CPU, torch cannot do this in half precision
+        x = F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
     return x
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` that also takes a map of one pixel, as the bottleneck of the smallest pictures is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised map; of one pixel, the bias."""
+        cudnn = torch.backends.cudnn.enabled
+        return torch.instance_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps, cudnn)
 
 
 def make_norm(name: str, channels: int) -> nn.Module:
@@ -94,9 +105,9 @@ def make_norm(name: str, channels: int) -> nn.Module:
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    if name == "group":
-        return nn.GroupNorm(math.gcd(32, channels), channels)
+        return InstanceNorm(channels, affine=True)
+    if name == "group":  # 32 groups, fewer where a group would have less than two channels
+        return nn.GroupNorm(max(1, math.gcd(64, channels) // 2), channels)
     if name == "none":
         return nn.Identity()
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")

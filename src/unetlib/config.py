@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,8 +64,8 @@ class UNetConfig(_JSONConfig):
         out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
         features: width of each encoder level, the full-size level first; its length is the network's depth.
         bottleneck: width of the deepest block; None takes twice the last of `features`.
-        norm: "batch", "instance" (affine), "group" (32 groups, or the largest power of two that divides the width) or "none" (the
-            convolutions then have biases).
+        norm: "batch", "instance" (affine), "group" (32 groups, fewer where a group would have less than two channels) or "none"
+            (the convolutions then have biases).
         activation: "relu", "leaky_relu" (slope 0.1), "elu", "gelu" or "silu".
         dropout: probability of dropping a channel at the end of each double convolution, in [0, 1).
 
@@ -89,7 +89,7 @@ class UNetConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         """Check every field, and fill in the bottleneck."""
-        if isinstance(self.features, (str, bytes, Mapping)) or not hasattr(self.features, "__iter__"):
+        if not _is_sequence(self.features):
             raise ValueError(f"features must be a sequence of widths such as (64, 128, 256, 512), got {self.features!r}")
         object.__setattr__(self, "features", tuple(self.features))
         if not self.features:
@@ -120,9 +120,9 @@ class UNetConfig(_JSONConfig):
 class Preprocessing(_JSONConfig):
     """How a picture becomes the network's input, and its logits a mask; saved beside the weights.
 
-    Pixels are scaled to [0, 1], resized (bilinear, antialiased), then `(x - mean) / std` for each channel. Logits are resized back
-    to the picture's own size (bilinear) before the decision: `sigmoid(logit) >= threshold` for one output channel, the largest
-    logit for several.
+    Pixels are scaled to [0, 1], resized (bilinear, antialiased), then `(x - mean) / std` for each channel. Logits are resized
+    back to the picture's own size (bilinear) before the decision: `sigmoid(logit) >= threshold` for one output channel, the
+    largest logit for several.
 
     Args:
         size: (height, width) every picture is resized to; None leaves that to `scale`.
@@ -150,7 +150,7 @@ class Preprocessing(_JSONConfig):
     def __post_init__(self) -> None:
         """Check every field."""
         if self.size is not None:
-            size = tuple(self.size) if hasattr(self.size, "__iter__") else (self.size,)
+            size = tuple(self.size) if _is_sequence(self.size) else (self.size,)
             if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
                 raise ValueError(f"size must be (height, width) in pixels, two positive integers, got {self.size!r}")
             object.__setattr__(self, "size", size)
@@ -161,7 +161,7 @@ class Preprocessing(_JSONConfig):
                 raise ValueError(f"scale must be a positive number, got {self.scale!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            values = tuple(values) if hasattr(values, "__iter__") and not isinstance(values, str) else (values,)
+            values = tuple(values) if _is_sequence(values) else (values,)
             if not values or not all(_is_number(v) for v in values):
                 raise ValueError(f"{name} must be one finite number for each input channel, got {getattr(self, name)!r}")
             object.__setattr__(self, name, values)
@@ -171,7 +171,7 @@ class Preprocessing(_JSONConfig):
             raise ValueError(f"threshold must be a probability in (0, 1), got {self.threshold!r}")
         if self.class_names is not None:
             names = self.class_names
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            if not _is_sequence(names) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"class_names must be a sequence of strings, background first, got {names!r}")
             object.__setattr__(self, "class_names", tuple(names))
 
@@ -197,6 +197,10 @@ class Preprocessing(_JSONConfig):
                 f"class_names has {len(self.class_names)} names, but {out_channels} output channels make {classes} classes "
                 f"(background included); give {classes} names or None"
             )
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
 def _is_number(value: object) -> bool:

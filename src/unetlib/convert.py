@@ -1,7 +1,7 @@
 """Other projects' U-Net checkpoints, recognised by their keys and renamed to ours.
 
-One `Family` for each layout: a table of key patterns, and what its project's preprocessing is. What the table does not match exactly
-is refused, never guessed.
+One `Family` for each layout: a table of key patterns, and what its project's preprocessing is. What the table does not match
+exactly is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Family:
 
     Args:
         name: what error messages call it.
-        keys: (pattern, replacement) pairs; a key belongs to the first pattern that matches all of it. In a replacement, `{level}` is
-            the group of that name as a number, `{half}` that number halved, and `{layer}` the group `layer` put through `layers`.
+        keys: (pattern, replacement) pairs; a key belongs to the first pattern that matches all of it. In a replacement,
+            `{level}` is the group of that name as a number, `{half}` that number halved, and `{layer}` the group `layer` put
+            through `layers`.
         layers: the family's names for the layers of a double convolution, and ours.
         preprocessing: what the project does to a picture before its network.
     """
@@ -89,7 +90,7 @@ def convert(checkpoint: Mapping[str, Any]) -> Converted:
         >>> convert({"final_conv.weight": torch.zeros(1, 64, 1, 1)})
         Traceback (most recent call last):
         ...
-        ValueError: the study checkpoint lacks the tensor that becomes encoder.0.conv1.weight, so its network cannot be told
+        ValueError: the study checkpoint lacks the 4-D tensor for encoder.0.conv1.weight, so its network cannot be told
     """
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping) or not state:
@@ -101,16 +102,20 @@ def convert(checkpoint: Mapping[str, Any]) -> Converted:
             tensors = {family.rename(key) or key: value for key, value in state.items()}
             return Converted(family.name, _infer_config(family, state, tensors), tensors, family.preprocessing)
         tried.append(f"{family.name} (no such key: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''})")
-    raise ValueError(f"this checkpoint of {len(state)} entries is of no known family; tried {'; '.join(tried)}")
+    own = "bottleneck.conv1.weight" in state  # the activation cannot be told from tensors
+    raise ValueError(
+        f"this checkpoint of {len(state)} entries is of no known family; tried {'; '.join(tried)}"
+        + ("; it looks like a unetlib UNet's: build that UNet, then call load_state_dict and save_pretrained" if own else "")
+    )
 
 
 def _infer_config(family: Family, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> UNetConfig:
     """The network that these tensors belong to, read off their shapes."""
-    depth = 1 + max((int(key.split(".")[1]) for key in tensors if key.startswith("encoder.")), default=-1)
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("encoder.")})
     needed = ["encoder.0.conv1.weight", *(f"encoder.{level}.conv2.weight" for level in range(depth))]
     for name in (*needed, "bottleneck.conv2.weight", "head.weight"):
-        if name not in tensors:
-            raise ValueError(f"the {family.name} checkpoint lacks the tensor that becomes {name}, so its network cannot be told")
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(f"the {family.name} checkpoint lacks the 4-D tensor for {name}, so its network cannot be told")
     return UNetConfig(
         in_channels=tensors["encoder.0.conv1.weight"].shape[1],
         out_channels=tensors["head.weight"].shape[0],

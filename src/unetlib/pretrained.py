@@ -1,8 +1,8 @@
 """Weights by name: finding, reading and writing a model folder.
 
-A model folder holds `config.json`, `model.safetensors` and `README.md` (the model card). The config is repeated in the safetensors
-header, so that the weights file alone is enough. Nothing is ever unpickled into code: safetensors, or `torch.load` with
-`weights_only=True`.
+A model folder holds `config.json`, `model.safetensors` and `README.md` (the model card). The config is repeated in the
+safetensors header, so that the weights file alone is enough. Nothing is ever unpickled into code: safetensors, or `torch.load`
+with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .config import Preprocessing, UNetConfig
@@ -34,7 +34,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin")
 
 
 class Pretrained(NamedTuple):
-    """What a name stands for: a network's config, its tensors by name, and its preprocessing."""
+    """What a name stands for: a network's config, its tensors by name as they are stored, and its preprocessing."""
 
     config: UNetConfig
     state_dict: dict[str, Tensor]
@@ -62,9 +62,9 @@ def load_pretrained(
 ) -> Pretrained:
     """Find and read a model; `UNet.from_pretrained` builds the network from it.
 
-    The form of `name` decides where it is looked for, so that a folder called `carvana` in the working directory never stands in
-    for the zoo's model: a bare word is a zoo name; a path object, or a string with a separator or a file suffix, is a file or folder;
-    `owner/name` that is no such folder is a Hugging Face Hub repository.
+    The form of `name` decides where it is looked for, so that a folder called `carvana` in the working directory never stands
+    in for the zoo's model: a bare word is a zoo name; a path object, or a string with a separator or the suffix of a weights
+    file, is a path; `owner/name` that is no such folder is a Hugging Face Hub repository.
 
     Args:
         name: zoo name, path or Hub repository.
@@ -83,9 +83,7 @@ def load_pretrained(
         return _load_path(Path(name))
     if name in list_pretrained():
         return _load_path(ZOO / name)
-    if _is_path(name) and (Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or _is_file_name(name)):
-        return _load_path(Path(name))
-    if "/" in name:
+    if _is_repository(name) and not Path(name).exists():
         return _load_hub(
             name,
             revision=revision,
@@ -94,6 +92,8 @@ def load_pretrained(
             local_files_only=local_files_only,
             force_download=force_download,
         )
+    if "/" in name or os.sep in name or _is_file_name(name):
+        return _load_path(Path(name))
     near = difflib.get_close_matches(name, list_pretrained(), n=1)
     raise ValueError(
         f"no model is called {name!r}; the zoo has: {', '.join(list_pretrained()) or 'no models'}."
@@ -107,13 +107,13 @@ def save_pretrained(
 ) -> Path:
     """Write a model folder: `config.json`, `model.safetensors` and `README.md`.
 
-    Each file is written beside and renamed, so that an interrupted call leaves no half file.
+    All files are written before the first takes its name, so that a call that fails leaves the folder as it was.
 
     Args:
         model: the network to save.
         folder: where to; made where it does not exist.
-        dtype: type in which convolution weights are stored (`torch.float16` halves the file); None keeps theirs. Everything of one
-            dimension (biases, norms) keeps its type. Loading gives float32 again.
+        dtype: type in which convolution weights are stored (`torch.float16` halves the file); None keeps theirs. Everything of
+            one dimension (biases, norms) keeps its type. Loading gives float32 again.
         card: text of the model card; None writes a short one, unless the folder has a card already.
 
     Returns:
@@ -130,8 +130,8 @@ def save_pretrained(
         ...     sorted(path.name for path in UNet(features=(8,)).save_pretrained(folder).iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating point type such as torch.float16, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point type such as torch.float16, got {dtype!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
@@ -146,16 +146,21 @@ def save_pretrained(
         key: (value.to(dtype) if dtype is not None and value.ndim > 1 else value).detach().cpu().contiguous()
         for key, value in model.state_dict().items()
     }
-    _write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", "unetlib": text}))
-    _write_whole(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    if card is not None or not (folder / CARD).exists():
-        card = card or _default_card(model, folder.name)
-        _write_whole(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    if card is None and not (folder / CARD).exists():
+        card = _default_card(model, folder.resolve().name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        made = Path(name)
+        (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt", "unetlib": text}))
+        (made / CONFIG).write_text(text + "\n", encoding="utf-8")
+        if card is not None:
+            (made / CARD).write_text(card, encoding="utf-8")
+        for file in made.iterdir():
+            file.replace(folder / file.name)
     return folder
 
 
-def _is_path(name: str) -> bool:
-    return "/" in name or os.sep in name or _is_file_name(name)
+def _is_repository(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not _is_file_name(name)
 
 
 def _is_file_name(name: str) -> bool:
@@ -168,45 +173,55 @@ def _load_path(path: Path) -> Pretrained:
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}")
-        return _load_safetensors(path / WEIGHTS, (path / CONFIG).read_text(encoding="utf-8"))
+        return _load_safetensors(path / WEIGHTS, (path / CONFIG).read_bytes())
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {', '.join(list_pretrained())}")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(
-            f"{path} is no weights file by its name; expected .safetensors, or a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}"
+            f"{path} is no weights file by its name; expected .safetensors, or a checkpoint ending in "
+            + ", ".join(CHECKPOINT_SUFFIXES)
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, for code in a pickle as for a damaged file
+        code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: {str(error).splitlines()[0]} "
-            "Code in a checkpoint is never run; save its state dict alone with torch.save(model.state_dict(), path)"
+            f"{path} cannot be read as a checkpoint of tensors and plain values: "
+            + (
+                f"it asks for the code {code[1]}, and code in a checkpoint is never run; "
+                "save its state dict alone with torch.save(model.state_dict(), path)"
+                if code
+                else f"it is damaged, or something else ({type(error).__name__})"
+            )
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict or a dictionary that has one")
     return _convert(checkpoint, path)
 
 
-def _load_safetensors(path: Path, config: str | None = None) -> Pretrained:
+def _load_safetensors(path: Path, config: str | bytes | None = None) -> Pretrained:
     try:
         with safe_open(path, framework="pt") as file:
-            config = config or (file.metadata() or {}).get("unetlib")
+            header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dictionary
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
     if config is None:
+        config = header.get("unetlib")
+    if config is None:
         return _convert(tensors, path)
     try:
         values = json.loads(config)
+        if not isinstance(values, dict) or "model" not in values:
+            raise ValueError("expected a JSON object with 'model' and 'preprocessing'")
         model = UNetConfig.from_dict(values["model"])
         preprocessing = Preprocessing.from_dict(values.get("preprocessing", {}))
         preprocessing.check_channels(model.in_channels, model.out_channels)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"the config of {path} is not one of a U-Net: {error}") from error
-    # Half precision is a way of storing; networks start in float32.
-    return Pretrained(model, {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}, preprocessing)
+    return Pretrained(model, tensors, preprocessing)
 
 
 def _convert(checkpoint: Mapping[str, Any], path: Path) -> Pretrained:
@@ -219,35 +234,25 @@ def _convert(checkpoint: Mapping[str, Any], path: Path) -> Pretrained:
 
 def _load_hub(repo: str, **options: Any) -> Pretrained:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         config = hf_hub_download(repo, CONFIG, **options)
         weights = hf_hub_download(repo, WEIGHTS, **options)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the client raises its own kinds and those of the HTTP library under it
         raise OSError(
-            f"cannot get {CONFIG} and {WEIGHTS} of {repo!r} from the Hugging Face Hub: {str(error).splitlines()[0]} "
-            f"Without a network, name a model of the zoo ({', '.join(list_pretrained())}) or a local folder"
+            f"there is no folder {repo!r}, and the Hugging Face Hub gave no {CONFIG} and {WEIGHTS} of that name: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]} "
+            f"Without a network, name a model of the zoo ({', '.join(list_pretrained())}) or a local folder."
         ) from error
-    return _load_safetensors(Path(weights), Path(config).read_text(encoding="utf-8"))
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return _load_safetensors(Path(weights), Path(config).read_bytes())
 
 
 def _default_card(model: UNet, name: str) -> str:
     config, preprocessing = model.config, model.preprocessing
-    size = "at its own size" if preprocessing.size is None else "at {}x{}".format(*preprocessing.size)
+    if preprocessing.size is not None:
+        size = "at {}x{}".format(*preprocessing.size)
+    else:
+        size = "at its own size" if preprocessing.scale is None else f"at {preprocessing.scale} times its size"
     return f"""---
 library_name: unetlib
 pipeline_tag: image-segmentation

@@ -1,12 +1,13 @@
 """The U-Net, readable in one sitting.
 
-Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015 (arXiv:1505.04597),
-with padded convolutions, batch norm, and any input size.
+Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015
+(arXiv:1505.04597), with padded convolutions, batch norm, and any input size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,22 +69,20 @@ class UNet(nn.Module):
         self.config = UNetConfig(
             in_channels=in_channels,
             out_channels=out_channels,
-            features=tuple(features),
-            bottleneck=bottleneck,  # type: ignore[arg-type]  # None is filled in by UNetConfig
+            features=features,  # type: ignore[arg-type]  # UNetConfig makes it a tuple,
+            bottleneck=bottleneck,  # type: ignore[arg-type]  # and fills in None
             norm=norm,
             activation=activation,
             dropout=dropout,
         )
         self._preprocessing = Preprocessing()
-        widths = (*self.config.features, self.config.bottleneck)
+        widths, deepest = self.config.features, self.config.bottleneck
         options: dict[str, Any] = {"norm": norm, "activation": activation, "dropout": dropout}
 
-        self.encoder = nn.ModuleList(
-            DoubleConv(before, width, **options) for before, width in zip((in_channels, *widths), widths[:-1])
-        )
-        self.bottleneck = DoubleConv(widths[-2], widths[-1], **options)
+        self.encoder = nn.ModuleList(DoubleConv(before, width, **options) for before, width in pairwise((in_channels, *widths)))
+        self.bottleneck = DoubleConv(widths[-1], deepest, **options)
         self.decoder = nn.ModuleList(  # the deepest level first
-            Up(deeper, width, **options) for width, deeper in reversed(list(zip(widths, widths[1:])))
+            Up(deeper, width, **options) for deeper, width in pairwise((deepest, *reversed(widths)))
         )
         self.head = nn.Conv2d(widths[0], out_channels, kernel_size=1)
 
@@ -122,9 +121,9 @@ class UNet(nn.Module):
         """A trained network by name, in evaluation mode.
 
         Args:
-            name: decided by its form: a name of the zoo (`list_pretrained()`); a model folder or weights file, as a path object or a
-                string with a separator or suffix; or `owner/name` on the Hugging Face Hub. A file is one of ours, or a checkpoint
-                of a family that `unetlib.convert` knows.
+            name: decided by its form: a name of the zoo (`list_pretrained()`); a model folder or weights file, as a path object
+                or a string with a separator or suffix; or `owner/name` on the Hugging Face Hub. A file is one of ours, or a
+                checkpoint of a family that `unetlib.convert` knows.
             revision: branch, tag or commit of a Hub repository.
             cache_dir: folder of the Hub's cache.
             token: Hub token; None takes the one that is logged in.
@@ -158,7 +157,7 @@ class UNet(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"the weights of {str(name)!r} do not fit their config: {error}") from error
         model.preprocessing = found.preprocessing
-        return model.to(device).eval()
+        return model.float().to(device).eval()  # half precision is a way of storing; networks start in float32
 
     def save_pretrained(
         self, folder: str | PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
@@ -189,16 +188,16 @@ class UNet(nn.Module):
         """Segment one picture or a list of them; see `unetlib.inference.predict`.
 
         Args:
-            images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1]; or a
-                list of these, of any sizes.
+            images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1];
+                or a list of these, of any sizes.
             threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
             probabilities: return float32 probabilities instead of classes.
             batch_size: pictures in one forward pass.
             progress: show a progress bar.
 
         Returns:
-            For each picture, at its own height and width: a uint8 array (H, W) of class indices; or, with `probabilities`, float32
-            (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list.
+            For each picture, at its own height and width: a uint8 array (H, W) of class indices; or, with `probabilities`,
+            float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list.
 
         Example:
             >>> import numpy as np
@@ -207,9 +206,7 @@ class UNet(nn.Module):
         """
         from .inference import predict
 
-        return predict(
-            self, images, threshold=threshold, probabilities=probabilities, batch_size=batch_size, progress=progress
-        )
+        return predict(self, images, threshold=threshold, probabilities=probabilities, batch_size=batch_size, progress=progress)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures.
@@ -232,7 +229,8 @@ class UNet(nn.Module):
         x = self.bottleneck(x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
         for up, skip in zip(self.decoder, reversed(skips)):
             x = up(x, skip)  # (N, deeper, h, w) -> the skip's shape
-        return self.head(x)  # (N, features[0], H, W) -> (N, out_channels, H, W)
+        x = self.head(x)  # (N, features[0], H, W) -> (N, out_channels, H, W)
+        return x
 
     def _check_input(self, x: Tensor) -> None:
         smallest = 2**self.config.depth

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from unetlib import Preprocessing, UNetConfig
+from unetlib.config import ACTIVATIONS, NORMS
+
+# --- UNetConfig
+
+
+def test_the_defaults_are_the_studys_network():
+    assert UNetConfig().to_dict() == {
+        "in_channels": 3,
+        "out_channels": 1,
+        "features": [64, 128, 256, 512],
+        "bottleneck": 1024,
+        "norm": "batch",
+        "activation": "relu",
+        "dropout": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("in_channels", 0, "positive integer"),
+        ("in_channels", True, "positive integer"),
+        ("in_channels", "3", "positive integer"),
+        ("out_channels", -1, "positive integer"),
+        ("out_channels", 1.0, "positive integer"),
+        ("features", 64, "sequence of widths"),
+        ("features", "64", "sequence of widths"),
+        ("features", {64: 128}, "sequence of widths"),
+        ("features", (), "at least one width"),
+        ("features", None, "sequence of widths"),
+        ("bottleneck", 0, "positive integer"),
+        ("bottleneck", 12.5, "positive integer"),
+        ("norm", "layer", "batch, instance, group, none"),
+        ("norm", None, "batch, instance, group, none"),
+        ("activation", "swish", "relu, leaky_relu, elu, gelu, silu"),
+        ("dropout", 1.0, "in [0, 1)"),
+        ("dropout", -0.1, "in [0, 1)"),
+        ("dropout", float("nan"), "in [0, 1)"),
+        ("dropout", "half", "in [0, 1)"),
+        ("dropout", False, "in [0, 1)"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value_and_what_was_expected(field, value, expected):
+    with pytest.raises(ValueError) as error:  # the message is checked in three parts
+        UNetConfig(**{field: value})
+    assert str(error.value).startswith(field)
+    assert expected in str(error.value)
+    if value != ():
+        assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [0, -4, 2.0, "16", None, True])
+def test_a_bad_width_is_named_by_its_level(bad):
+    with pytest.raises(ValueError, match=r"features\[1\] must be a positive integer, got"):
+        UNetConfig(features=(8, bad))
+
+
+def test_the_bottleneck_is_twice_the_deepest_level_unless_given():
+    assert UNetConfig(features=(8, 24, 16)).bottleneck == 32
+    assert UNetConfig(features=(8, 24, 16), bottleneck=5).bottleneck == 5
+
+
+def test_depth_is_the_number_of_levels():
+    assert [UNetConfig(features=(8,) * levels).depth for levels in (1, 4, 7)] == [1, 4, 7]
+
+
+@pytest.mark.parametrize("config", [UNetConfig(), Preprocessing()])
+def test_configs_are_frozen_and_hashable(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, 5)
+    assert hash(config) == hash(type(config)())
+
+
+def test_lists_become_tuples_so_that_equal_configs_are_equal():
+    assert UNetConfig(features=[8, 16]) == UNetConfig(features=(8, 16))
+    assert Preprocessing(size=[4, 6], mean=[0.5], std=[2], class_names=["a", "b"]) == Preprocessing(
+        size=(4, 6), mean=0.5, std=2.0, class_names=("a", "b")
+    )
+
+
+widths = st.integers(1, 2048)
+unet_configs = st.builds(
+    UNetConfig,
+    in_channels=widths,
+    out_channels=widths,
+    features=st.lists(widths, min_size=1, max_size=8),
+    bottleneck=st.none() | widths,
+    norm=st.sampled_from(NORMS),
+    activation=st.sampled_from(ACTIVATIONS),
+    dropout=st.floats(0, 1, exclude_max=True),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(unet_configs)
+def test_a_unet_config_survives_json(config):
+    assert UNetConfig.from_json(config.to_json()) == config
+    assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# --- Preprocessing
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(0, 1e6, exclude_min=True)
+preprocessings = st.builds(
+    lambda size_or_scale, **rest: Preprocessing(**size_or_scale, **rest),
+    st.fixed_dictionaries({"size": st.tuples(widths, widths)}) | st.fixed_dictionaries({"scale": positive}) | st.just({}),
+    mean=st.lists(finite, min_size=1, max_size=4),
+    std=st.lists(positive, min_size=1, max_size=4),
+    threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    class_names=st.none() | st.lists(st.text('car é"\\'), max_size=3),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(preprocessings)
+def test_a_preprocessing_survives_json(preprocessing):
+    assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("size", 640, "(height, width)"),
+        ("size", (640,), "(height, width)"),
+        ("size", (640, 0), "(height, width)"),
+        ("size", (640.0, 960.0), "(height, width)"),
+        ("size", (True, True), "(height, width)"),
+        ("size", "ab", "(height, width)"),
+        ("scale", 0, "positive number"),
+        ("scale", float("inf"), "positive number"),
+        ("scale", "0.5", "positive number"),
+        ("mean", (), "one finite number for each input channel"),
+        ("mean", "0.5", "one finite number for each input channel"),
+        ("mean", (0.5, None), "one finite number for each input channel"),
+        ("mean", None, "one finite number for each input channel"),
+        ("std", (1.0, float("nan")), "one finite number for each input channel"),
+        ("std", (1.0, 0.0), "positive"),
+        ("std", -1, "positive"),
+        ("threshold", 0, "in (0, 1)"),
+        ("threshold", 1.0, "in (0, 1)"),
+        ("threshold", float("nan"), "in (0, 1)"),
+        ("threshold", None, "in (0, 1)"),
+        ("class_names", "car", "sequence of strings"),
+        ("class_names", ("background", 1), "sequence of strings"),
+        ("class_names", 2, "sequence of strings"),
+    ],
+)
+def test_bad_preprocessing_is_named_with_what_was_expected(field, value, expected):
+    with pytest.raises(ValueError) as error:  # the message is checked in two parts
+        Preprocessing(**{field: value})
+    assert str(error.value).startswith(field)
+    assert expected in str(error.value)
+
+
+def test_size_and_scale_exclude_each_other():
+    with pytest.raises(ValueError, match=r"size or scale, not both: got size=\(4, 6\) and scale=0.5"):
+        Preprocessing(size=(4, 6), scale=0.5)
+
+
+def test_one_mean_and_std_serve_every_channel_and_others_must_be_as_many_as_channels():
+    Preprocessing(mean=0.5, std=0.25).check_channels(in_channels=5, out_channels=1)
+    Preprocessing(mean=(0.1, 0.2, 0.3), std=2).check_channels(in_channels=3, out_channels=1)
+    with pytest.raises(ValueError, match="mean has 3 numbers, but the network has 4 input channels; give 1 or 4"):
+        Preprocessing(mean=(0.1, 0.2, 0.3)).check_channels(in_channels=4, out_channels=1)
+    with pytest.raises(ValueError, match="std has 3 numbers, but the network has 1 input channels"):
+        Preprocessing(std=(0.1, 0.2, 0.3)).check_channels(in_channels=1, out_channels=1)
+
+
+@pytest.mark.parametrize(("out_channels", "classes"), [(1, 2), (2, 2), (5, 5)])
+def test_class_names_count_the_background(out_channels, classes):
+    Preprocessing(class_names=("x",) * classes).check_channels(3, out_channels)
+    with pytest.raises(ValueError, match=f"class_names has {classes + 1} names.*give {classes} names or None"):
+        Preprocessing(class_names=("x",) * (classes + 1)).check_channels(3, out_channels)
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("cls", [UNetConfig, Preprocessing])
+def test_an_unknown_field_is_named_beside_the_known_ones(cls):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} does not know \['colour'\]; its fields are .*upgrade"):
+        cls.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize("cls", [UNetConfig, Preprocessing])
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "{", ""])
+def test_json_that_is_no_object_is_refused(cls, text):
+    with pytest.raises(ValueError, match=r"expects a JSON object|Expecting"):
+        cls.from_json(text)
+
+
+@pytest.mark.parametrize("cls", [UNetConfig, Preprocessing])
+def test_fields_left_out_take_their_defaults(cls):
+    assert cls.from_json("{}") == cls()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import unetlib
+
+SOURCE = Path(unetlib.__file__).parent
+FILES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+    if path != SOURCE / "__init__.py"
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+# --- imports are light and silent
+
+
+def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
+    done = run("import json, sys, unetlib; print(json.dumps(sorted(sys.modules)))")
+    assert done.stderr == ""
+    loaded = set(json.loads(done.stdout))  # one line of JSON and nothing else
+    assert "unetlib" in loaded
+    assert not loaded & {"torch", "torchvision", "PIL", "numpy", "huggingface_hub", "safetensors", "matplotlib", "tqdm"}
+
+
+def test_a_network_by_name_needs_neither_torchvision_nor_pillow_nor_the_hub():
+    done = run(
+        "import json, sys\n"
+        "from unetlib import UNet, list_pretrained\n"
+        "UNet(features=(2,)); list_pretrained()\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert done.stderr == ""
+    loaded = set(json.loads(done.stdout))
+    assert {"torch", "safetensors"} <= loaded
+    assert not loaded & {"torchvision", "PIL", "huggingface_hub", "matplotlib", "torch._dynamo"}
+
+
+# --- public names
+
+
+@pytest.mark.parametrize("name", unetlib.__all__)
+def test_every_public_name_resolves(name):
+    value = getattr(unetlib, name)
+    assert name in dir(unetlib)
+    assert getattr(value, "__name__", "").rpartition(".")[2] == name
+    assert value.__doc__
+
+
+def test_public_names_are_listed_once():
+    assert len(set(unetlib.__all__)) == len(unetlib.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'unetlib' has no attribute 'Unet'"):
+        unetlib.Unet  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_the_lazy_table_gives():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {(node.module, alias.asname or alias.name) for node in block.body for alias in node.names}
+    assert seen == {(module, name) for name, module in unetlib._HOME_OF.items()} | {(None, name) for name in unetlib._MODULES}
+
+
+def test_the_table_names_each_things_own_module():
+    for name, module in unetlib._HOME_OF.items():
+        assert getattr(unetlib, name).__module__ == f"unetlib.{module}"
+
+
+# --- arrows point one way: config, blocks, losses, metrics, datasets and transforms know nothing of those above them
+
+ABOVE = {"unet", "convert", "pretrained", "inference", "visualize"}
+
+
+def imported(module: str, *, functions: bool = False) -> Iterator[str]:
+    """What a module imports: unetlib's own modules as `.name`, of others the first part; not those for type checkers."""
+    package = module.split(".") if FILES[module].stem == "__init__" else module.split(".")[:-1]
+    pending: list[ast.AST] = [ast.parse(FILES[module].read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                path = alias.name.split(".")
+                if isinstance(node, ast.ImportFrom):
+                    inside = ["unetlib", *package[: len(package) - node.level + 1]] if node.level else []
+                    path = [*inside, *(node.module or "").split("."), alias.name] if node.module else [*inside, alias.name]
+                if path[0] != "unetlib":
+                    yield path[0]
+                    continue
+                while path[1:] and ".".join(path[1:]) not in FILES:
+                    name = path.pop()  # a name in the module before it, or one of the package's public names
+                yield "." + (".".join(path[1:]) or unetlib._HOME_OF.get(name, name))
+        elif functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def own(module: str, *, functions: bool = False) -> set[str]:
+    return {name[1:] for name in imported(module, functions=functions) if name.startswith(".")}
+
+
+def test_imports_are_read():
+    assert own("unet") == {"blocks", "config"}
+    assert own("unet", functions=True) == {"blocks", "config", "inference", "pretrained"}
+    assert "torch" in set(imported("blocks"))
+
+
+def test_config_imports_the_standard_library_alone():
+    assert set(imported("config", functions=True)) <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [("config", set()), ("blocks", {"config"}), ("unet", {"blocks", "config"}), ("convert", {"config"})],
+)
+def test_the_networks_modules_import_only_what_is_below_them(module, allowed):
+    assert own(module) <= allowed
+
+
+@pytest.mark.parametrize("module", ["config", "blocks", "losses", "metrics", "datasets", "transforms"])
+def test_the_ground_floor_knows_nothing_of_those_above(module):
+    reached, pending = set(), {module}
+    while pending:
+        reached |= pending
+        pending = {name for below in pending for name in own(below, functions=True)} - reached
+    assert not reached & ABOVE
+
+
+@pytest.mark.parametrize("module", ["pretrained", "inference"])
+def test_loading_and_predicting_are_handed_a_model(module):
+    assert "unet" not in own(module, functions=True)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    order = graphlib.TopologicalSorter({module: own(module) for module in FILES}).static_order()
+    assert {"unet", "pretrained", "datasets"} <= set(order)  # a circle raises CycleError

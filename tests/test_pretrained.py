@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from study import StudyUNet, randomize
+
+from unetlib import Preprocessing, UNet, list_pretrained, pretrained
+
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.fixture
+def model() -> UNet:
+    model = randomize(UNet(2, 3, (4, 6), bottleneck=5, norm="batch", activation="silu", dropout=0.25))
+    model.preprocessing = Preprocessing(size=(24, 40), mean=(0.4, 0.5), std=0.25, class_names=("sky", "road", "car"))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path, model) -> Path:
+    return model.save_pretrained(tmp_path / "saved")
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch) -> Path:
+    """A zoo of two models, which differ in their features."""
+    zoo = tmp_path / "zoo"
+    for name, features in (("carvana", (3,)), ("carvana-small", (2,))):
+        randomize(UNet(features=features)).save_pretrained(zoo / name)
+    (zoo / "no-model").mkdir()
+    monkeypatch.setattr(pretrained, "ZOO", zoo)
+    return zoo
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Neither the Hub's client nor a connection."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it raises ImportError
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def assert_same(model: UNet, other: UNet, exact: bool = True) -> None:
+    assert model.config == other.config
+    assert model.preprocessing == other.preprocessing
+    state, other_state = model.state_dict(), other.state_dict()
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == other_state[name].dtype, name
+        assert torch.equal(tensor, other_state[name]) or not exact, name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- save and load
+
+
+def test_a_saved_model_comes_back_exactly(model, folder, no_network):
+    loaded = UNet.from_pretrained(folder)
+    assert_same(model, loaded)
+    assert not any(module.training for module in loaded.modules())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    x = torch.randn(2, 2, 17, 22)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_loading_draws_no_random_numbers(folder):
+    before = torch.get_rng_state()
+    UNet.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_folder_holds_three_files_and_the_config_twice(model, folder):
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model"] == model.config.to_dict()
+    assert config["preprocessing"] == model.preprocessing.to_dict()
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["unetlib"]) == config
+
+
+def test_the_weights_file_alone_is_enough(model, folder, tmp_path):
+    alone = (folder / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    assert_same(model, UNet.from_pretrained(alone))
+    assert_same(model, UNet.from_pretrained(str(alone)))
+
+
+def test_the_config_file_goes_before_the_header(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["preprocessing"]["threshold"] = 0.25
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert UNet.from_pretrained(folder).preprocessing.threshold == 0.25
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_half_precision_storage_loads_as_float32_within_its_rounding(model, folder, tmp_path, dtype, rounding):
+    half = model.save_pretrained(tmp_path / "half", dtype=dtype)
+    assert (half / "model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
+    assert next(model.parameters()).dtype == torch.float32
+    loaded = UNet.from_pretrained(half)
+    assert_same(model, loaded, exact=False)
+    for name, tensor in model.state_dict().items():
+        stored = tensor.to(dtype).float() if tensor.ndim > 1 else tensor
+        assert torch.equal(loaded.state_dict()[name], stored), name
+        torch.testing.assert_close(stored, tensor, rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.double])
+def test_a_network_of_another_precision_comes_back_in_float32(model, tmp_path, convert):
+    expected = {name: tensor.float() for name, tensor in convert(model).state_dict().items() if tensor.is_floating_point()}
+    loaded = UNet.from_pretrained(model.save_pretrained(tmp_path / "other"))
+    for name, tensor in expected.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_channels_last_network_comes_back(model, tmp_path):
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loaded = UNet.from_pretrained(model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "last"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+def test_a_storage_type_that_is_no_float_is_refused(model, tmp_path, dtype):
+    with pytest.raises(ValueError, match=r"dtype must be a floating point type such as torch\.float16, got"):
+        model.save_pretrained(tmp_path / "saved", dtype=dtype)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_device_is_taken(folder):
+    assert next(UNet.from_pretrained(folder, device="meta").parameters()).device.type == "meta"
+
+
+# --- model card
+
+
+def test_a_card_is_written_with_what_the_model_is(folder, model):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: unetlib\n")
+    for part in (
+        "# saved\n",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters",
+        "(4, 6)",
+        "at 24x40",
+        "2 channels in, 3 out",
+    ):
+        assert part in card
+
+
+def test_a_card_is_named_after_the_folder_and_tells_the_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = UNet(features=(2,))
+    model.preprocessing = Preprocessing(scale=0.5)
+    card = (model.save_pretrained(".") / "README.md").read_text(encoding="utf-8")
+    assert f"# {tmp_path.name}\n" in card
+    assert "at 0.5 times its size" in card
+
+
+def test_an_existing_card_is_kept_unless_another_is_given(folder, model):
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == "mine"
+    model.save_pretrained(folder, card="né à neuf")
+    assert (folder / "README.md").read_text(encoding="utf-8") == "né à neuf"
+
+
+# --- whole or not at all
+
+
+def test_a_write_that_fails_midway_leaves_the_old_files_and_no_others(folder, monkeypatch):
+    before = contents(folder)
+
+    def fail(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        UNet(features=(2,)).save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_a_card_that_cannot_be_written_leaves_weights_and_config_as_they_were(folder):
+    before = contents(folder)
+    with pytest.raises(UnicodeEncodeError):
+        UNet(features=(2,)).save_pretrained(folder, card="\ud800")
+    assert contents(folder) == before
+
+
+def test_saving_again_replaces_weights_and_config(folder):
+    other = randomize(UNet(features=(2,)), seed=5)
+    other.save_pretrained(folder)
+    assert_same(other, UNet.from_pretrained(folder))
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")
+def test_files_have_the_modes_that_the_umask_gives(tmp_path, model):
+    old = os.umask(0o027)
+    try:
+        folder = model.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+# --- names by their form
+
+
+def test_the_zoo_is_its_folders_with_a_config(zoo):
+    assert list_pretrained() == ["carvana", "carvana-small"]
+
+
+def test_a_zoo_name_loads_without_network(zoo, no_network):
+    assert UNet.from_pretrained("carvana").config.features == (3,)
+    assert UNet.from_pretrained("carvana-small").config.features == (2,)
+
+
+def test_a_folder_called_like_a_zoo_model_does_not_hijack_the_name(zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    UNet(features=(5,)).save_pretrained("carvana")
+    assert UNet.from_pretrained("carvana").config.features == (3,)
+    for path in ("./carvana", "carvana/", Path("carvana"), tmp_path / "carvana", "carvana/model.safetensors"):
+        assert UNet.from_pretrained(path).config.features == (5,)
+
+
+def test_a_bare_word_is_never_a_folder(zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    UNet(features=(5,)).save_pretrained("mine")
+    with pytest.raises(ValueError, match=r"no model is called 'mine'; the zoo has: carvana, carvana-small\..* type './mine'"):
+        UNet.from_pretrained("mine")
+    assert UNet.from_pretrained("./mine").config.features == (5,)
+
+
+@pytest.mark.parametrize(("name", "near"), [("carvan", "carvana"), ("Carvana", "carvana"), ("carvana_small", "carvana-small")])
+def test_a_name_near_one_of_the_zoo_is_pointed_to_it(zoo, name, near):
+    with pytest.raises(ValueError, match=f"no model is called '{name}'.*Did you mean '{near}'"):
+        UNet.from_pretrained(name)
+
+
+def test_a_name_far_from_all_is_not(zoo):
+    with pytest.raises(ValueError, match="no model is called 'xyz'") as error:
+        UNet.from_pretrained("xyz")
+    assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["./absent", "../absent", "~/absent-model", "a/b/c", "absent/", "absent.pth", "owner/absent.safetensors"]
+)
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(zoo, no_network, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*; the zoo's models are: carvana, carvana-small"):
+        UNet.from_pretrained(name)
+
+
+def test_a_path_object_is_never_a_repository(no_network):
+    with pytest.raises(FileNotFoundError, match="no file or folder owner/name"):
+        UNet.from_pretrained(Path("owner/name"))
+
+
+def test_an_existing_folder_in_a_folder_is_no_repository(no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    UNet(features=(5,)).save_pretrained("runs/best")
+    assert UNet.from_pretrained("runs/best").config.features == (5,)
+
+
+def test_home_is_expanded(no_network, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    UNet(features=(5,)).save_pretrained(tmp_path / "mine")
+    assert UNet.from_pretrained("~/mine").config.features == (5,)
+
+
+# --- the Hub
+
+
+def test_a_repository_comes_from_the_hubs_cache_by_revision(tmp_path):
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit, features in (("main", "a" * 40, (5,)), ("old", "b" * 40, (7,))):
+        (repository / "refs" / branch).write_text(commit)
+        UNet(features=features).save_pretrained(repository / "snapshots" / commit)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    assert UNet.from_pretrained("owner/name", **options).config.features == (5,)
+    assert UNet.from_pretrained("owner/name", revision="old", **options).config.features == (7,)
+    with pytest.raises(OSError, match="'owner/name'"):
+        UNet.from_pretrained("owner/name", revision="absent", **options)
+
+
+def test_without_network_a_repository_is_one_clear_error(tmp_path):
+    script = f"""
+from unetlib import UNet
+for name in ("owner/name", "o" * 97 + "/name"):
+    try:
+        UNet.from_pretrained(name, cache_dir={str(tmp_path)!r})
+    except OSError as error:
+        print(type(error).__name__, str(error))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("OSError there is no folder")
+        assert "the Hugging Face Hub gave no config.json and model.safetensors of that name" in line
+        assert "name a model of the zoo (" in line
+    assert "'owner/name'" in lines[0]
+
+
+# --- what does not fit
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_lacking_a_file_is_told_which(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"saved is no model folder: it lacks {missing}"):
+        UNet.from_pretrained(folder)
+
+
+def test_a_folder_without_a_model_is_told_both_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"lacks config\.json and model\.safetensors"):
+        UNet.from_pretrained(tmp_path)
+
+
+def edit(folder: Path, change) -> Path:
+    """Change the tensors in a weights file, and keep its header."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("head.weight"), 'Missing key.*"head.weight"'),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
+        (lambda tensors: tensors.update({"head.bias": torch.zeros(9)}), r"size mismatch for head.bias.*\[9\].*\[3\]"),
+        (lambda tensors: tensors.update({"head.bias": torch.zeros(3, dtype=torch.int64)}), "head.bias"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(folder, change, named):
+    with pytest.raises(ValueError, match=f"(?s)the weights of .*saved.* do not fit their config: .*{named}"):
+        UNet.from_pretrained(edit(folder, change))
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\xff" * 100])
+def test_a_weights_file_of_rubbish_is_named(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or a damaged one"):
+        UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [4, 0.1, 0.9])
+def test_a_cut_weights_file_is_named(folder, keep):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if keep > 1 else int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or a damaged one"):
+        UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting"),
+        (b"\xff\xfe\x00", "decode"),
+        (b"[]", "expected a JSON object with 'model'"),
+        (b'{"in_channels": 3}', "expected a JSON object with 'model'"),
+        (b'{"model": 3}', "expects a JSON object, got int"),
+        (b'{"model": {"width": 3}}', r"does not know \['width'\]"),
+        (b'{"model": {"features": 4}}', "features must be a sequence"),
+        (b'{"model": {}, "preprocessing": {"class_names": 3}}', "class_names must be a sequence"),
+        (b'{"model": {}, "preprocessing": {"mean": [1, 2]}}', "mean has 2 numbers"),
+    ],
+)
+def test_a_bad_config_is_named_with_the_reason(folder, config, reason):
+    (folder / "config.json").write_bytes(config)
+    with pytest.raises(ValueError, match=f"the config of .*model.safetensors is not one of a U-Net: .*{reason}"):
+        UNet.from_pretrained(folder)
+
+
+def test_a_file_of_another_kind_is_told_the_suffixes(tmp_path):
+    (tmp_path / "weights.h5").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"weights\.h5 is no weights file by its name; expected \.safetensors, .*\.pth, \.tar"):
+        UNet.from_pretrained(tmp_path / "weights.h5")
+
+
+# --- checkpoints of the study
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(3, 1), (1, 4)])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_study_checkpoint_loads_by_path_and_gives_the_studys_outputs(
+    tmp_path, monkeypatch, wrapped, in_channels, out_channels
+):
+    study = randomize(StudyUNet(in_channels, out_channels, features=(4, 8, 16)))
+    optimizer = torch.optim.Adam(study.parameters())
+    study(torch.randn(2, in_channels, 16, 16)).mean().backward()
+    optimizer.step()
+    checkpoint = {"state_dict": study.state_dict(), "optimizer": optimizer.state_dict()} if wrapped else study.state_dict()
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint, "my_checkpoint.pth.tar")
+    for name in ("my_checkpoint.pth.tar", tmp_path / "my_checkpoint.pth.tar"):
+        model = UNet.from_pretrained(name)
+        assert model.preprocessing.size == (160, 240)
+        assert not model.training
+        for size in [(16, 24), (17, 23), (8, 8), (37, 50)]:
+            x = torch.randn(2, in_channels, *size)
+            assert torch.equal(model(x), study(x))
+
+
+def test_a_converted_checkpoint_can_be_saved_as_ours(tmp_path):
+    study = randomize(StudyUNet(features=(4, 8)))
+    torch.save(study.state_dict(), tmp_path / "study.pt")
+    model = UNet.from_pretrained(tmp_path / "study.pt")
+    assert_same(model, UNet.from_pretrained(model.save_pretrained(tmp_path / "ours")))
+
+
+def test_a_study_checkpoint_in_safetensors(tmp_path):
+    study = randomize(StudyUNet(features=(4, 8)))
+    save_file(study.state_dict(), tmp_path / "study.safetensors")
+    x = torch.randn(1, 3, 17, 18)
+    assert torch.equal(UNet.from_pretrained(tmp_path / "study.safetensors")(x), study(x))
+
+
+def test_a_study_checkpoint_in_half_precision_loads_as_float32(tmp_path):
+    study = randomize(StudyUNet(features=(4, 8))).half()
+    torch.save(study.state_dict(), tmp_path / "half.pth")
+    x = torch.randn(1, 3, 17, 18)
+    assert torch.equal(UNet.from_pretrained(tmp_path / "half.pth")(x), study.float()(x))
+
+
+def test_a_checkpoint_lacking_tensors_is_told_which(tmp_path):
+    state = StudyUNet(features=(4, 8)).state_dict()
+    del state["ups.0.bias"]
+    torch.save(state, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r'(?s)short\.pth.* do not fit their config: .*Missing key.*"decoder.0.upsample.bias"'):
+        UNet.from_pretrained(tmp_path / "short.pth")
+
+
+def test_a_checkpoint_of_no_family_is_named(tmp_path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt: this checkpoint of 1 entries is of no known family"):
+        UNet.from_pretrained(tmp_path / "other.ckpt")
+
+
+class Code:
+    """Pickles to a call that makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path):
+    state = StudyUNet(features=(4, 8)).state_dict()
+    torch.save({"state_dict": state, "epoch": Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    with pytest.raises(
+        ValueError, match=r"code\.pth cannot be read .* asks for the code \w+\.mkdir, .* never run; save its state"
+    ):
+        UNet.from_pretrained(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_network_is_refused(tmp_path, model):
+    torch.save(model, tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"asks for the code unetlib\.unet\.UNet"):
+        UNet.from_pretrained(tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_damaged_checkpoint_is_named(tmp_path, keep):
+    path = tmp_path / "cut.pth"
+    torch.save(StudyUNet(features=(4, 8)).state_dict(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if keep == 0 or keep > 1 else int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read as a checkpoint .*: it is damaged, or something else"):
+        UNet.from_pretrained(path)
+
+
+def test_a_checkpoint_that_is_no_dictionary_is_told_so(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth holds a list, expected a state dict"):
+        UNet.from_pretrained(tmp_path / "list.pth")
