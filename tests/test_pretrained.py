@@ -503,3 +503,8 @@ def test_a_checkpoint_that_is_no_dictionary_is_told_so(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds a list, expected a state dict"):
         UNet.from_pretrained(tmp_path / "list.pth")
+
+
+def test_all_files_may_be_read_by_the_same_people(tmp_path):
+    UNet(features=(4,)).save_pretrained(tmp_path / "model")
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1

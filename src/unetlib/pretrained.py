@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -152,6 +153,7 @@ def save_pretrained(
         made = Path(name)
         (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt", "unetlib": text}))
         (made / CONFIG).write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(made / CONFIG, made / WEIGHTS)  # safetensors lets nobody but the owner read
         if card is not None:
             (made / CARD).write_text(card, encoding="utf-8")
         for file in made.iterdir():
