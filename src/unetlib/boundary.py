@@ -1,0 +1,54 @@
+"""Geometry of binary masks: inner bands, edges, and distances from one mask's edge to another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def inner_band(mask: Tensor, width: int) -> Tensor:
+    """Pixels of the mask within `width` steps, diagonal ones too, of its outside; the picture's rim counts as outside.
+
+    Args:
+        mask: bool (N, C, *spatial).
+        width: in pixels, at least 1.
+    """
+    inside = mask
+    for axis in range(2, mask.ndim):  # a square window fits where a line fits along each axis in turn
+        inside = _windows_full(inside.movedim(axis, -1), width).movedim(-1, axis)
+    return mask & ~inside
+
+
+def _windows_full(mask: Tensor, reach: int) -> Tensor:
+    """Whether all pixels from -reach to +reach along the last axis are set; a running sum, whatever the reach."""
+    total = F.pad(mask, (reach + 1, reach)).cumsum(-1, dtype=torch.int32)
+    side = 2 * reach + 1
+    return total[..., side:] - total[..., :-side] == side
+
+
+def edge_distances(predicted: Any, true: Any, spacing: Any) -> tuple[Any, Any]:
+    """Distance of each edge pixel of one mask to the nearest edge pixel of the other, both ways.
+
+    An edge pixel is one of the mask's with a neighbour outside, diagonals apart; the picture's rim counts as outside.
+
+    Args:
+        predicted: bool array, *spatial, not empty.
+        true: the same.
+        spacing: size of a pixel along each axis, or None for 1.
+
+    Returns:
+        Two float64 arrays: from the prediction's edge to the truth's, and back.
+
+    Raises:
+        ImportError: without scipy.
+    """
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError("distances between edges need scipy; install it with `pip install scipy`") from error
+    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, true)]
+    to_predicted, to_true = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
+    return to_true[edges[0]], to_predicted[edges[1]]

@@ -1,0 +1,105 @@
+"""Three steps of the losses with their derivatives by hand, for fewer passes over memory than autograd would make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_EPS = 1e-7
+
+
+class RegionSums(torch.autograd.Function):
+    """TP, P and T of probabilities p (N, C, *spatial): sums over space of w p t, w p and w t, each (N, C).
+
+    The mask t is (N, C, *spatial) like p, or class indices (N, *spatial); the weight w, (N, 1 or C, *spatial), may be
+    None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return TP, P and T; T has no gradient."""
+        ctx.space = list(range(2, p.ndim))
+        if mask.ndim < p.ndim:
+            # Row by row, the true class's probability is added to the sum of its class: there is no one-hot mask, and
+            # no chain of additions long enough to lose digits.
+            true = p.gather(1, mask.unsqueeze(1)).squeeze(1)
+            ones = p.new_ones(1).expand_as(true)
+            if weight is not None:
+                ones = weight.squeeze(1)
+                true *= ones
+            rows = p.new_zeros(*mask.shape[:-1], p.shape[1])
+            tp, t = (rows.scatter_add(-1, mask, value).unsqueeze(1).flatten(1, -2).sum(1) for value in (true, ones))
+        else:
+            mask = mask if weight is None else mask * weight
+            tp, t = (p * mask).sum(ctx.space), mask.sum(ctx.space)
+        ctx.save_for_backward(mask, weight)
+        ctx.shape = p.shape
+        ctx.mark_non_differentiable(t)
+        return tp, (p if weight is None else p * weight).sum(ctx.space), t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tp: Tensor, grad_p: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        """Return w (grad_p + t grad_tp)."""
+        mask, weight = ctx.saved_tensors
+        column = (*ctx.shape[:2], *[1] * len(ctx.space))
+        grad = grad_p.view(column)
+        if weight is not None:
+            grad = grad * weight
+        if mask.ndim == len(ctx.shape):
+            return torch.addcmul(grad.expand(ctx.shape), mask, grad_tp.view(column)), None, None
+        grad = grad.expand(ctx.shape).contiguous()
+        true = grad_tp.gather(1, mask.flatten(1)).view(mask.shape).unsqueeze(1)
+        return grad.scatter_add_(1, mask.unsqueeze(1), true if weight is None else true * weight), None, None
+
+
+class Focal(torch.autograd.Function):
+    """(1 - e^-CE)^gamma CE of each cross-entropy CE."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, gamma: float) -> Tensor:
+        """Return the focal loss of each value."""
+        wrong = torch.expm1(-entropy).neg_().clamp_min_(_EPS)  # 0 to a power below 0 is infinite
+        power = wrong ** (gamma - 1)
+        ctx.save_for_backward(torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power))
+        return power.mul_(wrong).mul_(entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return grad times the slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
+
+
+class LovaszExtension(torch.autograd.Function):
+    """Lovász extension of the Jaccard loss along the last axis, for errors and a bool mask of one shape (..., n).
+
+    The errors are sorted from the largest; each is weighted by how much the Jaccard loss rises when its pixel joins
+    those that are wrong. With I pixels of the mask left and a union of U after that, it is 1 / U for a pixel of the mask
+    and I / (U (U - 1)) for another, which needs no difference of nearly equal numbers. Errors below zero count as zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, errors: Tensor, mask: Tensor) -> Tensor:
+        """Return the extension, (...)."""
+        errors, order = errors.sort(dim=-1, descending=True)
+        mask = mask.gather(-1, order)
+        left = mask.cumsum(-1, dtype=torch.int32)
+        left = left[..., -1:] - left
+        union = (left + torch.arange(1, mask.shape[-1] + 1, device=mask.device, dtype=torch.int32)).to(errors.dtype)
+        rise = left / (union - 1).clamp_min_(1)
+        rise.masked_fill_(mask | (union == 1), 1).div_(union)
+        errors.relu_()
+        ctx.save_for_backward(torch.empty_like(rise).scatter_(-1, order, rise * (errors > 0)))
+        return (errors * rise).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return each pixel's weight times grad."""
+        (weight,) = ctx.saved_tensors
+        return weight * grad.unsqueeze(-1), None

@@ -1,0 +1,669 @@
+"""Metrics for segmentation: functions for one batch, and an accumulator for a data set.
+
+Metrics take **logits**, never probabilities, and the masks that losses take; `unetlib.targets` says what both look
+like. Predictions are the largest class of a softmax, or the sigmoids above ``threshold``. Counts are exact integers.
+
+The rule for empty masks: where a class is absent from picture and prediction (TP = FP = FN = 0) there is nothing to
+score, so it takes the value ``empty`` and, that being nan, stays out of every mean. It neither raises the score nor
+hides anything: a single false positive makes the class count, with Dice 0. ``empty=1.0`` is Kaggle's rule. Any other
+0 / 0, such as the precision of a class that is present and never predicted, is 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import counts
+from .boundary import edge_distances
+from .counts import SCORES, Cells, one_against_rest
+from .targets import Reading, read
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+_BITS = 32  # scores are summed as two whole numbers, of 2^-32 and of 2^-64, so that no order of adding changes a bit
+
+
+class PictureOptions(TypedDict, total=False):
+    """The keywords that all scores share.
+
+    Attributes:
+        threshold: probability above which a sigmoid is a yes, 0.5.
+        include_background: keep class 0 of a softmax in the mean, True.
+        empty: score of a class that is absent from picture and prediction; nan, the default, leaves it out.
+        ignore_index: the mask value whose pixels count for nothing, None.
+        multilabel: one sigmoid a channel instead of one softmax, False.
+        reduction: "mean", the default: over the classes of each picture, then over pictures; or "none": all scores,
+            (N, C), or (C,) with ``batch=True``.
+    """
+
+    threshold: float
+    include_background: bool
+    empty: float
+    ignore_index: int | None
+    multilabel: bool
+    reduction: str
+
+
+class ScoreOptions(PictureOptions, total=False):
+    """The keywords of `PictureOptions`, and one that all scores made of counts share.
+
+    Attributes:
+        batch: pool the counts over the batch, instead of a score for each picture, False.
+    """
+
+    batch: bool
+
+
+def confusion_matrix(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float = 0.5,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+) -> Tensor:
+    """Count the pixels of each picture by true class (rows) and predicted class (columns).
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form; soft masks are cut at 0.5, or by their largest class.
+        threshold: probability above which a sigmoid is a yes.
+        ignore_index: the mask value whose pixels count for nothing.
+        multilabel: one sigmoid a channel instead of one softmax.
+
+    Returns:
+        int64 (N, C, C) for a softmax; (N, C, 2, 2), a matrix of no and yes for each channel, for sigmoids.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).tolist()
+        [[[[1, 1], [0, 1]]]]
+    """
+    return counts.confusion(read(logits, target, multilabel=multilabel, ignore_index=ignore_index), threshold)
+
+
+def pixel_accuracy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float = 0.5,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+) -> Tensor:
+    """Share of the batch's pixels (of all channels, if multilabel) whose decision is right; nan if none counts.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        threshold: probability above which a sigmoid is a yes.
+        ignore_index: the mask value whose pixels count for nothing.
+        multilabel: one sigmoid a channel instead of one softmax.
+
+    Returns:
+        float64 scalar.
+
+    Example:
+        >>> pixel_accuracy(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
+        0.75
+    """
+    table = confusion_matrix(logits, target, threshold=threshold, ignore_index=ignore_index, multilabel=multilabel)
+    return table.diagonal(dim1=-2, dim2=-1).sum().double() / table.sum()
+
+
+def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """Dice, 2 TP / (2 TP + FP + FN): the mean over the pictures of the batch.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> dice_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
+        0.8
+    """
+    return _score(counts.dice, logits, target, **options)
+
+
+def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options: Unpack[ScoreOptions]) -> Tensor:
+    """F-beta, (1 + beta^2) TP / ((1 + beta^2) TP + beta^2 FN + FP): recall counts beta times as much as precision.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        beta: 1 is Dice.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> fbeta_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]), beta=0).item()
+        0.6666666666666666
+    """
+    return _score(functools.partial(counts.fbeta, beta=beta), logits, target, **options)
+
+
+def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """Intersection over union (Jaccard), TP / (TP + FP + FN): the mean over the pictures of the batch.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> iou_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
+        0.6666666666666666
+    """
+    return _score(counts.iou, logits, target, **options)
+
+
+def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """Precision, TP / (TP + FP): the mean over the pictures of the batch.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> precision_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
+        0.5
+    """
+    return _score(counts.precision, logits, target, **options)
+
+
+def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """Recall (sensitivity), TP / (TP + FN): the mean over the pictures of the batch.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> recall_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
+        1.0
+    """
+    return _score(counts.recall, logits, target, **options)
+
+
+def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
+    """Specificity, TN / (TN + FP), which is the recall of what is outside a class; `empty` where nothing is outside.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        **options: see `ScoreOptions`.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> specificity_score(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).item()
+        0.5
+    """
+    return _score(counts.specificity, logits, target, **options)
+
+
+def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None, **options: Unpack[ScoreOptions]) -> Tensor:
+    """IoU of the bands inside the two masks' boundaries, which large masks cannot win by their bulk.
+
+    From Cheng et al., "Boundary IoU", 2021. The picture's rim counts as boundary.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        distance: width of the bands in pixels; by default 2% of the picture's diagonal, as in the paper.
+        **options: see `ScoreOptions`; with ``batch=True`` the bands' counts are pooled.
+
+    Returns:
+        float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Example:
+        >>> square = torch.zeros(1, 6, 6)
+        >>> square[:, 1:5, 1:5] = 1
+        >>> boundary_iou(20 * square.roll(1, -1)[:, None] - 10, square, distance=1).item()
+        0.3333333333333333
+    """
+    if distance is None:
+        distance = max(1, round(0.02 * math.hypot(*logits.shape[2:])))
+    if distance < 1:
+        raise ValueError(f"distance must be at least 1 pixel, got {distance}")
+    return _score(counts.iou, logits, target, cells=functools.partial(counts.band_cells, width=distance), **options)
+
+
+def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, **options: Unpack[PictureOptions]) -> Tensor:
+    """F-score of the edges: a pixel of one edge is right within `tolerance` pixels (Euclidean) of the other edge.
+
+    2 A B / (A + B), with A the share of the predicted edge that is right and B that of the true one (Csurka et al.,
+    2013). 0 where a class is in the picture or the prediction alone. Needs scipy, on the CPU.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        tolerance: in pixels.
+        **options: see `PictureOptions`.
+
+    Returns:
+        float64 scalar; (N, C) scores with ``reduction="none"``.
+
+    Example:
+        >>> square = torch.zeros(1, 6, 6)
+        >>> square[:, 1:5, 1:5] = 1
+        >>> boundary_f_score(20 * square.roll(1, -1)[:, None] - 10, square, tolerance=1).item()
+        1.0
+    """
+
+    def score(to_true: NDArray[np.float64], to_predicted: NDArray[np.float64]) -> float:
+        right = (to_true <= tolerance).mean(), (to_predicted <= tolerance).mean()
+        return float(2 * right[0] * right[1] / max(sum(right), 1e-300))
+
+    return _mean_distance(score, 0.0, None, logits, target, **options)
+
+
+def hausdorff_distance(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    percentile: float = 100.0,
+    spacing: Sequence[float] | None = None,
+    **options: Unpack[PictureOptions],
+) -> Tensor:
+    """Hausdorff distance between the edges of the masks: the largest distance from one edge to the other, either way.
+
+    Infinite where a class is in the picture or the prediction alone. Needs scipy, on the CPU.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        percentile: 95 gives HD95: that percentile of the distances in place of the largest, the larger of both ways.
+        spacing: size of a pixel along each axis, by default 1.
+        **options: see `PictureOptions`.
+
+    Returns:
+        float64 scalar; (N, C) distances with ``reduction="none"``.
+
+    Example:
+        >>> square = torch.zeros(1, 6, 6)
+        >>> square[:, 1:5, 1:5] = 1
+        >>> hausdorff_distance(20 * square.roll(1, -1)[:, None] - 10, square).item()
+        1.0
+    """
+
+    def score(to_true: NDArray[np.float64], to_predicted: NDArray[np.float64]) -> float:
+        return max(float(np.percentile(to_true, percentile)), float(np.percentile(to_predicted, percentile)))
+
+    return _mean_distance(score, math.inf, spacing, logits, target, **options)
+
+
+def calibration_error(
+    logits: Tensor, target: Tensor, *, bins: int = 15, ignore_index: int | None = None, multilabel: bool = False
+) -> Tensor:
+    """Expected calibration error: how far confidence and truth are apart, sum over bins of n_b / n |conf_b - acc_b|.
+
+    For sigmoids conf is the probability and acc the share of pixels that are in the class; for a softmax conf is the
+    probability of the predicted class and acc the share that is right. From Guo et al., 2017.
+
+    Args:
+        logits: (N, C, *spatial).
+        target: a mask of any form.
+        bins: number of equal bins from 0 to 1.
+        ignore_index: the mask value whose pixels count for nothing.
+        multilabel: one sigmoid a channel instead of one softmax.
+
+    Returns:
+        float64 scalar, from 0 to 1; nan if no pixel counts.
+
+    Example:
+        >>> calibration_error(torch.zeros(1, 1, 4), torch.tensor([[1, 0, 0, 0]])).item()
+        0.25
+    """
+    reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
+    predicted, true = reading.decisions()
+    confidence, right = reading.probabilities(), true
+    if not reading.sigmoid:
+        confidence, right = confidence.amax(dim=1, keepdim=True), (predicted == true).unsqueeze(1)
+    if reading.valid is not None:
+        confidence, right = confidence[reading.valid], right[reading.valid]
+    confidence, right = confidence.flatten().double(), right.flatten().double()
+    box = (confidence * bins).long().clamp_max(bins - 1)
+    gap = confidence.new_zeros(bins).scatter_add_(0, box, confidence - right)
+    return gap.abs().sum() / confidence.numel()
+
+
+class SegmentationMetrics:
+    """Dice, IoU, precision, recall, specificity and accuracy of a data set, streamed.
+
+    Memory is constant: integer counts of pixels, and for each score the sum over pictures, kept in whole numbers of
+    2^-64. So the result does not depend, to the last bit, on the order of the pictures, on how they are split into
+    batches, or on how the batches are split over processes.
+
+    Args:
+        num_classes: the model's output channels: 1 is binary.
+        threshold: probability above which a sigmoid is a yes.
+        include_background: keep class 0 of a softmax in the means over classes.
+        empty: score of a class that is absent from picture and prediction; nan leaves it out of the means.
+        keep_pictures: keep the scores of each picture, for `per_picture` and the histogram of `plot`.
+        ignore_index: the mask value whose pixels count for nothing.
+        multilabel: one sigmoid a channel instead of one softmax.
+
+    Attributes:
+        confusion: int64 counts by true class (rows) and predicted class, (K, K); K is 2 for one channel, and for
+            multilabel the shape is (C, 2, 2).
+        pictures: how many pictures have been counted.
+
+    Example:
+        >>> metrics = SegmentationMetrics()
+        >>> metrics.update(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]))
+        >>> metrics.compute()["dice"], metrics.compute()["accuracy"], metrics.confusion.tolist()
+        (0.8, 0.75, [[1, 1], [0, 2]])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1,
+        *,
+        threshold: float = 0.5,
+        include_background: bool = True,
+        empty: float = math.nan,
+        keep_pictures: bool = False,
+        ignore_index: int | None = None,
+        multilabel: bool = False,
+    ) -> None:
+        """Start with nothing counted."""
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, the model's output channels, got {num_classes}")
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.include_background = include_background
+        self.empty = empty
+        self.keep_pictures = keep_pictures
+        self.ignore_index = ignore_index
+        self.multilabel = multilabel
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        k = self.num_classes
+        self._table = torch.zeros((k, 2, 2) if self._sigmoid else (k, k), dtype=torch.int64)
+        # For each score, each class and the mean over classes: the sum over pictures, and the number of pictures.
+        self._sums = torch.zeros(len(SCORES), k + 1, 2, dtype=torch.int64)
+        self._scored = torch.zeros(len(SCORES), k + 1, dtype=torch.int64)
+        self._kept: list[Tensor] = []
+        self.pictures = 0
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Count a batch; nothing waits for the device.
+
+        Args:
+            logits: (N, num_classes, *spatial); pictures may differ in size from batch to batch.
+            target: a mask of any form.
+
+        Raises:
+            ValueError: for another number of channels, and as `confusion_matrix`.
+        """
+        if logits.ndim < 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} do not have num_classes={self.num_classes} channels; "
+                "make SegmentationMetrics with the model's number of output channels"
+            )
+        reading = read(logits, target, multilabel=self.multilabel, ignore_index=self.ignore_index)
+        table = counts.confusion(reading, self.threshold)
+        cells = one_against_rest(table, self._sigmoid)
+        scores = torch.stack([score(cells, self.empty) for score in SCORES.values()])  # (S, N, C)
+        of_mean = slice(self._first, None)
+        classes = (~scores[..., of_mean].isnan()).sum(-1, keepdim=True)
+        mean = _value(_whole(scores)[..., of_mean, :].sum(-2, keepdim=True)) / classes  # nan for no class at all
+        scores = torch.cat([scores, mean], dim=-1)  # (S, N, C + 1)
+        self._add(table.sum(0), _whole(scores).sum(1), (~scores.isnan()).sum(1), len(logits))
+        if self.keep_pictures:
+            self._kept.append(mean[..., 0])
+
+    def __call__(self, logits: Tensor, target: Tensor) -> dict[str, float]:
+        """Count a batch and return that batch's own scores."""
+        batch = self._empty_copy()
+        batch.update(logits, target)
+        self.merge(batch)
+        return batch.compute()
+
+    def merge(self, other: SegmentationMetrics) -> None:
+        """Add what another accumulator with the same options has counted.
+
+        Raises:
+            ValueError: if its options differ.
+        """
+        mine, theirs = self._options(), other._options()
+        if str(mine) != str(theirs):  # as text, for nan is not equal to itself
+            raise ValueError(f"cannot merge metrics with different options: {mine} and {theirs}")
+        self._add(other._table, other._sums, other._scored, other.pictures)
+        self._kept += other._kept
+
+    def all_gather(self, group: ProcessGroup | None = None) -> SegmentationMetrics:
+        """Sum over the processes of `torch.distributed`, the same on each; every process has to call it.
+
+        This accumulator keeps its own counts. Pictures that a sampler repeats to even out the processes count twice,
+        so give `DistributedSampler` a data set whose length the number of processes divides, or a sampler of your own.
+        """
+        parts: list[SegmentationMetrics | None] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(parts, self._on_cpu(), group)
+        total = self._empty_copy()
+        for part in parts:
+            assert part is not None
+            total.merge(part)
+        return total
+
+    def compute(self) -> dict[str, float]:
+        """The scores so far, as a flat dictionary; nan where nothing was scored.
+
+        Returns:
+            For dice, iou, precision, recall and specificity the mean over pictures of each picture's mean over its
+            classes; with ``_pooled`` the mean over classes of the score of all pixels together; and ``accuracy``, the
+            share of all pixels that are right.
+        """
+        result, pooled = {}, self._pooled()
+        for name, means in self._means().items():
+            result[name] = means[-1]
+            defined = [score for score in pooled[name][self._first :] if not math.isnan(score)]
+            result[f"{name}_pooled"] = _quotient(math.fsum(defined), len(defined))
+        right = self._table.diagonal(dim1=-2, dim2=-1).sum().item()
+        result["accuracy"] = _quotient(right, self._table.sum().item())
+        return result
+
+    def per_class(self) -> dict[str, list[float]]:
+        """Each score of `compute` but accuracy, for every class, background included."""
+        result, pooled = {}, self._pooled()
+        for name, means in self._means().items():
+            result[name], result[f"{name}_pooled"] = means[:-1], pooled[name]
+        return result
+
+    def per_picture(self) -> dict[str, list[float]]:
+        """Each score of every picture (its mean over classes), in the order counted; nan where nothing was scored.
+
+        Raises:
+            ValueError: if made without ``keep_pictures=True``.
+        """
+        if not self.keep_pictures:
+            raise ValueError("scores of single pictures were not kept; use SegmentationMetrics(keep_pictures=True)")
+        kept = torch.cat([scores.cpu() for scores in self._kept], dim=1) if self._kept else torch.empty(len(SCORES), 0)
+        return dict(zip(SCORES, kept.tolist(), strict=True))
+
+    def plot(self, class_names: Sequence[str] | None = None) -> Figure:
+        """Draw the confusion matrix as shares of each true class, and the pictures' Dice where they were kept.
+
+        Args:
+            class_names: by default 0, 1, ...
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib; install it with `pip install matplotlib`") from error
+        table = self.confusion.cpu()
+        names = list(class_names or map(str, range(len(table))))
+        if len(names) != len(table):
+            raise ValueError(f"class_names must name {len(table)} classes, got {len(names)}: {names}")
+        columns = names
+        if table.ndim == 3:  # one row for each class of a multilabel task
+            table, columns = table.flatten(1), ["TN", "FP", "FN", "TP"]
+        shares = table / table.sum(1, keepdim=True)
+        figure = Figure(figsize=(10, 4.5) if self._kept else (5.5, 4.5), layout="constrained")
+        axes = figure.subplots(1, 2 if self._kept else 1, squeeze=False)[0]
+        axes[0].imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes[0].set_xticks(range(len(columns)), columns)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set(xlabel="predicted", ylabel="true class", title="share of the true class's pixels")
+        if len(names) <= 12:
+            for (row, column), share in np.ndenumerate(shares.numpy()):
+                color = "white" if share > 0.5 else "black"
+                axes[0].text(column, row, f"{share:.3f}", ha="center", va="center", color=color)
+        if self._kept:
+            axes[1].hist([score for score in self.per_picture()["dice"] if not math.isnan(score)], bins=40)
+            axes[1].set(xlabel="Dice of a picture", ylabel="pictures", title=f"mean {self.compute()['dice']:.4f}")
+        return figure
+
+    @property
+    def confusion(self) -> Tensor:
+        """Pooled counts, see the class."""
+        return self._table[0] if self._sigmoid and not self.multilabel else self._table
+
+    @property
+    def _sigmoid(self) -> bool:
+        return self.multilabel or self.num_classes == 1
+
+    @property
+    def _first(self) -> int:
+        """First class of the means."""
+        return 0 if self._sigmoid or self.include_background else 1
+
+    def _options(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "pictures"}
+
+    def _empty_copy(self) -> SegmentationMetrics:
+        empty = copy.copy(self)
+        empty.reset()
+        return empty
+
+    def _on_cpu(self) -> SegmentationMetrics:
+        moved = copy.copy(self)
+        moved._table, moved._sums, moved._scored = self._table.cpu(), self._sums.cpu(), self._scored.cpu()
+        moved._kept = [scores.cpu() for scores in self._kept]
+        return moved
+
+    def _add(self, table: Tensor, sums: Tensor, scored: Tensor, pictures: int) -> None:
+        self._table = self._table.to(table.device) + table
+        self._sums = self._sums.to(sums.device) + sums
+        self._scored = self._scored.to(scored.device) + scored
+        self.pictures += pictures
+
+    def _means(self) -> dict[str, list[float]]:
+        """Mean over pictures of each score: of every class, and last of the pictures' means over classes."""
+        means = [
+            [_quotient((high << _BITS) + low, n << 2 * _BITS) for (high, low), n in zip(sums, scored, strict=True)]
+            for sums, scored in zip(self._sums.tolist(), self._scored.tolist(), strict=True)
+        ]
+        return dict(zip(SCORES, means, strict=True))
+
+    def _pooled(self) -> dict[str, list[float]]:
+        """Score of every class, of all pixels together."""
+        cells = one_against_rest(self._table, self._sigmoid)
+        return {name: score(cells, self.empty).tolist() for name, score in SCORES.items()}
+
+
+def _whole(scores: Tensor) -> Tensor:
+    """Scores as whole numbers of 2^-32 and, the rest, of 2^-64, int64 (..., 2); nan is 0."""
+    scaled = scores.nan_to_num() * 2.0**_BITS
+    high = scaled.floor()
+    return torch.stack([high, ((scaled - high) * 2.0**_BITS).round()], dim=-1).long()
+
+
+def _value(whole: Tensor) -> Tensor:
+    """The opposite of `_whole`."""
+    return whole[..., 0].double() / 2.0**_BITS + whole[..., 1].double() / 2.0 ** (2 * _BITS)
+
+
+def _score(
+    score: Callable[[Cells, float], Tensor],
+    logits: Tensor,
+    target: Tensor,
+    *,
+    cells: Callable[[Reading, float], Cells] = counts.pixel_cells,
+    threshold: float = 0.5,
+    include_background: bool = True,
+    empty: float = math.nan,
+    batch: bool = False,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """A score made of counts, under the options of `ScoreOptions`."""
+    reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
+    counted = cells(reading, threshold)
+    if batch:
+        counted = Cells(*(cell.sum(0) for cell in counted))
+    return _mean(score(counted, empty), reading.sigmoid or include_background, reduction)
+
+
+def _mean_distance(
+    score: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+    alone: float,
+    spacing: Sequence[float] | None,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float = 0.5,
+    include_background: bool = True,
+    empty: float = math.nan,
+    ignore_index: int | None = None,
+    multilabel: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """A score made of edge distances, `alone` where only one of the masks has an edge, under `PictureOptions`."""
+    reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
+    predicted, true = (mask.flatten(0, 1).cpu().numpy() for mask in reading.masks(threshold))
+    scores = [
+        score(*edge_distances(p, t, spacing)) if p.any() and t.any() else alone if p.any() or t.any() else empty
+        for p, t in zip(predicted, true, strict=True)
+    ]
+    table = torch.tensor(scores, dtype=torch.float64).view(reading.logits.shape[:2])
+    return _mean(table, reading.sigmoid or include_background, reduction)
+
+
+def _mean(scores: Tensor, include_background: bool, reduction: str) -> Tensor:
+    """Mean over classes, then over pictures, without the nan."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if reduction == "none":
+        return scores
+    return (scores if include_background else scores[..., 1:]).nanmean(-1).nanmean()
+
+
+def _quotient(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

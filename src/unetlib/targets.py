@@ -1,0 +1,198 @@
+"""One reading of logits and masks, shared by every loss and metric.
+
+The number of channels says what logits mean: one channel is a sigmoid (binary), two and more are a softmax over
+classes, background included; ``multilabel=True`` makes every channel a sigmoid of its own. Masks come in three forms:
+
+- binary: (N, *spatial) or (N, 1, *spatial), any integer, bool or float type, values from 0 to 1;
+- multiclass: class indices (N, *spatial) or (N, 1, *spatial), any integer, bool or float type holding whole numbers,
+  or class probabilities (N, C, *spatial) that sum to 1, one-hot being the common case;
+- multilabel: (N, C, *spatial), values from 0 to 1.
+
+A wrong shape raises on every device. Wrong values (an index out of range, 255, NaN) raise a `ValueError` that names
+the value. On CUDA, and inside `torch.compile`, reading a value would make the program wait for the device, so there the
+same check is an assertion that the device makes by itself: the next synchronisation (``loss.item()``) raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
+
+
+class Reading(NamedTuple):
+    """Logits and mask in one form.
+
+    Attributes:
+        logits: (N, C, *spatial), float32, or float64 where they came so.
+        target: class indices, int64 (N, *spatial), or values in the mask's own type (N, C, *spatial); ignored pixels
+            hold 0.
+        valid: the pixels that count, bool (N, 1, *spatial), for multilabel (N, C, *spatial); None where all count.
+        sigmoid: each channel is a sigmoid of its own (binary, multilabel), else all channels are one softmax.
+    """
+
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+    sigmoid: bool
+
+    @property
+    def spatial(self) -> list[int]:
+        """The spatial dimensions of `logits`."""
+        return list(range(2, self.logits.ndim))
+
+    def probabilities(self) -> Tensor:
+        """Sigmoid or softmax of the logits, (N, C, *spatial)."""
+        return self.logits.sigmoid() if self.sigmoid else self.logits.softmax(dim=1)
+
+    def has_indices(self) -> bool:
+        """Whether `target` holds class indices."""
+        return self.target.ndim < self.logits.ndim
+
+    def one_hot(self) -> Tensor:
+        """The mask as (N, C, *spatial): bool where it holds class indices, else as it is."""
+        if not self.has_indices():
+            return self.target
+        return self._one_hot(self.target)
+
+    def decisions(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+        """What is predicted and what is true, soft masks cut at 0.5 or by their largest class.
+
+        Bool (N, C, *spatial), false where ignored, for sigmoids; int64 class indices (N, *spatial) for a softmax.
+        """
+        if not self.sigmoid:
+            return self.logits.argmax(dim=1), self.target if self.has_indices() else self.target.argmax(dim=1)
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}; for logits > 0 it is 0.5")
+        predicted = self.logits > math.log(threshold / (1 - threshold))
+        true = self.target > 0.5 if self.target.is_floating_point() else self.target.bool()
+        return (predicted, true) if self.valid is None else (predicted & self.valid, true & self.valid)
+
+    def masks(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+        """`decisions` as two masks, bool (N, C, *spatial), false where ignored."""
+        predicted, true = self.decisions(threshold)
+        if not self.sigmoid:
+            predicted, true = self._one_hot(predicted), self._one_hot(true)
+            if self.valid is not None:
+                predicted, true = predicted & self.valid, true & self.valid
+        return predicted, true
+
+    def _one_hot(self, indices: Tensor) -> Tensor:
+        classes = torch.arange(self.logits.shape[1], device=indices.device)
+        return indices.unsqueeze(1) == classes.view(-1, *[1] * len(self.spatial))
+
+
+def read(
+    logits: Tensor, target: Tensor, *, multilabel: bool = False, ignore_index: int | None = None, soft: bool = False
+) -> Reading:
+    """Bring logits and a mask of any allowed form into one form, or raise.
+
+    Args:
+        logits: (N, C, *spatial), any floating point type, one to three spatial dimensions.
+        target: a mask in one of the forms named at the top of this module.
+        multilabel: one sigmoid a channel.
+        ignore_index: the mask value whose pixels count for nothing.
+        soft: bring a mask that does not hold class indices to the type of the logits.
+
+    Raises:
+        TypeError: if an argument is no tensor, or of a type that cannot hold what it should.
+        ValueError: for shapes that do not fit each other, and for values that no mask holds.
+
+    Example:
+        >>> import torch
+        >>> reading = read(torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 1], [2, 255]]]), ignore_index=255)
+        >>> reading.target.tolist(), reading.valid.tolist()
+        ([[[0, 1], [2, 0]]], [[[[True, True], [True, False]]]])
+    """
+    _check_form(logits, target, multilabel)
+    channels = logits.shape[1]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if target.dtype in _WIDE_UNSIGNED:
+        target = target.long()
+    if target.ndim < logits.ndim:
+        target = target.unsqueeze(1)
+    sigmoid = multilabel or channels == 1
+    indices = not sigmoid and target.shape[1] == 1
+    valid = None
+    if ignore_index is not None and _holds(target.dtype, ignore_index):
+        valid = target != ignore_index
+        if not sigmoid and not indices:
+            valid = valid.all(dim=1, keepdim=True)
+    if soft and not indices:
+        target = target.to(logits.dtype)
+    if valid is not None:
+        target = target.masked_fill(~valid, 0)
+    _check_values(target, valid, highest=channels - 1 if indices else 1, indices=indices, soft=not (sigmoid or indices))
+    return Reading(logits, target.squeeze(1).long() if indices else target, valid, sigmoid)
+
+
+def _holds(dtype: torch.dtype, value: int) -> bool:
+    """Whether a mask of this type can hold the value; comparing uint8 with -100 would wrap round to 156."""
+    if dtype == torch.bool:
+        return value in (0, 1)
+    return dtype.is_floating_point or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+
+
+def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}; pass the model's output as it is")
+    if target.is_complex():
+        raise TypeError(f"target must hold integers, bools or floats, got {target.dtype}")
+    if not 3 <= logits.ndim <= 5 or logits.numel() == 0:
+        raise ValueError(
+            f"logits must have the shape (N, C, *spatial) with one to three spatial dimensions, none of them empty, "
+            f"got {tuple(logits.shape)}; add the batch dimension with logits[None]"
+        )
+    if logits.device != target.device:
+        raise ValueError(f"logits are on {logits.device}, target on {target.device}; use target.to(logits.device)")
+    n, channels, *spatial = logits.shape
+    full, forms = (n, channels, *spatial), [(n, *spatial), (n, 1, *spatial), (n, channels, *spatial)]
+    if multilabel and channels > 1:
+        forms = [full]
+    if tuple(target.shape) not in forms:
+        kind = "multilabel" if multilabel else "binary" if channels == 1 else f"{channels}-class"
+        expected = " or ".join(str(form) for form in dict.fromkeys(forms))
+        raise ValueError(
+            f"a target of shape {tuple(target.shape)} does not fit {kind} logits of shape {full}: expected {expected}. "
+            "One logit channel is binary, two and more are one softmax; for one sigmoid a channel say multilabel=True"
+        )
+
+
+def _check_values(target: Tensor, valid: Tensor | None, *, highest: int, indices: bool, soft: bool) -> None:
+    if target.dtype != torch.bool:
+        low, high = target.aminmax()  # a NaN anywhere makes both NaN
+        _require(
+            (low >= 0) & (high <= highest),
+            f"{'class indices' if indices else 'values'} from 0 to {highest}",
+            lambda: torch.where(low >= 0, high, low),
+            "map the mask's values first (0 and 255: mask > 0), or leave a value out with ignore_index=",
+        )
+    if indices and target.is_floating_point():
+        whole = target == target.round()
+        _require(whole.all(), "whole class indices", lambda: target[~whole][0], "round it, or resize masks by nearest")
+    if soft:
+        excess = target.float().sum(dim=1, keepdim=True) - 1
+        if valid is not None:
+            excess = excess * valid
+        _require(
+            excess.abs().amax() < 0.01,
+            "class probabilities that sum to 1 at every pixel",
+            lambda: 1 + excess.flatten()[excess.abs().argmax()],
+            "for classes that overlap say multilabel=True",
+        )
+
+
+def _require(good: Tensor, expected: str, found: Callable[[], Tensor], fix: str) -> None:
+    if good.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(good, f"target must hold {expected}; {fix}")
+    elif not good:
+        raise ValueError(f"target must hold {expected}, found {found().item():g}; {fix}")

@@ -1,0 +1,152 @@
+"""What the losses are made of: terms for pixels and for regions, and how they are reduced."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gradients import RegionSums
+from .targets import Reading
+
+EPS = 1e-7
+
+
+def cross_entropy(
+    reading: Reading, weight: Tensor | None = None, pos_weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Weighted cross-entropy of every pixel: (N, *spatial) for a softmax, (N, C, *spatial) for sigmoids."""
+    target = reading.target
+    weight, pos_weight = _per_class("weight", weight, reading), _per_class("pos_weight", pos_weight, reading)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if reading.sigmoid:
+        if label_smoothing:
+            target = target * (1 - label_smoothing) + label_smoothing / 2
+        weight = None if weight is None else _column(weight, reading)
+        pos_weight = None if pos_weight is None else _column(pos_weight, reading)
+        return F.binary_cross_entropy_with_logits(reading.logits, target, weight, pos_weight=pos_weight, reduction="none")
+    if pos_weight is not None:
+        raise ValueError("pos_weight belongs to sigmoids; for a softmax use weight=, a factor for each class")
+    return F.cross_entropy(reading.logits, target, weight, label_smoothing=label_smoothing, reduction="none")
+
+
+def pixel_weight(reading: Reading, weight: Tensor | None) -> Tensor | None:
+    """The class weight at each pixel: of its class for a softmax, of its channel for sigmoids."""
+    weight = _per_class("weight", weight, reading)
+    if weight is None:
+        return None
+    if reading.has_indices():
+        return weight[reading.target]
+    weight = _column(weight, reading)
+    return weight if reading.sigmoid else (reading.target * weight).sum(1)
+
+
+def reduce_pixels(pixels: Tensor, reading: Reading, weight: Tensor | None, reduction: str) -> Tensor:
+    """Reduce terms that hold their weight already; the mean divides by the weights of the pixels that count."""
+    if reading.valid is not None:
+        valid = reading.valid if reading.sigmoid else reading.valid.squeeze(1)
+        pixels = pixels.masked_fill(~valid, 0)
+        weight = valid.to(pixels.dtype) if weight is None else weight * valid
+    if weight is None or reduction != "mean":
+        return _reduce(pixels, reduction)
+    return pixels.sum() / weight.expand_as(pixels).sum().clamp_min(EPS)
+
+
+def sums(
+    reading: Reading, batch: bool, *, weight: Tensor | None = None, squared: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TP, P and T of each picture and class, (N, C), or (C,) of the whole batch.
+
+    Args:
+        reading: logits and mask.
+        batch: pool over the pictures.
+        weight: factor for each pixel, (N, 1, *spatial).
+        squared: sum p^2 and t^2 for P and T.
+    """
+    p = reading.probabilities()
+    if reading.valid is not None:
+        weight = reading.valid.to(p.dtype) if weight is None else weight * reading.valid
+    tp, pred, true = RegionSums.apply(p, reading.target, weight)
+    if squared:
+        pred = (p * p if weight is None else p * p * weight).sum(reading.spatial)
+        if not reading.has_indices():  # t^2 is t for the others
+            t = reading.target**2
+            true = (t if weight is None else t * weight).sum(reading.spatial)
+    return (tp.sum(0), pred.sum(0), true.sum(0)) if batch else (tp, pred, true)
+
+
+def count(reading: Reading, batch: bool) -> Tensor | int:
+    """Number of pixels that `sums` adds up."""
+    dims = [0, *reading.spatial] if batch else reading.spatial
+    if reading.valid is None:
+        return reading.logits[0, 0].numel() * (reading.logits.shape[0] if batch else 1)
+    return reading.valid.sum(dims)
+
+
+def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
+    """Quotient, or `empty` where the denominator is zero; finite in value and gradient."""
+    defined = denominator > EPS
+    return torch.where(defined, numerator / torch.where(defined, denominator, 1), empty)
+
+
+def reduce_regions(
+    score: Tensor, reading: Reading, weight: Tensor | None = None, reduction: str = "mean", *, log: bool = False
+) -> Tensor:
+    """Turn scores into losses, 1 - score or -log(score), and reduce them; `weight` fits scores of (N, C) or (C,)."""
+    terms = -score.clamp_min(EPS).log() if log else 1 - score
+    weight = _per_class("weight", weight, reading)
+    if weight is None:
+        return _reduce(terms, reduction)
+    terms = terms * weight
+    return terms.sum() / weight.expand_as(terms).sum() if reduction == "mean" else _reduce(terms, reduction)
+
+
+def border_map(reading: Reading, size: int) -> Tensor:
+    """Pixels, bool (N, 1, *spatial), with between 1% and 99% of some class in the window of that side around them."""
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"border_size must be odd and positive, got {size}")
+    mask, axes = reading.one_hot().to(reading.logits.dtype), len(reading.spatial)
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
+    for axis in range(axes):  # the mean over a window is the mean along each axis in turn
+        window = [size if other == axis else 1 for other in range(axes)]
+        mask = pool(mask, window, stride=1, padding=[side // 2 for side in window], count_include_pad=False)
+    return ((mask > 0.01) & (mask < 0.99)).any(dim=1, keepdim=True)
+
+
+def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
+    """Skeleton of a grey image (N, C, *spatial): what an opening removes, gathered over repeated erosions."""
+    axes = image.ndim - 2
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
+    windows = [[3 if other == axis else 1 for other in range(axes)] for axis in range(axes)]
+    skeleton = torch.zeros_like(image)
+    for _ in range(iterations + 1):
+        lines = (pool(-image, window, stride=1, padding=[side // 2 for side in window]) for window in windows)
+        eroded = -reduce(torch.maximum, lines)
+        residue = (image - pool(eroded, 3, stride=1, padding=1)).relu()
+        skeleton = skeleton + (residue - skeleton * residue).relu()
+        image = eroded
+    return skeleton
+
+
+def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | None:
+    channels = reading.logits.shape[1]
+    if value is None:
+        return None
+    if tuple(value.shape) != (channels,):
+        raise ValueError(f"{name} must hold a factor for each channel, shape ({channels},), got {tuple(value.shape)}")
+    return value.to(reading.logits.dtype)
+
+
+def _column(value: Tensor, reading: Reading) -> Tensor:
+    return value.view(-1, *[1] * len(reading.spatial))
+
+
+def _reduce(terms: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction == "none":
+        return terms
+    return terms.sum() / (terms.numel() if reduction == "mean" else 1)  # mean()'s own derivative fills a tensor

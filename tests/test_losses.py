@@ -1,0 +1,789 @@
+"""Losses against float64 NumPy loops, other libraries and numerical derivatives, and the promises of the policy."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import pickle
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from unetlib import losses
+from unetlib.losses import (
+    BCEDiceLoss,
+    CompoundLoss,
+    CrossEntropyLoss,
+    DiceLoss,
+    Loss,
+    TverskyLoss,
+    bce_dice_loss,
+    cross_entropy_loss,
+    dice_loss,
+    focal_loss,
+    generalized_dice_loss,
+    jaccard_loss,
+    lovasz_loss,
+    mcc_loss,
+    soft_cldice_loss,
+    tversky_loss,
+)
+
+KINDS = ("binary", "multiclass", "multilabel")
+SHAPES = ((24,), (5, 6), (3, 4, 5))
+ALL = {
+    "cross_entropy": (cross_entropy_loss, {}),
+    "focal": (focal_loss, {}),
+    "dice": (dice_loss, {}),
+    "dice log": (dice_loss, {"log": True}),
+    "dice squared": (dice_loss, {"squared": True}),
+    "dice batch": (dice_loss, {"batch": True}),
+    "dice smooth 0": (dice_loss, {"smooth": 0.0}),
+    "jaccard": (jaccard_loss, {}),
+    "tversky": (tversky_loss, {"alpha": 0.3, "beta": 0.7}),
+    "focal tversky": (tversky_loss, {"gamma": 0.75}),
+    "generalized dice": (generalized_dice_loss, {}),
+    "mcc": (mcc_loss, {}),
+    "lovasz": (lovasz_loss, {}),
+    "cldice": (soft_cldice_loss, {"iterations": 1}),
+    "bce dice": (bce_dice_loss, {"border_weight": 3.0, "border_size": 3}),
+}
+
+
+def library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        pytest.skip(f"{name} is not installed; it comes with the test extra: pip install unetlib[test]")
+
+
+def case(kind: str, shape: tuple[int, ...], seed: int = 0, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Float64 logits, a hard mask, and the keywords of the kind."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = 1 if kind == "binary" else 3
+    logits = 2 * torch.randn(n, channels, *shape, generator=generator, dtype=torch.float64)
+    if kind == "multiclass":
+        return logits, torch.randint(0, channels, (n, *shape), generator=generator), {}
+    target = torch.randint(0, 2, (n, channels, *shape), generator=generator)
+    return logits, target, {"multilabel": True} if kind == "multilabel" else {}
+
+
+class Numpy:
+    """Each loss once more, in loops over pictures and classes: terms as (N, C) or, per picture, (N,)."""
+
+    def __init__(self, logits: torch.Tensor, target: torch.Tensor, kind: str, ignore_index: int | None = None) -> None:
+        x = logits.numpy().reshape(*logits.shape[:2], -1)
+        self.shape = logits.shape[2:]
+        self.kind, (self.n, self.c, _) = kind, x.shape
+        mask = target.numpy().reshape(self.n, -1, x.shape[2])
+        if kind == "multiclass":
+            self.p = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+            self.t = np.concatenate([mask == c for c in range(self.c)], axis=1).astype(float)
+        else:
+            self.p, self.t = 1 / (1 + np.exp(-x)), (mask == 1).astype(float)
+        self.x, self.valid = x, np.broadcast_to(mask != ignore_index, x.shape)
+
+    def each(self, term: Any, batch: bool) -> np.ndarray:
+        """Apply `term(p, t, x)` to the pixels that count of each picture and class."""
+
+        def pixels(values: np.ndarray, i: int | slice, c: int) -> np.ndarray:
+            return values[i, c][self.valid[i, c]]
+
+        pictures: list[Any] = [slice(None)] if batch else list(range(self.n))
+        terms = [[term(*(pixels(v, i, c) for v in (self.p, self.t, self.x))) for c in range(self.c)] for i in pictures]
+        return np.array(terms[0] if batch else terms)
+
+    def dice(self, smooth: float = 1.0, squared: bool = False, log: bool = False, batch: bool = False) -> np.ndarray:
+        def term(p: np.ndarray, t: np.ndarray, _: np.ndarray) -> float:
+            power = 2 if squared else 1
+            score = (2 * sum(p * t) + smooth) / (sum(p**power) + sum(t**power) + smooth)
+            return -math.log(score) if log else 1 - score
+
+        return self.each(term, batch)
+
+    def jaccard(self, smooth: float = 1.0, log: bool = False, batch: bool = False) -> np.ndarray:
+        def term(p: np.ndarray, t: np.ndarray, _: np.ndarray) -> float:
+            score = (sum(p * t) + smooth) / (sum(p + t - p * t) + smooth)
+            return -math.log(score) if log else 1 - score
+
+        return self.each(term, batch)
+
+    def tversky(self, alpha: float, beta: float, gamma: float = 1.0, smooth: float = 1.0, batch: bool = False) -> np.ndarray:
+        def term(p: np.ndarray, t: np.ndarray, _: np.ndarray) -> float:
+            tp, fp, fn = sum(p * t), sum(p * (1 - t)), sum((1 - p) * t)
+            return (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)) ** gamma
+
+        return self.each(term, batch)
+
+    def mcc(self, smooth: float = 1.0, batch: bool = False) -> np.ndarray:
+        def term(p: np.ndarray, t: np.ndarray, _: np.ndarray) -> float:
+            tp, tn = sum(p * t) + smooth, sum((1 - p) * (1 - t)) + smooth
+            fp, fn = sum(p * (1 - t)), sum((1 - p) * t)
+            root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+            return 1 - (tp * tn - fp * fn) / root if root else 1.0
+
+        return self.each(term, batch)
+
+    def generalized_dice(self, smooth: float = 1.0) -> np.ndarray:
+        terms = []
+        for p, t, valid in zip(self.p, self.t, self.valid, strict=True):
+            size = (t * valid).sum(1)
+            w = 1 / size**2 * size.min() ** 2
+            tp, total = (p * t * valid).sum(1), ((p + t) * valid).sum(1)
+            terms.append(1 - (2 * w @ tp + smooth) / (w @ total + smooth))
+        return np.array(terms)
+
+    def lovasz(self, batch: bool = False) -> np.ndarray:
+        def jaccard(wrong: list[int], mask: np.ndarray) -> float:
+            """Jaccard loss of the prediction that is wrong at these pixels alone."""
+            predicted = mask.astype(bool).copy()
+            predicted[wrong] ^= True
+            union = (predicted | mask.astype(bool)).sum()
+            return 1 - (predicted & mask.astype(bool)).sum() / union if union else 0.0
+
+        def term(p: np.ndarray, t: np.ndarray, x: np.ndarray) -> float:
+            errors = abs(t - p) if self.kind == "multiclass" else 1 - x * (2 * t - 1)
+            order = list(np.argsort(-errors))
+            steps = (jaccard(order[: k + 1], t) - jaccard(order[:k], t) for k in range(len(order)))
+            return sum(max(errors[i], 0) * step for i, step in zip(order, steps, strict=True))
+
+        return self.each(term, batch)
+
+    def cldice(self, iterations: int, smooth: float = 1.0) -> np.ndarray:
+        ndimage = library("scipy.ndimage")
+        cross = ndimage.generate_binary_structure(len(self.shape), 1)
+        box = np.ones([3] * len(self.shape))
+
+        def erode(image: np.ndarray) -> np.ndarray:
+            return ndimage.grey_erosion(image, footprint=cross, mode="constant", cval=np.inf)
+
+        def residue(image: np.ndarray) -> np.ndarray:
+            return np.maximum(image - ndimage.grey_dilation(erode(image), footprint=box, mode="constant", cval=-np.inf), 0)
+
+        def skeleton(flat: np.ndarray) -> np.ndarray:
+            image = flat.reshape(self.shape)
+            result = residue(image)
+            for _ in range(iterations):
+                image = erode(image)
+                result = result + np.maximum(residue(image) * (1 - result), 0)
+            return result.ravel()
+
+        def term(p: np.ndarray, t: np.ndarray) -> float:
+            a = (sum(skeleton(p) * t) + smooth) / (sum(skeleton(p)) + smooth)
+            b = (sum(skeleton(t) * p) + smooth) / (sum(skeleton(t)) + smooth)
+            return 1 - 2 * a * b / (a + b)
+
+        p, t = self.p * self.valid, self.t * self.valid
+        return np.array([[term(p[i, c], t[i, c]) for c in range(self.c)] for i in range(self.n)])
+
+    def cross_entropy(self) -> np.ndarray:
+        """A term for each pixel that counts."""
+        if self.kind == "multiclass":
+            return -np.log((self.p * self.t).sum(1)[self.valid[:, 0]])
+        return -np.log(np.where(self.t == 1, self.p, 1 - self.p))[self.valid]
+
+    def border(self, size: int) -> np.ndarray:
+        """Whether a window is mixed for some class, (N, pixels)."""
+        t = self.t.reshape(self.n, self.c, *self.shape)
+        result = np.zeros((self.n, *self.shape), bool)
+        for index in np.ndindex(result.shape):
+            window = tuple(slice(max(0, i - size // 2), i + size // 2 + 1) for i in index[1:])
+            result[index] = any(0.01 < t[index[0], c][window].mean() < 0.99 for c in range(self.c))
+        return result.reshape(self.n, -1)
+
+
+def with_ignored(target: torch.Tensor, seed: int = 5) -> torch.Tensor:
+    drop = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed)) < 0.25
+    return target.masked_fill(drop, 255)
+
+
+# Against NumPy
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_region_losses_equal_loops(kind: str, shape: tuple[int, ...], ignore_index: int | None) -> None:
+    logits, target, options = case(kind, shape)
+    if ignore_index is not None:
+        target = with_ignored(target)
+    loops = Numpy(logits, target, kind, ignore_index)
+    options |= {"reduction": "none", "ignore_index": ignore_index}
+    for batch in (False, True):
+        pooled = options | {"batch": batch}
+        pairs = [
+            (dice_loss(logits, target, **pooled), loops.dice(batch=batch)),
+            (dice_loss(logits, target, smooth=0, **pooled), loops.dice(0, batch=batch)),
+            (dice_loss(logits, target, squared=True, **pooled), loops.dice(squared=True, batch=batch)),
+            (dice_loss(logits, target, log=True, **pooled), loops.dice(log=True, batch=batch)),
+            (jaccard_loss(logits, target, **pooled), loops.jaccard(batch=batch)),
+            (jaccard_loss(logits, target, log=True, smooth=3, **pooled), loops.jaccard(3, log=True, batch=batch)),
+            (tversky_loss(logits, target, alpha=0.3, beta=0.7, **pooled), loops.tversky(0.3, 0.7, batch=batch)),
+            (tversky_loss(logits, target, gamma=0.75, **pooled), loops.tversky(0.5, 0.5, 0.75, batch=batch)),
+            (mcc_loss(logits, target, **pooled), loops.mcc(batch=batch)),
+            (mcc_loss(logits, target, smooth=0, **pooled), loops.mcc(0, batch=batch)),
+            (lovasz_loss(logits, target, **pooled), loops.lovasz(batch=batch)),
+        ]
+        for ours, reference in pairs:
+            np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(generalized_dice_loss(logits, target, **options), loops.generalized_dice(), rtol=1e-9)
+    np.testing.assert_allclose(soft_cldice_loss(logits, target, iterations=2, **options), loops.cldice(2), rtol=1e-9)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixel_losses_equal_loops(kind: str, shape: tuple[int, ...], ignore_index: int | None) -> None:
+    logits, target, options = case(kind, shape)
+    if ignore_index is not None:
+        target = with_ignored(target)
+    options |= {"ignore_index": ignore_index}
+    loops = Numpy(logits, target, kind, ignore_index)
+    entropy = loops.cross_entropy()
+    assert cross_entropy_loss(logits, target, **options).item() == pytest.approx(entropy.mean(), rel=1e-9)
+    assert cross_entropy_loss(logits, target, reduction="sum", **options).item() == pytest.approx(entropy.sum(), rel=1e-9)
+    focal = (1 - np.exp(-entropy)) ** 1.5 * entropy
+    assert focal_loss(logits, target, gamma=1.5, **options).item() == pytest.approx(focal.mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_border_weights_equal_loops(kind: str, shape: tuple[int, ...]) -> None:
+    logits, target, options = case(kind, shape)
+    target = target * 0
+    target[..., : shape[-1] // 2] = 1  # half the picture, so that some windows are pure
+    loops = Numpy(logits, target, kind)
+    border = loops.border(3)
+    assert border.any()
+    assert not border.all()
+    w = np.where(border, 4.0, 1.0)[:, None]
+    pixels = loops.cross_entropy().reshape(loops.n, -1, w.shape[2])
+    tp, p, t = ((w * v).sum(2) for v in (loops.p * loops.t, loops.p, loops.t))
+    reference = (w * pixels).sum() / (w * np.ones_like(pixels)).sum() + (1 - (2 * tp + 1) / (p + t + 1)).mean()
+    assert bce_dice_loss(logits, target, border_weight=4, border_size=3, **options).item() == pytest.approx(reference)
+    plain = cross_entropy_loss(logits, target, **options) + dice_loss(logits, target, **options)
+    assert bce_dice_loss(logits, target, **options).item() == pytest.approx(plain.item())
+
+
+# Against other libraries
+
+
+def test_cross_entropy_equals_torch() -> None:
+    logits, target, _ = case("multiclass", (8, 9))
+    weight = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    for mask in (target, with_ignored(target)):
+        ours = cross_entropy_loss(logits, mask, weight=weight, label_smoothing=0.1, ignore_index=255)
+        theirs = F.cross_entropy(logits, mask, weight, label_smoothing=0.1, ignore_index=255)
+        torch.testing.assert_close(ours, theirs)
+    soft = torch.softmax(torch.randn(2, 3, 8, 9, dtype=torch.float64), dim=1)
+    torch.testing.assert_close(cross_entropy_loss(logits, soft), F.cross_entropy(logits, soft))
+    logits, target, options = case("multilabel", (8, 9))
+    ours = cross_entropy_loss(logits, target, pos_weight=weight, reduction="none", **options)
+    theirs = F.binary_cross_entropy_with_logits(logits, target.double(), pos_weight=weight.view(3, 1, 1), reduction="none")
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_focal_equals_torchvision() -> None:
+    ops = library("torchvision.ops")
+    logits, target, _ = case("binary", (8, 9))
+    for alpha, gamma in ((None, 2.0), (0.25, 2.0), (0.7, 0.5)):
+        theirs = ops.sigmoid_focal_loss(logits, target.double(), -1 if alpha is None else alpha, gamma, reduction="mean")
+        torch.testing.assert_close(focal_loss(logits, target, alpha=alpha, gamma=gamma), theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_region_losses_equal_smp(kind: str) -> None:
+    smp = library("segmentation_models_pytorch.losses")
+    logits, target, options = case(kind, (8, 9))
+    options |= {"batch": True, "smooth": 0.0}
+    pairs = [
+        (dice_loss, {}, smp.DiceLoss(kind)),
+        (dice_loss, {"log": True}, smp.DiceLoss(kind, log_loss=True)),
+        (jaccard_loss, {}, smp.JaccardLoss(kind)),
+        (tversky_loss, {"alpha": 0.3, "beta": 0.7}, smp.TverskyLoss(kind, alpha=0.3, beta=0.7)),
+    ]
+    for ours, extra, theirs in pairs:
+        torch.testing.assert_close(ours(logits, target, **options, **extra), theirs(logits, target))
+    ours = dice_loss(logits, with_ignored(target), ignore_index=255, **options)
+    torch.testing.assert_close(ours, smp.DiceLoss(kind, ignore_index=255)(logits, with_ignored(target)))
+
+
+def test_other_losses_equal_smp() -> None:
+    smp = library("segmentation_models_pytorch.losses")
+    logits, target, _ = case("binary", (8, 9))
+    logits = logits.float()  # smp's Lovász loss knows no other type
+    torch.testing.assert_close(focal_loss(logits, target), smp.FocalLoss("binary", gamma=2)(logits, target))
+    torch.testing.assert_close(lovasz_loss(logits, target, batch=True), smp.LovaszLoss("binary")(logits, target))
+    torch.testing.assert_close(lovasz_loss(logits, target), smp.LovaszLoss("binary", per_image=True)(logits, target))
+    torch.testing.assert_close(mcc_loss(logits, target, smooth=0, batch=True), smp.MCCLoss(eps=0)(logits.sigmoid(), target))
+    torch.testing.assert_close(
+        tversky_loss(logits, target, gamma=1.3, smooth=0, batch=True),
+        smp.TverskyLoss("binary", gamma=1.3)(logits, target),
+    )
+    torch.testing.assert_close(
+        cross_entropy_loss(logits, target), smp.SoftBCEWithLogitsLoss(ignore_index=None)(logits, target.float())
+    )
+    logits, target, _ = case("multiclass", (8, 9))
+    logits = logits.float()
+    torch.testing.assert_close(lovasz_loss(logits, target, batch=True), smp.LovaszLoss("multiclass")(logits, target))
+    torch.testing.assert_close(cross_entropy_loss(logits, target), smp.SoftCrossEntropyLoss(smooth_factor=0)(logits, target))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_region_losses_equal_monai(kind: str, batch: bool) -> None:
+    monai = library("monai.losses")
+    logits, target, options = case(kind, (8, 9))
+    options |= {"batch": batch}
+    theirs = {"softmax": True, "to_onehot_y": True} if kind == "multiclass" else {"sigmoid": True}
+    theirs |= {"batch": batch}
+    mask = target.unsqueeze(1) if kind == "multiclass" else target.double()
+    pairs = [
+        (dice_loss, {"smooth": 1.0}, monai.DiceLoss(smooth_nr=1.0, smooth_dr=1.0, **theirs)),
+        (
+            dice_loss,
+            {"smooth": 1.0, "squared": True},
+            monai.DiceLoss(squared_pred=True, smooth_nr=1, smooth_dr=1, **theirs),
+        ),
+        (jaccard_loss, {"smooth": 0.0}, monai.DiceLoss(jaccard=True, smooth_nr=0, smooth_dr=0, **theirs)),
+        (
+            tversky_loss,
+            {"alpha": 0.3, "beta": 0.7},
+            monai.TverskyLoss(alpha=0.3, beta=0.7, smooth_nr=1, smooth_dr=1, **theirs),
+        ),
+        (mcc_loss, {"smooth": 0.0}, monai.MCCLoss(smooth_dr=0, **theirs)),
+    ]
+    for ours, extra, other in pairs:
+        torch.testing.assert_close(ours(logits, target, **options, **extra), other(logits, mask))
+
+
+def test_other_losses_equal_monai() -> None:
+    monai = library("monai.losses")
+    logits, target, _ = case("multiclass", (8, 9))
+    mask = target.unsqueeze(1)
+    softmax = {"softmax": True, "to_onehot_y": True}
+    torch.testing.assert_close(
+        generalized_dice_loss(logits, target, smooth=0),
+        monai.GeneralizedDiceLoss(smooth_nr=0, smooth_dr=0, **softmax)(logits, mask),
+    )
+    each = monai.FocalLoss(to_onehot_y=True, use_softmax=True, reduction="none")(logits, mask)
+    torch.testing.assert_close(focal_loss(logits.float(), target, reduction="none"), each.sum(1))
+    torch.testing.assert_close(
+        bce_dice_loss(logits, target), monai.DiceCELoss(smooth_nr=1, smooth_dr=1, **softmax)(logits, mask)
+    )
+    logits, target, _ = case("binary", (8, 9))
+    # MONAI pools the classes of a picture; one channel is what both define. Its own constant, 1e-4, is made to vanish.
+    torch.testing.assert_close(
+        soft_cldice_loss(logits, target), monai.SoftclDiceLoss(sigmoid=True, smooth=1e-12)(logits, target.double())
+    )
+
+
+# The keywords
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_forms_and_types_of_a_mask_are_one(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    value = loss(logits, target, **options, **extra)
+    forms = [target.to(dtype) for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint16, torch.float16, torch.float32)]
+    if kind == "binary":
+        forms += [target[:, 0], target.bool()]
+    if kind == "multiclass":
+        one_hot = F.one_hot(target, 3).movedim(-1, 1)
+        forms += [target.unsqueeze(1), target.unsqueeze(1).float(), one_hot, one_hot.bool(), one_hot.double()]
+    for form in forms:
+        torch.testing.assert_close(loss(logits, form, **options, **extra), value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", [dice_loss, jaccard_loss, tversky_loss, mcc_loss, lovasz_loss, soft_cldice_loss])
+def test_reduction_and_class_weights(loss: Any, kind: str) -> None:
+    logits, target, options = case(kind, (5, 6))
+    terms = loss(logits, target, reduction="none", **options)
+    assert terms.shape == logits.shape[:2]
+    assert loss(logits, target, batch=True, reduction="none", **options).shape == logits.shape[1:2]
+    torch.testing.assert_close(loss(logits, target, **options), terms.mean())
+    torch.testing.assert_close(loss(logits, target, reduction="sum", **options), terms.sum())
+    weight = torch.tensor([0.0, 1.0, 3.0][-logits.shape[1] :])
+    torch.testing.assert_close(
+        loss(logits, target, weight=weight, **options), (terms * weight).sum() / (2 * weight.sum()), check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss])
+def test_pixel_reduction_and_class_weights(loss: Any, kind: str) -> None:
+    logits, target, options = case(kind, (5, 6))
+    weight = torch.tensor([0.0, 1.0, 3.0][-logits.shape[1] :], dtype=torch.float64)
+    factor = weight[target] if kind == "multiclass" else weight.view(-1, 1, 1).expand_as(logits)
+    terms = loss(logits, target, reduction="none", **options)
+    weighted = loss(logits, target, weight=weight, reduction="none", **options)
+    torch.testing.assert_close(weighted, terms * factor)
+    torch.testing.assert_close(loss(logits, target, weight=weight, **options), weighted.sum() / factor.sum())
+    if kind == "multiclass":
+        one_hot = F.one_hot(target, 3).movedim(-1, 1)
+        torch.testing.assert_close(loss(logits, one_hot, weight=weight), loss(logits, target, weight=weight))
+
+
+def test_label_smoothing_of_a_sigmoid() -> None:
+    logits, target, _ = case("binary", (5, 6))
+    ours = cross_entropy_loss(logits, target, label_smoothing=0.2)
+    torch.testing.assert_close(ours, F.binary_cross_entropy_with_logits(logits, target.double() * 0.8 + 0.1))
+
+
+def test_soft_masks() -> None:
+    logits, _, _ = case("binary", (5, 6))
+    soft = torch.rand(2, 5, 6)
+    p, t = logits.sigmoid()[:, 0], soft
+    reference = 1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
+    torch.testing.assert_close(dice_loss(logits, soft), reference.mean())
+
+
+def test_tversky_is_dice_and_jaccard() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    torch.testing.assert_close(tversky_loss(logits, target, smooth=0.5), dice_loss(logits, target, smooth=1.0))
+    torch.testing.assert_close(tversky_loss(logits, target, alpha=1, beta=1), jaccard_loss(logits, target))
+
+
+# The numerical policy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_the_derivatives(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (2, 3))
+    masks = [(target, options), (with_ignored(target), options | {"ignore_index": 255})]
+    for mask, keywords in masks:
+        of_logits = functools.partial(loss, target=mask, **keywords, **extra)
+        assert torch.autograd.gradcheck(of_logits, logits.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_ignored_pixels_have_no_gradient_and_no_say(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    mask = with_ignored(target)
+    ignored = (mask == 255).unsqueeze(1) if kind == "multiclass" else mask == 255
+    x = logits.clone().requires_grad_()
+    value = loss(x, mask, ignore_index=255, **options, **extra)
+    value.backward()
+    assert torch.all(x.grad[ignored.expand_as(x)] == 0)
+    assert torch.any(x.grad != 0)
+    changed = torch.where(ignored, 50 * torch.randn_like(logits), logits)
+    torch.testing.assert_close(loss(changed, mask, ignore_index=255, **options, **extra), value.detach())
+    x = logits.clone().requires_grad_()
+    nothing = loss(x, torch.full_like(target, 255), ignore_index=255, **options, **extra)
+    nothing.backward()
+    assert torch.isfinite(nothing)
+    assert torch.all(x.grad == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_extremes_are_finite(name: str, kind: str, dtype: torch.dtype) -> None:
+    loss, extra = ALL[name]
+    channels = 1 if kind == "binary" else 3
+    options = {"multilabel": True} if kind == "multilabel" else {}
+    for shape in ((1, 1), (4, 5)):
+        for logit in (-1e4, 0.0, 1e4):
+            for value in (0, 1):
+                x = torch.full((2, channels, *shape), logit, dtype=dtype)
+                x[:, channels // 2] = -logit if channels > 1 else logit
+                x.requires_grad_()
+                target = torch.full((2, *shape) if kind == "multiclass" else x.shape, value)
+                result = loss(x, target, **options, **extra)
+                result.backward()
+                assert result.dtype == torch.float32
+                assert torch.isfinite(result), (shape, logit, value)
+                assert torch.isfinite(x.grad).all(), (shape, logit, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_changes_nothing(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    logits = logits.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(logits, target, **options, **extra)
+    assert torch.equal(inside, loss(logits.float(), target, **options, **extra))
+
+
+def test_a_large_batch_loses_no_digits() -> None:
+    """1.25 * 2^24 pixels: adding ones one by one in float32 stops at 2^24."""
+    logits = torch.tensor([9.0, -9.0]).view(1, 2, 1, 1).expand(1, 2, 1280, 2**14)
+    value = dice_loss(logits, torch.zeros(1, 1280, 2**14, dtype=torch.uint8), smooth=0, reduction="none")
+    p = torch.tensor(18.0, dtype=torch.float64).sigmoid().item()
+    torch.testing.assert_close(value, torch.tensor([[1 - 2 * p / (1 + p), 1.0]]), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("smooth", [0.5, 1.0])
+def test_an_absent_class_costs_its_false_positives(smooth: float) -> None:
+    """The rule for empty masks: score smooth / (P + smooth)."""
+    empty = torch.zeros(1, 4, 5)
+    losses_at = []
+    for logit in (-30.0, -3.0, 0.0, 3.0):
+        logits = torch.full((1, 1, 4, 5), logit, requires_grad=True)
+        value = dice_loss(logits, empty, smooth=smooth)
+        value.backward()
+        predicted = logits.detach().sigmoid().sum()
+        torch.testing.assert_close(value.detach(), predicted / (predicted + smooth))
+        assert torch.all(logits.grad > 0)  # every false positive is pushed down
+        losses_at.append(value.item())
+    assert losses_at[0] < 1e-10 < losses_at[1] < losses_at[2] < losses_at[3]
+    for loss in (jaccard_loss, tversky_loss, mcc_loss, generalized_dice_loss, lovasz_loss):
+        assert loss(torch.full((1, 1, 4, 5), 3.0), empty) > 0.25
+        assert loss(torch.full((1, 1, 4, 5), -30.0), empty) < 1e-6
+
+
+def test_smp_lets_false_positives_on_empty_pictures_go_free() -> None:
+    smp = library("segmentation_models_pytorch.losses")
+    everywhere, empty = torch.full((1, 1, 8, 8), 9.0), torch.zeros(1, 1, 8, 8)
+    assert smp.DiceLoss("binary")(everywhere, empty).item() == 0
+    assert dice_loss(everywhere, empty).item() == pytest.approx(64 / 65, abs=1e-4)
+
+
+# Properties
+
+small = settings(max_examples=25, deadline=None)
+
+
+@small
+@given(st.integers(0, 10**6), st.sampled_from(KINDS))
+def test_the_order_of_pixels_and_pictures_does_not_matter(seed: int, kind: str) -> None:
+    logits, target, options = case(kind, (6,), seed, n=3)
+    pixels, pictures = torch.randperm(6), torch.randperm(3)
+    for loss in (cross_entropy_loss, focal_loss, dice_loss, jaccard_loss, mcc_loss, lovasz_loss, generalized_dice_loss):
+        value = loss(logits, target, **options)
+        torch.testing.assert_close(loss(logits[..., pixels], target[..., pixels], **options), value)
+        torch.testing.assert_close(loss(logits[pictures], target[pictures], **options), value)
+        if loss not in (cross_entropy_loss, focal_loss):
+            pooled = loss(logits, target, batch=True, **options)
+            torch.testing.assert_close(loss(logits[pictures], target[pictures], batch=True, **options), pooled)
+
+
+@small
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.floats(0.0, 5.0), st.booleans())
+def test_region_losses_have_bounds(seed: int, kind: str, smooth: float, batch: bool) -> None:
+    logits, target, options = case(kind, (6,), seed)
+    options |= {"batch": batch, "reduction": "none", "smooth": smooth}
+    for loss in (dice_loss, jaccard_loss, tversky_loss, soft_cldice_loss):
+        values = loss(10 * logits, target, **options)
+        assert torch.all((values >= -1e-12) & (values <= 1 + 1e-12))
+    assert torch.all(jaccard_loss(logits, target, **options) >= dice_loss(logits, target, **options) - 1e-12)
+    values = mcc_loss(10 * logits, target, **options)
+    assert torch.all((values >= -1e-12) & (values <= 2 + 1e-12))
+
+
+@small
+@given(st.integers(0, 10**6), st.integers(0, 5), st.floats(0.1, 10))
+def test_a_better_pixel_is_a_lower_loss(seed: int, pixel: int, step: float) -> None:
+    logits, target, _ = case("binary", (6,), seed, n=1)
+    better = logits.clone()
+    better[0, 0, pixel] += step if target[0, 0, pixel] else -step
+    for loss in (cross_entropy_loss, dice_loss, jaccard_loss, tversky_loss, mcc_loss, lovasz_loss):
+        assert loss(better, target) <= loss(logits, target) + 1e-12
+
+
+@small
+@given(st.integers(0, 10**6))
+def test_swapping_foreground_and_background_keeps_symmetric_losses(seed: int) -> None:
+    logits, target, _ = case("binary", (6,), seed)
+    for loss in (cross_entropy_loss, focal_loss, mcc_loss):
+        torch.testing.assert_close(loss(-logits, 1 - target), loss(logits, target))
+
+
+@small
+@given(st.integers(0, 10**6))
+def test_hard_predictions_give_the_index_itself(seed: int) -> None:
+    """Where predictions are sure, soft Dice and Jaccard and the Lovász softmax are the indices of sets."""
+    _, target, _ = case("multiclass", (6,), seed)
+    guess = torch.randint(0, 3, target.shape)
+    logits = 200 * F.one_hot(guess, 3).movedim(-1, 1).double()
+    for c in range(3):
+        p, t = guess == c, target == c
+        union = (p | t).sum((1,))
+        index = torch.where(union > 0, (p & t).sum(1) / union.clamp_min(1), 1.0).double()
+        torch.testing.assert_close(jaccard_loss(logits, target, smooth=0, reduction="none")[:, c], 1 - index)
+        torch.testing.assert_close(lovasz_loss(logits, target, reduction="none")[:, c], 1 - index)
+        torch.testing.assert_close(dice_loss(logits, target, smooth=0, reduction="none")[:, c], 1 - 2 * index / (1 + index))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), 255), {}, r"values from 0 to 1, found 255.*mask > 0"),
+        (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), math.nan), {}, r"found nan"),
+        (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), -0.5), {}, r"found -0\.5"),
+        (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 3), {}, r"class indices from 0 to 2, found 3.*ignore_index"),
+        (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), -1), {}, r"found -1"),
+        (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 0.5), {}, r"whole class indices, found 0\.5"),
+        (torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4), {}, r"sum to 1.*found 3; .*multilabel=True"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 2, 4, 4), {}, r"\(2, 2, 4, 4\) does not fit 3-class logits"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), {"multilabel": True}, r"expected \(2, 3, 4, 4\)"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 5), {}, r"expected \(2, 4, 4\) or \(2, 1, 4, 4\)"),
+        (torch.zeros(4, 4), torch.zeros(4, 4), {}, r"logits\[None\]"),
+        (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4), {}, r"none of them empty"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"reduction": "avg"}, r"'mean', 'sum' or 'none', got 'avg'"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(2)}, r"shape \(1,\), got \(2,\)"),
+    ],
+)
+def test_bad_input_is_named(logits: torch.Tensor, target: torch.Tensor, options: dict[str, Any], message: str) -> None:
+    for loss in (cross_entropy_loss, dice_loss, lovasz_loss):
+        with pytest.raises(ValueError, match=message):
+            loss(logits, target, **options)
+
+
+def test_bad_types_and_options_are_named() -> None:
+    logits, target = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4)
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got ndarray"):
+        dice_loss(logits, target.numpy())
+    with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
+        dice_loss(logits.long(), target)
+    with pytest.raises(TypeError, match="complex"):
+        dice_loss(logits, target.cfloat())
+    with pytest.raises(ValueError, match="border_size must be odd and positive, got 4"):
+        bce_dice_loss(logits, target, border_weight=3, border_size=4)
+    with pytest.raises(ValueError, match=r"alpha=0\.25 .* softmax use weight="):
+        focal_loss(torch.zeros(1, 2, 4, 4), target, alpha=0.25)
+    with pytest.raises(ValueError, match="pos_weight belongs to sigmoids"):
+        cross_entropy_loss(torch.zeros(1, 2, 4, 4), target, pos_weight=torch.ones(2))
+    with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 2"):
+        cross_entropy_loss(logits, target, label_smoothing=2)
+    with pytest.raises(ValueError, match="target on meta"):
+        dice_loss(logits, target.to("meta"))
+
+
+def test_an_ignored_value_outside_the_type_ignores_nothing() -> None:
+    """-100 wraps round to 156 in uint8, and 255 to True in bool."""
+    logits = torch.randn(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="found 156"):
+        dice_loss(logits, torch.full((1, 2, 2), 156, dtype=torch.uint8), ignore_index=-100)
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    assert torch.equal(dice_loss(logits, mask, ignore_index=255), dice_loss(logits, mask))
+
+
+# Modules
+
+
+MODULES = [module for module in Loss.__subclasses__() if module is not CompoundLoss]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_modules_are_their_functions(module: type[Loss]) -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    value = module.function(logits, target, ignore_index=0)
+    loss = pickle.loads(pickle.dumps(module(ignore_index=0)))
+    assert torch.equal(loss(logits, target), value)
+    assert "ignore_index=0" in repr(loss)
+    with pytest.raises(TypeError, match=rf"{module.__name__} has no option smoth; it has .*ignore_index"):
+        module(smoth=1)
+
+
+def test_every_loss_function_has_its_module() -> None:
+    functions = {name for name in vars(losses) if name.endswith("_loss")}
+    assert functions == {module.function.__name__ for module in MODULES}
+
+
+def test_class_weights_move_with_the_module() -> None:
+    loss = TverskyLoss(weight=[0, 1, 2], alpha=0.3)
+    assert list(loss.state_dict()) == ["weight"]
+    logits, target, _ = case("multiclass", (5, 6))
+    value = tversky_loss(logits, target, weight=torch.tensor([0, 1, 2]), alpha=0.3)
+    assert torch.equal(loss.double()(logits, target), value)
+
+
+def test_losses_add_up() -> None:
+    logits, target, _ = case("binary", (5, 6))
+    loss = CrossEntropyLoss() + 0.5 * (DiceLoss() + BCEDiceLoss(border_weight=2, border_size=3) * 2)
+    parts = cross_entropy_loss(logits, target) + 0.5 * dice_loss(logits, target)
+    parts = parts + bce_dice_loss(logits, target, border_weight=2, border_size=3)
+    torch.testing.assert_close(loss(logits, target), parts)
+    assert loss.factors == [1.0, 0.5, 1.0]
+    mixed = CompoundLoss((2.0, torch.nn.BCEWithLogitsLoss()))
+    torch.testing.assert_close(mixed(logits, target.double()), 2 * cross_entropy_loss(logits, target))
+    with pytest.raises(ValueError, match="at least one"):
+        CompoundLoss()
+
+
+# Beyond the CPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_no_loss_reads_a_value_from_the_device(name: str, kind: str) -> None:
+    """Fake CUDA tensors have no values: anything that waits for one raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    loss, extra = ALL[name]
+    channels = 1 if kind == "binary" else 3
+    options = {"multilabel": True} if kind == "multilabel" else {}
+    with FakeTensorMode():
+        x = torch.empty(2, channels, 5, 6, device="cuda")
+        forms = [torch.empty(2, 5, 6, device="cuda"), torch.empty(2, 5, 6, device="cuda", dtype=torch.uint8)]
+        if kind != "binary":
+            forms = [torch.empty(2, channels, 5, 6, device="cuda")] + (forms if kind == "multiclass" else [])
+        for target in forms:
+            assert loss(x, target, ignore_index=255, **options, **extra).is_cuda
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_losses_compile_without_a_break(name: str) -> None:
+    loss, extra = ALL[name]
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for kind in ("binary", "multiclass"):
+        logits, target, _ = case(kind, (5, 6))
+        x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        value = compiled(x, target, **extra)
+        value.backward()
+        reference = loss(y, target, **extra)
+        reference.backward()
+        torch.testing.assert_close(value, reference)
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_compiled_modules_still_check_values() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(DiceLoss(), fullgraph=True, backend="aot_eager")
+    logits = torch.zeros(1, 1, 4, 4)
+    assert compiled(logits, torch.ones(1, 4, 4)) == dice_loss(logits, torch.ones(1, 4, 4))
+    with pytest.raises(RuntimeError, match="values from 0 to 1"):
+        compiled(logits, torch.full((1, 4, 4), 255.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_cuda_equals_cpu_without_a_synchronisation(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    x, y = logits.cuda().requires_grad_(), logits.clone().requires_grad_()
+    mask = target.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = loss(x, mask, **options, **extra)
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    reference = loss(y, target, **options, **extra)
+    reference.backward()
+    torch.testing.assert_close(value.cpu(), reference)
+    torch.testing.assert_close(x.grad.cpu(), y.grad)
+    with torch.autocast("cuda", torch.float16):
+        half = loss(logits.cuda().half(), mask, **options, **extra)
+    torch.testing.assert_close(half, loss(logits.cuda().half().float(), mask, **options, **extra))

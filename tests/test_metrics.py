@@ -1,0 +1,591 @@
+"""Metrics against loops and other libraries, and the accumulator's promise of the same bits however it is fed."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from unetlib.metrics import (
+    SegmentationMetrics,
+    boundary_f_score,
+    boundary_iou,
+    calibration_error,
+    confusion_matrix,
+    dice_score,
+    fbeta_score,
+    hausdorff_distance,
+    iou_score,
+    pixel_accuracy,
+    precision_score,
+    recall_score,
+    specificity_score,
+)
+
+KINDS = ("binary", "multiclass", "multilabel")
+SHAPES = ((30,), (5, 6), (3, 4, 5))
+SCORES = {
+    "dice": dice_score,
+    "iou": iou_score,
+    "precision": precision_score,
+    "recall": recall_score,
+    "specificity": specificity_score,
+}
+
+
+def library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        pytest.skip(f"{name} is not installed; it comes with the test extra: pip install unetlib[test]")
+
+
+def case(kind: str, shape: tuple[int, ...], seed: int = 0, n: int = 3) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    channels = 1 if kind == "binary" else 3
+    logits = torch.randn(n, channels, *shape, generator=generator)
+    if kind == "multiclass":
+        return logits, torch.randint(0, channels, (n, *shape), generator=generator, dtype=torch.uint8), {}
+    target = torch.randint(0, 2, (n, channels, *shape), generator=generator, dtype=torch.uint8)
+    return logits, target, {"multilabel": True} if kind == "multilabel" else {}
+
+
+def with_ignored(target: torch.Tensor) -> torch.Tensor:
+    drop = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < 0.25
+    return target.masked_fill(drop, 255)
+
+
+def blob(seed: int, shape: tuple[int, ...] = (20, 23), n: int = 3) -> torch.Tensor:
+    """Random masks with some size to them, bool (n, 1, *shape)."""
+    noise = torch.randn(n, 1, *shape, generator=torch.Generator().manual_seed(seed))
+    pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(shape)]
+    return pool(noise, 5, stride=1, padding=2) > 0.05
+
+
+def as_logits(mask: torch.Tensor) -> torch.Tensor:
+    return 20 * mask.float() - 10
+
+
+def loop_cells(logits: torch.Tensor, target: torch.Tensor, kind: str) -> np.ndarray:
+    """(tp, fp, fn, tn) of each picture and class, pixel by pixel; 255 is ignored."""
+    x = logits.numpy().reshape(*logits.shape[:2], -1)
+    mask = target.numpy().reshape(len(x), -1, x.shape[2])
+    result = np.zeros((*x.shape[:2], 4), int)
+    for i, c, k in np.ndindex(x.shape):
+        true = mask[i, 0, k] if kind == "multiclass" else mask[i, c, k]
+        if true == 255:
+            continue
+        yes, right = (x[i, :, k].argmax() == c, true == c) if kind == "multiclass" else (x[i, c, k] > 0, true == 1)
+        result[i, c, (0 if right else 1) if yes else (2 if right else 3)] += 1
+    return result
+
+
+def formula(name: str, tp: int, fp: int, fn: int, tn: int, empty: float = math.nan) -> float:
+    if name == "specificity":
+        tp, fp, fn, name = tn, fn, fp, "recall"
+    if tp + fp + fn == 0:
+        return empty
+    above, below = {
+        "dice": (2 * tp, 2 * tp + fp + fn),
+        "iou": (tp, tp + fp + fn),
+        "precision": (tp, tp + fp),
+        "recall": (tp, tp + fn),
+    }[name]
+    return above / below if below else 0.0
+
+
+# Counts and scores of a batch
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_loops(kind: str, shape: tuple[int, ...], ignore: bool) -> None:
+    logits, target, options = case(kind, shape)
+    if ignore:
+        target, options = with_ignored(target), options | {"ignore_index": 255}
+    target[0] = 0  # classes 1 and 2 are absent from the first picture's mask
+    cells = loop_cells(logits, target, kind)
+    for name, score in SCORES.items():
+        per_picture = np.array([[formula(name, *cell) for cell in row] for row in cells])
+        pooled = np.array([formula(name, *cell) for cell in cells.sum(0)])
+        np.testing.assert_array_equal(score(logits, target, reduction="none", **options), per_picture)
+        np.testing.assert_array_equal(score(logits, target, reduction="none", batch=True, **options), pooled)
+        mean = np.nanmean(np.nanmean(per_picture, axis=1))
+        assert score(logits, target, **options).item() == pytest.approx(mean, rel=1e-12)
+    if kind != "multiclass":
+        table = confusion_matrix(logits, target, **options).flatten(2).numpy()
+        np.testing.assert_array_equal(table[..., [3, 1, 2, 0]], cells)
+        right = cells[..., [0, 3]].sum() / cells.sum()
+    else:
+        valid = target != 255
+        predicted = logits.argmax(1)
+        for i, true, guess in itertools.product(range(3), range(3), range(3)):
+            here = valid[i] & (target[i] == true) & (predicted[i] == guess)
+            assert confusion_matrix(logits, target, **options)[i, true, guess] == here.sum()
+        right = (predicted == target)[valid].double().mean().item()
+    assert pixel_accuracy(logits, target, **options).item() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_smp(kind: str) -> None:
+    smp = library("segmentation_models_pytorch.metrics")
+    logits, target, options = case(kind, (8, 9))
+    if kind == "multiclass":
+        stats = smp.get_stats(logits.argmax(1), target.long(), mode=kind, num_classes=3)
+    else:
+        stats = smp.get_stats(logits.sigmoid(), target.long(), mode=kind, threshold=0.5)
+    names = {
+        "dice": "f1_score",
+        "iou": "iou_score",
+        "precision": "precision",
+        "recall": "recall",
+        "specificity": "specificity",
+    }
+    for name, theirs in names.items():
+        ours = SCORES[name](logits, target, reduction="none", **options)
+        torch.testing.assert_close(ours.float(), getattr(smp, theirs)(*stats, reduction="none"))
+        pooled = SCORES[name](logits, target, batch=True, **options)
+        torch.testing.assert_close(pooled.float(), getattr(smp, theirs)(*stats, reduction="macro"))
+    fbeta = fbeta_score(logits, target, beta=0.5, reduction="none", **options)
+    torch.testing.assert_close(fbeta.float(), smp.fbeta_score(*stats, beta=0.5, reduction="none"))
+
+
+def test_scores_equal_torchmetrics() -> None:
+    tm = library("torchmetrics.functional.classification")
+    logits, target, _ = case("multiclass", (8, 9))
+    target = with_ignored(target)
+    args = {"num_classes": 3, "ignore_index": 255}
+    mask = target.long()
+    options: dict[str, Any] = {"ignore_index": 255, "batch": True, "reduction": "none"}
+    pairs = [
+        (dice_score, tm.multiclass_f1_score),
+        (iou_score, tm.multiclass_jaccard_index),
+        (precision_score, tm.multiclass_precision),
+        (recall_score, tm.multiclass_recall),
+        (specificity_score, tm.multiclass_specificity),
+    ]
+    for ours, theirs in pairs:
+        reference = theirs(logits, mask, average="none", **args)
+        torch.testing.assert_close(ours(logits, target, **options).float(), reference)
+    table = confusion_matrix(logits, target, ignore_index=255).sum(0)
+    assert torch.equal(table, tm.multiclass_confusion_matrix(logits, mask, **args))
+    accuracy = tm.multiclass_accuracy(logits, mask, average="micro", **args)
+    torch.testing.assert_close(pixel_accuracy(logits, target, ignore_index=255).float(), accuracy)
+    logits, target, _ = case("binary", (8, 9))
+    theirs = tm.binary_fbeta_score(logits.sigmoid(), target, beta=2.0, threshold=0.3)
+    torch.testing.assert_close(fbeta_score(logits, target, beta=2, threshold=0.3, batch=True).float(), theirs)
+
+
+@pytest.mark.parametrize("include_background", [True, False])
+def test_scores_equal_monai(include_background: bool) -> None:
+    monai = library("monai.metrics")
+    logits, target, _ = case("multiclass", (8, 9))
+    predicted, true = (F.one_hot(mask.long(), 3).movedim(-1, 1) for mask in (logits.argmax(1), target))
+    pairs = [
+        (dice_score, monai.compute_dice(predicted, true, include_background)),
+        (iou_score, monai.compute_iou(predicted, true, include_background)),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(
+            ours(logits, target, include_background=include_background).float(), theirs.nanmean(1).nanmean()
+        )
+
+
+def test_the_rule_for_empty_masks() -> None:
+    empty, full = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
+    nothing, one = as_logits(empty)[:, None], as_logits(empty)[:, None].clone()
+    one[..., 0, 0] = 10
+    for score in (dice_score, iou_score, precision_score, recall_score):
+        assert score(nothing, empty).isnan()
+        assert score(nothing, empty, empty=1.0) == 1
+        assert score(one, empty) == 0  # one false positive is enough to count
+        assert score(one, empty, empty=1.0) == 0
+        assert score(nothing, full) == 0
+    assert specificity_score(nothing, empty) == 1
+    assert specificity_score(as_logits(full)[:, None], full).isnan()
+    assert specificity_score(nothing, full) == 0
+    ignored = torch.full((1, 4, 4), 255)
+    assert dice_score(one, ignored, ignore_index=255, empty=1.0).isnan()  # no pixel, no score, whatever `empty` is
+    assert pixel_accuracy(one, ignored, ignore_index=255).isnan()
+    # A class that is absent leaves the mean of the others alone.
+    logits, target, _ = case("multiclass", (5, 6))
+    target = target.clamp_max(1)
+    logits[:, 2] = -99
+    two = dice_score(logits[:, :2], target)
+    assert dice_score(logits, target).item() == pytest.approx(two.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_and_types_are_one(kind: str) -> None:
+    logits, target, options = case(kind, (5, 6))
+    logits = logits.bfloat16()
+    value = dice_score(logits, target, **options)
+    forms = [target.to(dtype) for dtype in (torch.int16, torch.int64, torch.uint16, torch.float16, torch.float64)]
+    if kind == "binary":
+        forms += [target[:, 0], target.bool(), target * 0.2 + 0.4]  # soft masks are cut at 0.5
+    if kind == "multiclass":
+        one_hot = F.one_hot(target.long(), 3).movedim(-1, 1)
+        forms += [target.unsqueeze(1), one_hot, one_hot * 0.4 + 0.2]
+    for form in forms:
+        assert torch.equal(dice_score(logits, form, **options), value)
+    for same in (logits.float(), logits.double(), logits.to(memory_format=torch.channels_last)):
+        assert torch.equal(dice_score(same, target, **options), value)
+
+
+def test_threshold_is_a_probability() -> None:
+    logits = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]]).logit()
+    target = torch.tensor([[0, 1, 1, 1]])
+    assert recall_score(logits, target, threshold=0.3) == 1
+    assert recall_score(logits, target, threshold=0.7).item() == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 0\.0; for logits > 0 it is 0\.5"):
+        recall_score(logits, target, threshold=0.0)
+
+
+# Boundaries and distances
+
+
+@pytest.mark.parametrize("shape", [(12, 13), (6, 7, 8)], ids=str)
+@pytest.mark.parametrize("distance", [1, 2])
+def test_boundary_iou_equals_loops(shape: tuple[int, ...], distance: int) -> None:
+    predicted, true = blob(0, shape), blob(1, shape)
+
+    def band(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask, distance)
+        result = np.zeros_like(mask)
+        for index in np.ndindex(mask.shape):
+            window = padded[tuple(slice(i, i + 2 * distance + 1) for i in index)]
+            result[index] = mask[index] and not window.all()
+        return result
+
+    for i in range(3):
+        p, t = band(predicted[i, 0].numpy()), band(true[i, 0].numpy())
+        ours = boundary_iou(as_logits(predicted[i : i + 1]), true[i : i + 1], distance=distance)
+        assert ours.item() == pytest.approx((p & t).sum() / (p | t).sum())
+
+
+def test_boundary_iou_by_default_takes_2_percent_of_the_diagonal() -> None:
+    predicted, true = blob(0, (60, 80)), blob(1, (60, 80))
+    assert torch.equal(boundary_iou(as_logits(predicted), true), boundary_iou(as_logits(predicted), true, distance=2))
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        boundary_iou(as_logits(predicted), true, distance=0)
+
+
+def edge_points(mask: torch.Tensor) -> np.ndarray:
+    """Coordinates of the mask's pixels with one of their 2 d neighbours outside."""
+    padded = np.pad(mask.numpy(), 1)
+    points = []
+    for index in np.argwhere(padded):
+        neighbours = [index + sign * step for step in np.eye(padded.ndim, dtype=int) for sign in (1, -1)]
+        if not all(padded[tuple(neighbour)] for neighbour in neighbours):
+            points.append(index)
+    return np.array(points)
+
+
+def nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return np.sqrt(((points[:, None] - others[None]) ** 2).sum(-1)).min(1)
+
+
+def test_edge_scores_equal_loops() -> None:
+    library("scipy.ndimage")
+    predicted, true = blob(0), blob(1)
+    for i in range(3):
+        p, t = edge_points(predicted[i, 0]), edge_points(true[i, 0])
+        there, back = nearest(p, t), nearest(t, p)
+        pair = as_logits(predicted[i : i + 1]), true[i : i + 1]
+        assert hausdorff_distance(*pair).item() == pytest.approx(max(there.max(), back.max()))
+        p95 = max(np.percentile(there, 95), np.percentile(back, 95))
+        assert hausdorff_distance(*pair, percentile=95).item() == pytest.approx(p95)
+        a, b = (there <= 1.5).mean(), (back <= 1.5).mean()
+        assert boundary_f_score(*pair, tolerance=1.5).item() == pytest.approx(2 * a * b / (a + b))
+
+
+def test_hausdorff_equals_monai() -> None:
+    library("scipy.ndimage")
+    monai = library("monai.metrics")
+    predicted, true = blob(0), blob(1)
+    for percentile, spacing in ((100, None), (95, None), (95, (0.5, 2.0))):
+        ours = hausdorff_distance(as_logits(predicted), true, percentile=percentile, spacing=spacing, reduction="none")
+        theirs = monai.compute_hausdorff_distance(
+            predicted, true, include_background=True, percentile=percentile, spacing=spacing
+        )
+        torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_boundaries_of_absent_classes() -> None:
+    library("scipy.ndimage")
+    empty, square = torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 9, 9)
+    square[..., 2:6, 3:7] = 1
+    for score, alone, same in ((hausdorff_distance, math.inf, 0), (boundary_f_score, 0, 1), (boundary_iou, 0, 1)):
+        assert score(as_logits(empty), empty).isnan()
+        assert score(as_logits(empty), empty, empty=1.0) == 1
+        assert score(as_logits(square), empty) == alone
+        assert score(as_logits(empty), square) == alone
+        assert score(as_logits(square), square) == same
+    ignored = square * 255  # nothing to be found in what is left
+    assert boundary_iou(as_logits(square), ignored, ignore_index=255).isnan()
+    assert hausdorff_distance(as_logits(square), ignored, ignore_index=255).isnan()
+    with pytest.raises(TypeError, match="batch"):
+        hausdorff_distance(as_logits(square), square, batch=True)  # type: ignore[call-arg]
+
+
+def test_boundary_scores_of_many_classes() -> None:
+    library("scipy.ndimage")
+    _, target, _ = case("multiclass", (7, 8))
+    logits, _, _ = case("multiclass", (7, 8), seed=1)
+    for score in (boundary_iou, boundary_f_score, hausdorff_distance):
+        table = score(logits, target, reduction="none")
+        assert table.shape == (3, 3)
+        for c in range(3):
+            alone = score(as_logits(logits.argmax(1, keepdim=True) == c), target == c, reduction="none")
+            assert torch.equal(table[:, c], alone[:, 0])
+        means = score(logits, target, include_background=False)
+        assert means.item() == pytest.approx(table[:, 1:].mean().item())
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_calibration_equals_torchmetrics(ignore: bool) -> None:
+    tm = library("torchmetrics.functional.classification")
+    options = {"ignore_index": 255} if ignore else {}
+    logits, target, _ = case("binary", (20, 20))
+    mask = with_ignored(target) if ignore else target
+    theirs = tm.binary_calibration_error(logits.sigmoid(), mask.long(), n_bins=10, **options)
+    torch.testing.assert_close(calibration_error(logits, mask, bins=10, **options).float(), theirs)
+    logits, target, _ = case("multiclass", (20, 20))
+    mask = with_ignored(target) if ignore else target
+    theirs = tm.multiclass_calibration_error(logits.softmax(1), mask.long(), num_classes=3, n_bins=15, **options)
+    torch.testing.assert_close(calibration_error(logits, mask, **options).float(), theirs)
+
+
+def test_calibration_of_known_probabilities() -> None:
+    logits = torch.tensor([0.25, 0.25, 0.25, 0.25, 1 - 1e-9, 1e-9], dtype=torch.float64).logit().view(1, 1, 6)
+    target = torch.tensor([[0, 0, 0, 1, 0, 0]])
+    assert calibration_error(logits, target).item() == pytest.approx(1 / 6)  # one sure pixel of six is wrong
+    logits, target, options = case("multilabel", (5, 6))
+    swapped = calibration_error(logits.transpose(0, 1), target.transpose(0, 1), **options)
+    torch.testing.assert_close(calibration_error(logits, target, **options), swapped)
+
+
+# The accumulator
+
+
+def fill(metrics: SegmentationMetrics, logits: torch.Tensor, target: torch.Tensor, sizes: list[int]) -> SegmentationMetrics:
+    for x, y in zip(logits.split(sizes), target.split(sizes), strict=True):
+        metrics.update(x, y)
+    return metrics
+
+
+def accumulator(kind: str, **options: Any) -> SegmentationMetrics:
+    return SegmentationMetrics(1 if kind == "binary" else 3, multilabel=kind == "multilabel", **options)
+
+
+@pytest.mark.parametrize("include_background", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_scores_are_those_of_the_functions(kind: str, include_background: bool) -> None:
+    logits, target, options = case(kind, (5, 6), n=7)
+    target[0] = 0
+    target = with_ignored(target)
+    metrics = accumulator(kind, ignore_index=255, include_background=include_background, keep_pictures=True)
+    fill(metrics, logits, target, [3, 1, 3])
+    result, per_class, per_picture = metrics.compute(), metrics.per_class(), metrics.per_picture()
+    options |= {"ignore_index": 255, "include_background": include_background}
+    for name, score in SCORES.items():
+        assert result[name] == pytest.approx(score(logits, target, **options).item(), rel=1e-12)
+        assert result[f"{name}_pooled"] == pytest.approx(score(logits, target, batch=True, **options).item(), rel=1e-12)
+        table = score(logits, target, reduction="none", **options)
+        np.testing.assert_allclose(per_class[name], table.nanmean(0), rtol=1e-12)
+        pooled = score(logits, target, batch=True, reduction="none", **options)
+        np.testing.assert_array_equal(per_class[f"{name}_pooled"], pooled)
+        first = 0 if include_background or kind != "multiclass" else 1
+        np.testing.assert_allclose(per_picture[name], table[:, first:].nanmean(1), rtol=1e-12)
+    accuracy = pixel_accuracy(logits, target, **{k: v for k, v in options.items() if k != "include_background"})
+    assert result["accuracy"] == accuracy.item()
+    assert list(result) == [f"{name}{end}" for name in SCORES for end in ("", "_pooled")] + ["accuracy"]
+    assert metrics.pictures == 7
+    table = confusion_matrix(logits, target, ignore_index=255, multilabel=kind == "multilabel").sum(0)
+    assert torch.equal(metrics.confusion, table[0] if kind == "binary" else table)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(KINDS), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
+def test_batches_order_and_merging_change_no_bit(seed: int, kind: str, sizes: list[int], data: st.DataObject) -> None:
+    logits, target, _ = case(kind, (7,), seed, n=sum(sizes))
+    whole = fill(accumulator(kind), logits, target, [sum(sizes)])
+    order = torch.tensor(data.draw(st.permutations(range(sum(sizes)))))
+    split = fill(accumulator(kind), logits[order], target[order], sizes)
+    cut = data.draw(st.integers(0, sum(sizes)))
+    left, right = accumulator(kind), accumulator(kind)
+    if cut:
+        left.update(logits[:cut], target[:cut])
+    if cut < sum(sizes):
+        right.update(logits[cut:], target[cut:])
+    left.merge(right)
+    expected = repr((whole.compute(), whole.per_class(), whole.confusion.tolist(), whole.pictures))
+    for other in (split, left):
+        assert repr((other.compute(), other.per_class(), other.confusion.tolist(), other.pictures)) == expected
+
+
+def test_the_mean_over_pictures_is_exact() -> None:
+    metrics = SegmentationMetrics(keep_pictures=True)
+    logits, target, _ = case("binary", (5, 6), n=200)
+    metrics.update(logits, target)
+    scores = metrics.per_picture()["dice"]
+    assert metrics.compute()["dice"] == float(sum(map(Fraction, scores)) / 200)
+
+
+def test_memory_is_constant_unless_pictures_are_kept() -> None:
+    def tensors(metrics: SegmentationMetrics) -> int:
+        flat = [v for value in vars(metrics).values() for v in (value if isinstance(value, list) else [value])]
+        return sum(v.numel() for v in flat if isinstance(v, torch.Tensor))
+
+    for keep, growth in ((False, 0), (True, 4 * 5)):
+        metrics = SegmentationMetrics(keep_pictures=keep)
+        before = tensors(metrics)
+        for size in ((4, 4), (5, 7)):  # pictures may differ in size
+            metrics.update(torch.zeros(2, 1, *size), torch.zeros(2, *size))
+        assert tensors(metrics) - before == growth
+
+
+def test_reset_and_empty_accumulators() -> None:
+    metrics = SegmentationMetrics(3)
+    assert all(math.isnan(value) for value in metrics.compute().values())
+    logits, target, _ = case("multiclass", (5, 6))
+    first = metrics(logits, target)  # torchmetrics' style: counts, and returns the batch's own scores
+    assert first == metrics.compute()
+    second = metrics(logits.flip(0), target)
+    assert second != first
+    assert metrics.pictures == 6
+    metrics.reset()
+    assert metrics.pictures == 0
+    assert metrics(logits, target) == first
+
+
+def test_empty_pictures_in_a_data_set() -> None:
+    square, empty = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    square[:, :2] = 1
+    left_out, kaggle = SegmentationMetrics(), SegmentationMetrics(empty=1.0)
+    for metrics in (left_out, kaggle):
+        metrics.update(as_logits(square)[:, None], torch.ones(1, 4, 4))  # Dice 2/3
+        metrics.update(as_logits(empty)[:, None], empty)
+    assert left_out.compute()["dice"] == pytest.approx(2 / 3)
+    assert kaggle.compute()["dice"] == pytest.approx((2 / 3 + 1) / 2)
+    for metrics in (left_out, kaggle):
+        metrics.update(as_logits(square)[:, None], empty)  # false positives score 0 under both rules
+    assert left_out.compute()["dice"] == pytest.approx(2 / 3 / 2)
+    assert kaggle.compute()["dice"] == pytest.approx((2 / 3 + 1) / 3)
+
+
+def test_accumulator_names_bad_input() -> None:
+    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+        SegmentationMetrics(0)
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) do not have num_classes=1 channels"):
+        SegmentationMetrics().update(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="found 255"):
+        SegmentationMetrics().update(torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), 255))
+    with pytest.raises(ValueError, match=r"different options: .*'threshold': 0\.5.*'threshold': 0\.4"):
+        SegmentationMetrics().merge(SegmentationMetrics(threshold=0.4))
+    with pytest.raises(ValueError, match="keep_pictures=True"):
+        SegmentationMetrics().per_picture()
+    with pytest.raises(ValueError, match="'mean' or 'none', got 'sum'"):
+        dice_score(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), reduction="sum")
+
+
+PROCESS = """
+import sys, torch
+from unetlib.metrics import SegmentationMetrics
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+logits, target = torch.load(f"{folder}/data.pt")
+metrics = SegmentationMetrics(3, keep_pictures=True)
+share = slice(0, 2) if rank == 0 else slice(2, None)
+metrics.update(logits[share], target[share])
+total = metrics.all_gather()
+assert metrics.pictures == (2 if rank == 0 else 5)
+torch.save((total.compute(), total.per_class(), total.per_picture(), total.confusion), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_equal_one_to_the_last_bit(tmp_path: Path) -> None:
+    logits, target, _ = case("multiclass", (5, 6), n=7)
+    torch.save((logits, target), tmp_path / "data.pt")
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", PROCESS]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=os.environ | {"PYTHONPATH": path}) for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    one = SegmentationMetrics(3, keep_pictures=True)
+    one.update(logits, target)
+    expected = (one.compute(), one.per_class(), one.per_picture(), one.confusion)
+    for rank in (0, 1):
+        assert repr(torch.load(tmp_path / f"{rank}.pt")) == repr(expected)
+
+
+def test_update_reads_no_value_from_the_device() -> None:
+    """Fake CUDA tensors have no values: anything that waits for one raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for kind in KINDS:
+        with FakeTensorMode():
+            metrics = accumulator(kind, ignore_index=255, keep_pictures=True)
+            channels = metrics.num_classes
+            shape = (2, 5, 6) if kind == "multiclass" else (2, channels, 5, 6)
+            for dtype in (torch.uint8, torch.float32):
+                target = torch.empty(shape, device="cuda", dtype=dtype)
+                metrics.update(torch.empty(2, channels, 5, 6, device="cuda"), target)
+
+
+def test_plot_draws_the_confusion_and_the_pictures() -> None:
+    library("matplotlib")
+    for kind in KINDS:
+        logits, target, _ = case(kind, (5, 6))
+        metrics = fill(accumulator(kind, keep_pictures=True), logits, target, [3])
+        names = ["background", "car"] if kind == "binary" else ["a", "b", "c"]
+        figure = metrics.plot(names)
+        matrix, histogram = figure.axes
+        assert [label.get_text() for label in matrix.get_yticklabels()] == names
+        shares = matrix.images[0].get_array()
+        np.testing.assert_allclose(shares.sum(1), 1)
+        table = metrics.confusion.double()
+        table = table.flatten(1) if kind == "multilabel" else table
+        np.testing.assert_allclose(shares, table / table.sum(1, keepdim=True), rtol=1e-6)
+        assert sum(bar.get_height() for bar in histogram.patches) == 3
+        with pytest.raises(ValueError, match="class_names must name"):
+            metrics.plot(["a"])
+    assert len(SegmentationMetrics().plot().axes) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_counts_equal_cpu_counts(kind: str) -> None:
+    logits, target, _ = case(kind, (5, 6))
+    cpu, cuda = accumulator(kind), accumulator(kind)
+    cpu.update(logits, target)
+    x, y = logits.cuda(), target.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cuda.update(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cuda.compute() == cpu.compute()
+    cpu.merge(cuda)
+    assert cpu.pictures == 6
