@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unetlib
+from unetlib.synthetic import render_scene
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+INTERNAL = {"boundary", "counts", "gradients", "terms"}  # pieces of losses and metrics, without stable names
+FRAGMENTS = {"README.md", "losses-and-metrics.md"}  # their blocks are parts of programs
+MODULES = sorted({module.name for module in pkgutil.iter_modules(unetlib.__path__)} - INTERNAL)
+BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    where: str
+    code: str
+    runs: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(f"{page.name}:{text.count(chr(10), 0, found.start()) + 1}", found[2], not found[1])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+WITH_CODE = [page for page in PAGES if blocks(page)]
+RUNNING = [page for page in WITH_CODE if page.name not in FRAGMENTS and any(block.runs for block in blocks(page))]
+
+
+def public_names(module_name: str) -> list[str]:
+    module = importlib.import_module(f"unetlib.{module_name}")
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+    ]
+
+
+# ---- code in the pages -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_code_parses_and_its_imports_resolve(page: Path) -> None:
+    for block in blocks(page):
+        for node in ast.walk(ast.parse(block.code, block.where)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{block.where}: {node.module} has no {alias.name}"
+
+
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after another, in a folder that has the files they name."""
+    monkeypatch.chdir(tmp_path)
+    picture, mask = render_scene(0, size=(48, 72))
+    Image.fromarray(picture).save("car.jpg")
+    for images, masks, name in (("pictures", "masks", "a_mask.png"), ("streets", "labels", "a.png")):
+        Path(images).mkdir()
+        Path(masks).mkdir()
+        Image.fromarray(picture).save(Path(images) / "a.jpg")
+        Image.fromarray(mask).save(Path(masks) / name)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        if block.runs:
+            exec(compile(block.code, block.where, "exec"), names)
+    if page.name == "quickstart.md":
+        assert names["scores"]["dice"] > 0.7  # type: ignore[index]  # it has learned something
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_page(module: str) -> None:
+    assert f"::: unetlib.{module}" in (DOCS / "reference" / f"{module}.md").read_text(encoding="utf-8").splitlines()
+    assert f"reference/{module}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_the_overview_has_every_name_of_the_package() -> None:
+    overview = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
+    missing = [name for name in unetlib.__all__ if not re.search(rf"\[(`{name}`|unetlib\.{name})\]", overview)]
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for needed in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed; `pip install .[docs]` has it")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_has_every_public_name(site: Path) -> None:
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    described = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
+    expected = {f"unetlib.{module}.{name}" for module in MODULES for name in public_names(module)}
+    assert len(expected) > 40
+    assert expected <= described
+    private = [name for name in described if re.search(r"\._[a-z]", name)]
+    assert not private
+
+
+def test_the_site_asks_no_other_server(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(MODULES)
+    loads = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
+    assert [found[0] for page in pages for found in loads.finditer(page.read_text(encoding="utf-8"))] == []
+
+
+# ---- what the pages say about other files ----------------------------------------------------------------------------
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert links
+    assert not missing
+
+
+def test_the_training_page_has_every_option() -> None:
+    script = (ROOT / "examples" / "train_carvana.py").read_text(encoding="utf-8")
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    options = re.findall(r'^ +add\("(--[a-z-]+)"', script, re.MULTILINE)
+    assert len(options) > 10
+    assert re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE) == options
+
+
+def test_the_pictures_are_small_and_can_be_made_again() -> None:
+    pictures = runpy.run_path(str(DOCS / "make_images.py"))["PICTURES"]
+    committed = list((DOCS / "images").iterdir())
+    assert {path.name for path in committed} <= set(pictures)
+    assert sum(path.stat().st_size for path in committed) < 500_000
+    again = pictures["scene.jpg"]().astype(np.int16)
+    scene = np.asarray(Image.open(DOCS / "images" / "scene.jpg")).astype(np.int16)
+    assert again.shape == scene.shape
+    assert np.abs(again - scene).mean() < 4, "the scenes have changed: run `python docs/make_images.py`"
