@@ -22,7 +22,7 @@ from unetlib.synthetic import render_scene
 class Scenes:
     """Rendered scenes of one car each, under a seed that training does not use."""
 
-    def __init__(self, count: int, size: tuple[int, int] = (1280, 1918), seed: int = 2026) -> None:
+    def __init__(self, count: int, size: tuple[int, int], seed: int = 2026) -> None:
         self.count, self.size, self.seed = count, size, seed
 
     def __len__(self) -> int:
@@ -40,12 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--masks", type=Path)
     parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
+    parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
 
-    dataset = Scenes(args.synthetic) if args.synthetic else CarvanaDataset(args.images, args.masks)
+    dataset = Scenes(args.synthetic, tuple(args.size)) if args.synthetic else CarvanaDataset(args.images, args.masks)
     model = UNet.from_pretrained(args.model, device=args.device)
     start = time.perf_counter()
     scores = evaluate(model, dataset, batch_size=1, progress=True)

@@ -49,7 +49,7 @@ def test_training_on_synthetic_scenes_writes_weights_and_predictions(tmp_path, c
     model = UNet.from_pretrained(tmp_path / "model")
     assert model.config.features == (8, 16)
     assert model.preprocessing.size == (32, 48)
-    assert Image.open(tmp_path / "predictions.png").size == (3 * 244 + 4, 2 * 164 + 4)
+    assert Image.open(tmp_path / "predictions.png").size == (3 * 244 + 4, 4 * 164 + 4)
     assert re.search(r"epoch 2: dice 0\.\d+", capsys.readouterr().out)
 
 
