@@ -48,7 +48,7 @@ def edge_distances(predicted: Any, true: Any, spacing: Any) -> tuple[Any, Any]:
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise ImportError("distances between edges need scipy; install it with `pip install scipy`") from error
+        raise ImportError("distances between edges need scipy; install it with `pip install unetlib[metrics]`") from error
     edges = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, true)]
     to_predicted, to_true = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
     return to_true[edges[0]], to_predicted[edges[1]]

@@ -75,31 +75,39 @@ class Focal(torch.autograd.Function):
         return grad * slope, None
 
 
-class LovaszExtension(torch.autograd.Function):
-    """Lovász extension of the Jaccard loss along the last axis, for errors and a bool mask of one shape (..., n).
+class Lovasz(torch.autograd.Function):
+    """Lovász extension of the Jaccard loss along the last axis, for predictions and a bool mask of one shape (..., n).
 
-    The errors are sorted from the largest; each is weighted by how much the Jaccard loss rises when its pixel joins
-    those that are wrong. With I pixels of the mask left and a union of U after that, it is 1 / U for a pixel of the mask
-    and I / (U (U - 1)) for another, which needs no difference of nearly equal numbers. Errors below zero count as zero.
+    The error of a probability is its distance from the mask, that of a logit the hinge max(0, 1 - logit), with the
+    logit's sign turned outside the mask. The errors are sorted from the largest; each is weighted by how much the
+    Jaccard loss rises when its pixel joins those that are wrong. With I pixels of the mask left and a union of U after
+    that, it is 1 / U for a pixel of the mask and I / (U (U - 1)) for another, which needs no difference of nearly equal
+    numbers. A pixel that is not valid has no error, and is not in the mask.
     """
 
     @staticmethod
-    def forward(ctx: Any, errors: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, predicted: Tensor, mask: Tensor, valid: Tensor | None, hinge: bool) -> Tensor:
         """Return the extension, (...)."""
+        turn = mask.to(predicted.dtype).mul_(-2).add_(1)  # -1 in the mask, 1 outside
+        errors = (predicted * turn).add_(1 if hinge else mask).relu_()
+        if valid is not None:
+            errors.masked_fill_(~valid, 0)
+            mask = mask & valid
         errors, order = errors.sort(dim=-1, descending=True)
         mask = mask.gather(-1, order)
         left = mask.cumsum(-1, dtype=torch.int32)
         left = left[..., -1:] - left
-        union = (left + torch.arange(1, mask.shape[-1] + 1, device=mask.device, dtype=torch.int32)).to(errors.dtype)
+        union = torch.arange(1, mask.shape[-1] + 1, device=mask.device, dtype=torch.int32).add(left).to(errors.dtype)
         rise = left / (union - 1).clamp_min_(1)
         rise.masked_fill_(mask | (union == 1), 1).div_(union)
-        errors.relu_()
-        ctx.save_for_backward(torch.empty_like(rise).scatter_(-1, order, rise * (errors > 0)))
-        return (errors * rise).sum(-1)
+        result = (errors * rise).sum(-1)
+        rise *= errors > 0
+        ctx.save_for_backward(torch.empty_like(rise).scatter_(-1, order, rise).mul_(turn))
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return each pixel's weight times grad."""
-        (weight,) = ctx.saved_tensors
-        return weight * grad.unsqueeze(-1), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return grad times each pixel's weight, below zero in the mask."""
+        (slope,) = ctx.saved_tensors
+        return slope * grad.unsqueeze(-1), None, None, None

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .gradients import Focal, LovaszExtension
+from .gradients import Focal, Lovasz
 from .targets import read
 from .terms import (
     EPS,
@@ -149,7 +149,7 @@ def dice_loss(
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
     tp, p, t = sums(reading, batch, squared=squared)
-    return reduce_regions(ratio(2 * tp + smooth, p + t + smooth), reading, weight, reduction, log=log)
+    return reduce_regions(ratio(2 * tp, p + t, smooth), reading, weight, reduction, log=log)
 
 
 def jaccard_loss(
@@ -183,7 +183,7 @@ def jaccard_loss(
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
     tp, p, t = sums(reading, batch)
-    return reduce_regions(ratio(tp + smooth, p + t - tp + smooth), reading, weight, reduction, log=log)
+    return reduce_regions(ratio(tp, p + t - tp, smooth), reading, weight, reduction, log=log)
 
 
 def tversky_loss(
@@ -224,7 +224,7 @@ def tversky_loss(
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
     tp, p, t = sums(reading, batch)
-    score = ratio(tp + smooth, tp + alpha * (p - tp) + beta * (t - tp) + smooth)
+    score = ratio(tp, tp + alpha * (p - tp) + beta * (t - tp), smooth)
     if gamma != 1:
         score = 1 - (1 - score).clamp_min(EPS) ** gamma
     return reduce_regions(score, reading, weight, reduction)
@@ -262,7 +262,7 @@ def generalized_dice_loss(
     tp, p, t = sums(reading, batch)
     rarest = torch.where(t > 0, t, torch.inf).amin(dim=-1, keepdim=True)
     w = torch.where(t > 0, rarest / t.clamp_min(EPS), 1) ** 2
-    score = ratio(2 * (w * tp).sum(-1) + smooth, (w * (p + t)).sum(-1) + smooth)
+    score = ratio(2 * (w * tp).sum(-1), (w * (p + t)).sum(-1), smooth)
     return reduce_regions(score, reading, None, reduction)
 
 
@@ -335,19 +335,15 @@ def lovasz_loss(
         tensor(0.5000)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+
+    def rows(value: Tensor) -> Tensor:
+        """Pixels of each picture and class in a row; with ``batch``, of each class."""
+        return value.transpose(0, 1).flatten(1) if batch else value.flatten(2)
+
+    predicted = reading.logits if reading.sigmoid else reading.probabilities()
     mask = reading.one_hot() > 0.5
-    if reading.sigmoid:
-        errors = 1 - torch.where(mask, reading.logits, -reading.logits)
-    else:
-        p = reading.probabilities()
-        errors = torch.where(mask, 1 - p, p)
-    if reading.valid is not None:
-        errors = errors.masked_fill(~reading.valid, -torch.inf)
-        mask = mask & reading.valid
-    if batch:
-        errors, mask = errors.transpose(0, 1), mask.transpose(0, 1)
-    start = 1 if batch else 2
-    score = 1 - LovaszExtension.apply(errors.flatten(start), mask.flatten(start))
+    valid = None if reading.valid is None else rows(reading.valid.expand_as(mask))
+    score = 1 - Lovasz.apply(rows(predicted), rows(mask), valid, reading.sigmoid)
     return reduce_regions(score, reading, weight, reduction)
 
 
@@ -391,9 +387,9 @@ def soft_cldice_loss(
         p, t = p * reading.valid, t * reading.valid
     dims = [0, *reading.spatial] if batch else reading.spatial
     skeleton_p, skeleton_t = soft_skeleton(p, iterations), soft_skeleton(t, iterations)
-    precision = ratio((skeleton_p * t).sum(dims) + smooth, skeleton_p.sum(dims) + smooth)
-    recall = ratio((skeleton_t * p).sum(dims) + smooth, skeleton_t.sum(dims) + smooth)
-    score = ratio(2 * precision * recall, precision + recall, empty=0.0)
+    precision = ratio((skeleton_p * t).sum(dims), skeleton_p.sum(dims), smooth)
+    recall = ratio((skeleton_t * p).sum(dims), skeleton_t.sum(dims), smooth)
+    score = ratio(2 * precision * recall, precision + recall, 0.0, empty=0.0)
     return reduce_regions(score, reading, weight, reduction)
 
 
@@ -442,7 +438,7 @@ def bce_dice_loss(
     entropy = reduce_pixels(pixels, reading, factor, "mean")
     del pixels  # frees its memory before Dice takes some
     tp, p, t = sums(reading, batch, weight=weight)
-    return entropy + reduce_regions(ratio(2 * tp + smooth, p + t + smooth), reading)
+    return entropy + reduce_regions(ratio(2 * tp, p + t, smooth), reading)
 
 
 class Loss(nn.Module):

@@ -525,7 +525,7 @@ class SegmentationMetrics:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("plot needs matplotlib; install it with `pip install matplotlib`") from error
+            raise ImportError("plot needs matplotlib; install it with `pip install unetlib[metrics]`") from error
         table = self.confusion.cpu()
         names = list(class_names or map(str, range(len(table))))
         if len(names) != len(table):

@@ -86,8 +86,10 @@ def count(reading: Reading, batch: bool) -> Tensor | int:
     return reading.valid.sum(dims)
 
 
-def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
-    """Quotient, or `empty` where the denominator is zero; finite in value and gradient."""
+def ratio(numerator: Tensor, denominator: Tensor, smooth: float, empty: float = 1.0) -> Tensor:
+    """(numerator + smooth) / (denominator + smooth), or `empty` for 0 / 0; finite in value and gradient."""
+    if smooth > EPS:
+        return (numerator + smooth) / (denominator + smooth)
     defined = denominator > EPS
     return torch.where(defined, numerator / torch.where(defined, denominator, 1), empty)
 
