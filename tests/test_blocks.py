@@ -10,8 +10,8 @@ from study import randomize
 from torch import nn
 
 from unetlib import DoubleConv
-from unetlib.blocks import Up, make_activation, make_norm, match_size
-from unetlib.config import ACTIVATIONS, NORMS
+from unetlib.blocks import Up, make_activation, make_norm, make_upsample, match_size
+from unetlib.config import ACTIVATIONS, NORMS, UPSAMPLINGS
 
 # --- NumPy readings, float64, one number at a time
 
@@ -38,6 +38,21 @@ def transposed_conv2x2(x, weight, bias):
             for j in range(2 * width):
                 out[o, i, j] = bias[o] + (x[:, i // 2, j // 2] * weight[:, o, i % 2, j % 2]).sum()
     return out
+
+
+def bilinear2x(x, align_corners):
+    _, height, width = x.shape
+
+    def places(size):
+        position = np.arange(2 * size) * ((size - 1) / (2 * size - 1)) if align_corners else (np.arange(2 * size) - 0.5) / 2
+        position = position.clip(0, size - 1)
+        before = np.floor(position).astype(int)
+        return before, np.minimum(before + 1, size - 1), position - before
+
+    top, bottom, down = places(height)
+    left, right, across = places(width)
+    rows = x[:, top] * (1 - down)[:, None] + x[:, bottom] * down[:, None]
+    return rows[:, :, left] * (1 - across) + rows[:, :, right] * across
 
 
 def normalise(x, groups, weight, bias):
@@ -141,6 +156,35 @@ def test_unknown_norms_and_activations_list_the_known():
         make_activation("tanh")
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_biases_the_width_between_and_the_first_norm_may_be_chosen(norm):
+    block = DoubleConv(2, 4, 6, norm=norm, bias=True)
+    assert [block.conv1.weight.shape[:2], block.conv2.weight.shape[:2]] == [(6, 2), (4, 6)]
+    assert "conv1.bias" in block.state_dict()
+    assert "conv2.bias" in block.state_dict()
+    if norm != "none":
+        first = DoubleConv(2, 4, norm=norm, first_norm=False)
+        assert isinstance(first.norm1, nn.Identity)
+        assert type(first.norm2) is type(block.norm2)
+        assert first.conv1.bias is not None
+        assert first.conv2.bias is None
+
+
+def test_a_first_convolution_without_norm_is_activated():
+    block = randomize(DoubleConv(2, 4, first_norm=False).double())
+    x = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    state = numpy_state(block)
+    middle = np.maximum(conv3x3(x[0].numpy(), state["conv1.weight"], state["conv1.bias"]), 0)
+    expected = block.act2(block.norm2(block.conv2(torch.from_numpy(middle)[None])))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_the_leaky_slope_may_be_chosen():
+    x = torch.tensor([-2.0, 3.0])
+    assert torch.equal(make_activation("leaky_relu", negative_slope=0.25)(x.clone()), torch.tensor([-0.5, 3.0]))
+    assert DoubleConv(2, 4, activation="leaky_relu", negative_slope=0.25).act2.negative_slope == 0.25
+
+
 # --- norms
 
 
@@ -158,6 +202,9 @@ def test_instance_norm_is_torchs(training):
     theirs.load_state_dict(norm.state_dict())
     x = torch.randn(2, 6, 3, 5)
     assert torch.equal(norm(x), theirs(x))
+    plain = make_norm("instance", 6, affine=False)
+    assert not plain.state_dict()
+    assert torch.equal(plain(x), nn.InstanceNorm2d(6)(x))
 
 
 def test_instance_norm_of_one_pixel_is_the_bias():
@@ -181,7 +228,59 @@ def test_up_doubles_puts_the_skip_first_and_convolves(norm):
     np.testing.assert_allclose(up(x[None], skip[None])[0].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("skip_first", [True, False])
+@pytest.mark.parametrize("upsample", UPSAMPLINGS)
+def test_up_in_every_way_of_doubling_and_either_order(upsample, skip_first):
+    options = {"bias": True, "activation": "leaky_relu"}
+    up = randomize(Up(3, 4, 5, mid_channels=2, up_channels=6, upsample=upsample, skip_first=skip_first, **options).double())
+    generator = torch.Generator().manual_seed(2)
+    x, skip = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 2, 3), (4, 4, 6)))
+    state = numpy_state(up)
+    if upsample == "transpose":
+        doubled = transposed_conv2x2(x.numpy(), state["upsample.weight"], state["upsample.bias"])
+    elif upsample == "bilinear":
+        doubled = bilinear2x(x.numpy(), align_corners=False)
+    else:
+        doubled = x.numpy().repeat(2, axis=1).repeat(2, axis=2)
+    if upsample == "nearest_conv":
+        doubled = conv3x3(doubled, state["upsample.conv.weight"], state["upsample.conv.bias"])
+        mean, var, weight, bias = (
+            state[f"upsample.norm.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        doubled = (doubled - mean) / np.sqrt(var + 1e-5) * weight + bias
+        doubled = np.where(doubled > 0, doubled, 0.1 * doubled)
+    assert len(doubled) == (3 if upsample in ("bilinear", "nearest") else 6)
+    conv = {name.removeprefix("conv."): value for name, value in state.items() if name.startswith("conv.")}
+    maps = (skip.numpy(), doubled) if skip_first else (doubled, skip.numpy())
+    expected = double_conv(np.concatenate(maps), conv, "batch", "leaky_relu")
+    np.testing.assert_allclose(up(x[None], skip[None])[0].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_bilinear_doubling_is_what_its_name_says(align_corners):
+    x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    layer = make_upsample("bilinear", 2, 2, align_corners=align_corners)
+    np.testing.assert_allclose(layer(x[None])[0].numpy(), bilinear2x(x.numpy(), align_corners=align_corners), atol=1e-12)
+
+
+def test_unknown_ways_of_doubling_and_matching_list_the_known():
+    with pytest.raises(ValueError, match="upsample must be one of transpose, bilinear, nearest, nearest_conv, got 'cubic'"):
+        Up(3, 4, upsample="cubic")
+    with pytest.raises(ValueError, match="match must be one of resize, zeros, replicate, got 'crop'"):
+        Up(3, 4, match="crop")
+
+
 # --- match_size
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 7)])
+@pytest.mark.parametrize(("match", "mode"), [("zeros", "constant"), ("replicate", "edge")])
+def test_an_odd_skip_is_matched_by_padding_at_the_bottom_and_right(size, match, mode, monkeypatch):
+    x = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(4))
+    expected = np.pad(x.numpy(), [(0, 0), (0, 0), (0, size[0] - 4), (0, size[1] - 6)], mode=mode)
+    assert np.array_equal(match_size(x, torch.empty(2, 3, *size), match).numpy(), expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert np.array_equal(match_size(x, torch.empty(2, 3, *size), match).numpy(), expected)
 
 
 @pytest.mark.parametrize("size", [(5, 6), (4, 7), (5, 7)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from unetlib import Preprocessing, UNetConfig
-from unetlib.config import ACTIVATIONS, NORMS
+from unetlib.config import ACTIVATIONS, MATCHES, NORMS, UPSAMPLINGS
 
 # --- UNetConfig
 
@@ -21,7 +21,23 @@ def test_the_defaults_are_the_studys_network():
         "norm": "batch",
         "activation": "relu",
         "dropout": 0.0,
+        "upsample": "transpose",
+        "align_corners": False,
+        "match": "resize",
+        "skip_first": True,
+        "up_features": [64, 128, 256, 512],
+        "mid_features": [64, 128, 256, 512],
+        "decoder_features": [64, 128, 256, 512],
+        "conv_bias": False,
+        "first_norm": True,
+        "affine": True,
+        "negative_slope": 0.1,
     }
+
+
+def test_a_config_written_before_the_options_of_other_projects_builds_the_same_network():
+    old = {"in_channels": 3, "out_channels": 1, "features": [8, 16], "bottleneck": 16, "norm": "batch", "activation": "relu"}
+    assert UNetConfig.from_dict(old) == UNetConfig(features=(8, 16), bottleneck=16)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +63,20 @@ def test_the_defaults_are_the_studys_network():
         ("dropout", float("nan"), "in [0, 1)"),
         ("dropout", "half", "in [0, 1)"),
         ("dropout", False, "in [0, 1)"),
+        ("upsample", "pixelshuffle", "transpose, bilinear, nearest, nearest_conv"),
+        ("align_corners", 1, "True or False"),
+        ("match", "crop", "resize, zeros, replicate"),
+        ("skip_first", None, "True or False"),
+        ("up_features", 64, "sequence of widths such as (64, 128, 256, 512)"),
+        ("up_features", (64,), "4 widths, one for each of features"),
+        ("mid_features", "64", "sequence of widths"),
+        ("mid_features", (), "at least one width"),
+        ("decoder_features", (8, 8, 8), "4 widths, one for each of features"),
+        ("conv_bias", "yes", "True or False"),
+        ("first_norm", 0, "True or False"),
+        ("affine", None, "True or False"),
+        ("negative_slope", float("inf"), "finite number"),
+        ("negative_slope", "0.1", "finite number"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_what_was_expected(field, value, expected):
@@ -62,6 +92,41 @@ def test_a_bad_field_is_named_with_its_value_and_what_was_expected(field, value,
 def test_a_bad_width_is_named_by_its_level(bad):
     with pytest.raises(ValueError, match=r"features\[1\] must be a positive integer, got"):
         UNetConfig(features=(8, bad))
+    for name in ("up_features", "mid_features", "decoder_features"):
+        with pytest.raises(ValueError, match=rf"{name}\[1\] must be a positive integer, got"):
+            UNetConfig(features=(8, 16), **{name: (8, bad)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"align_corners": True}, "align_corners=True is for upsample='bilinear'"),
+        ({"align_corners": True, "upsample": "nearest"}, "align_corners=True is for upsample='bilinear'"),
+        ({"affine": False}, "affine=False is for norm='instance'"),
+        ({"first_norm": False, "norm": "none"}, "first_norm=False is for a norm other than 'none'"),
+        ({"negative_slope": 0.01}, "negative_slope=0.01 is for activation='leaky_relu'"),
+        (
+            {"up_features": (4, 8), "upsample": "bilinear"},
+            r"up_features must be the deeper maps' widths \(16, 32\) .* got \(4, 8\)",
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNetConfig(features=(8, 16), **options)
+
+
+def test_the_decoders_widths_follow_from_the_encoders_unless_given():
+    config = UNetConfig(features=(8, 16), decoder_features=[4, 6])
+    assert (config.up_features, config.mid_features, config.decoder_features) == ((8, 16), (4, 6), (4, 6))
+    assert UNetConfig(features=(8, 16), decoder_features=(4, 6), upsample="nearest").up_features == (6, 32)
+    given = UNetConfig(features=(8, 16), up_features=(3, 5), mid_features=(7, 9))
+    assert (given.up_features, given.mid_features, given.decoder_features) == ((3, 5), (7, 9), (8, 16))
+
+
+def test_convolutions_have_biases_where_no_norm_has_one_unless_given():
+    assert [UNetConfig(norm=norm).conv_bias for norm in NORMS] == [norm == "none" for norm in NORMS]
+    assert UNetConfig(conv_bias=True).conv_bias
 
 
 def test_the_bottleneck_is_twice_the_deepest_level_unless_given():
@@ -88,20 +153,41 @@ def test_lists_become_tuples_so_that_equal_configs_are_equal():
 
 
 widths = st.integers(1, 2048)
-unet_configs = st.builds(
-    UNetConfig,
-    in_channels=widths,
-    out_channels=widths,
-    features=st.lists(widths, min_size=1, max_size=8),
-    bottleneck=st.none() | widths,
-    norm=st.sampled_from(NORMS),
-    activation=st.sampled_from(ACTIVATIONS),
-    dropout=st.floats(0, 1, exclude_max=True),
-)
+
+
+@st.composite
+def unet_configs(draw):
+    features = draw(st.lists(widths, min_size=1, max_size=8))
+    per_level = st.none() | st.lists(widths, min_size=len(features), max_size=len(features))
+    norm, activation = draw(st.sampled_from(NORMS)), draw(st.sampled_from(ACTIVATIONS))
+    upsample = draw(st.sampled_from(UPSAMPLINGS))
+    return UNetConfig(
+        in_channels=draw(widths),
+        out_channels=draw(widths),
+        features=features,
+        bottleneck=draw(st.none() | widths),
+        norm=norm,
+        activation=activation,
+        dropout=draw(st.floats(0, 1, exclude_max=True)),
+        upsample=upsample,
+        align_corners=upsample == "bilinear" and draw(st.booleans()),
+        match=draw(st.sampled_from(MATCHES)),
+        skip_first=draw(st.booleans()),
+        up_features=draw(per_level) if upsample in ("transpose", "nearest_conv") else None,
+        mid_features=draw(per_level),
+        decoder_features=draw(per_level),
+        conv_bias=draw(st.none() | st.booleans()),
+        first_norm=norm == "none" or draw(st.booleans()),
+        affine=norm != "instance" or draw(st.booleans()),
+        negative_slope=draw(finite) if activation == "leaky_relu" else 0.1,
+    )
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @settings(deadline=None, max_examples=50)
-@given(unet_configs)
+@given(unet_configs())
 def test_a_unet_config_survives_json(config):
     assert UNetConfig.from_json(config.to_json()) == config
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -109,7 +195,6 @@ def test_a_unet_config_survives_json(config):
 
 # --- Preprocessing
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(0, 1e6, exclude_min=True)
 preprocessings = st.builds(
     lambda size_or_scale, **rest: Preprocessing(**size_or_scale, **rest),

@@ -22,6 +22,24 @@ def pictures(height: int, width: int, channels: int = 3, count: int = 2) -> Tens
     return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(height * 1000 + width))
 
 
+# Options as the networks of other projects have them, every value of every one at least once.
+PEERS = {
+    "padded": {"match": "zeros", "conv_bias": True, "first_norm": False},
+    "bilinear": {
+        "upsample": "bilinear",
+        "align_corners": True,
+        "match": "zeros",
+        "bottleneck": 8,
+        "mid_features": (5, 6),
+        "decoder_features": (3, 4),
+    },
+    "replicated": {"match": "replicate", "up_features": (5, 6), "norm": "instance"},
+    "nearest": {"upsample": "nearest", "skip_first": False, "norm": "none"},
+    "nearest_conv": {"upsample": "nearest_conv", "match": "replicate", "skip_first": False},
+}
+peers = pytest.mark.parametrize("options", [{}, *PEERS.values()], ids=["default", *PEERS])
+
+
 def reference(model: UNet, x: Tensor) -> Tensor:
     """The forward pass written over the state dict, one level inside the other; batch norm and ReLU."""
     state = model.state_dict()
@@ -76,6 +94,10 @@ def test_features_may_be_any_sequence():
         UNetConfig(features=(4, 8)),
         UNetConfig(2, 5, (4, 6, 3), bottleneck=7, norm="group", activation="silu", dropout=0.25),
         UNetConfig(features=(4,), norm="none", activation="leaky_relu"),
+        UNetConfig(
+            features=(4, 8), norm="instance", affine=False, conv_bias=True, activation="leaky_relu", negative_slope=0.01
+        ),
+        *(UNetConfig(features=(4, 8), **options) for options in PEERS.values()),
     ],
 )
 def test_a_config_builds_the_network_that_has_it(config):
@@ -93,6 +115,8 @@ def test_options_are_checked():
         UNet(norm="layer")
     with pytest.raises(ValueError, match=r"dropout must be a probability in \[0, 1\), got 1"):
         UNet(dropout=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        UNet(colour="red")
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -134,6 +158,33 @@ def test_any_size_from_two_to_the_depth_on(size, norm):
         assert torch.equal(logits, reference(model, pictures(*size, count=1)))
 
 
+@peers
+@pytest.mark.parametrize("size", [(4, 4), (4, 5), (13, 10), (16, 24)])
+def test_any_size_with_the_options_of_other_projects(options, size):
+    model = small(**options)
+    logits = model(pictures(*size))
+    assert logits.shape == (2, 1, *size)
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+
+
+@peers
+def test_widths_are_those_of_the_config(options):
+    model = small(**options)
+    for level, up in enumerate(reversed(model.decoder)):
+        doubled, skip = model.config.up_features[level], model.config.features[level]
+        assert up.conv.conv1.weight.shape[:2] == (model.config.mid_features[level], doubled + skip)
+        assert up.conv.conv2.weight.shape[0] == model.config.decoder_features[level]
+    assert model.head.in_channels == model.config.decoder_features[0]
+
+
+def test_the_first_norm_alone_is_left_out():
+    model = small(first_norm=False)
+    bare = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Identity)]
+    assert bare == ["encoder.0.norm1"]
+    assert [name for name in model.state_dict() if name.endswith(("conv1.bias", "conv2.bias"))] == ["encoder.0.conv1.bias"]
+
+
 def test_the_smallest_size_of_the_default_depth():
     model = small(features=(2, 2, 2, 2))
     assert model(pictures(16, 16)).shape == (2, 1, 16, 16)
@@ -161,8 +212,9 @@ def test_an_empty_batch_gives_empty_logits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(16, 16), (17, 23)])
-def test_half_precision_runs_at_even_and_odd_sizes(dtype, size):
-    model, x = small(), pictures(*size)
+@peers
+def test_half_precision_runs_at_even_and_odd_sizes(options, dtype, size):
+    model, x = small(**options), pictures(*size)
     expected = model(x)
     with torch.autocast("cpu", dtype=dtype):
         torch.testing.assert_close(model(x).float(), expected, rtol=0.1, atol=0.1)
@@ -181,7 +233,8 @@ def test_channels_last_gives_the_same_logits_and_stays_channels_last(norm):
 # --- captured graphs
 
 
-def test_compile_takes_every_size_in_one_graph():
+@pytest.mark.parametrize("options", [{}, PEERS["bilinear"], PEERS["nearest_conv"]], ids=["default", "bilinear", "nearest_conv"])
+def test_compile_takes_every_size_in_one_graph(options):
     torch.compiler.reset()
     graphs = []
 
@@ -189,7 +242,7 @@ def test_compile_takes_every_size_in_one_graph():
         graphs.append(graph)
         return graph.forward
 
-    model = small()
+    model = small(**options)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
     for size in [(16, 24), (17, 23), (12, 9), (33, 10)]:
         assert torch.equal(compiled(pictures(*size)), model(pictures(*size)))
@@ -207,9 +260,11 @@ def test_compile_differentiates():
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_an_export_from_an_even_size_serves_odd_ones(norm):
-    model = small(norm=norm)
+@pytest.mark.parametrize(
+    "options", [*({"norm": norm} for norm in NORMS), *PEERS.values()], ids=[*(f"norm {norm}" for norm in NORMS), *PEERS]
+)
+def test_an_export_from_an_even_size_serves_odd_ones(options):
+    model = small(**options)
     # torch lays out maps of one pixel in their own way, so that an export starts at two pixels in the bottleneck.
     dims = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
     program = torch.export.export(model, (pictures(16, 24),), dynamic_shapes=(dims,)).module()
@@ -218,8 +273,9 @@ def test_an_export_from_an_even_size_serves_odd_ones(norm):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and each comparison of sizes warns
-def test_a_trace_from_an_even_size_serves_odd_ones():
-    model = small()
+@peers
+def test_a_trace_from_an_even_size_serves_odd_ones(options):
+    model = small(**options)
     traced = torch.jit.trace(model, pictures(16, 24))
     for size in itertools.product((16, 17), (23, 24)):
         assert torch.equal(traced(pictures(*size)), model(pictures(*size)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ACTIVATIONS, NORMS
+from .config import ACTIVATIONS, MATCHES, NORMS, UPSAMPLINGS
 
 
 class DoubleConv(nn.Sequential):
@@ -16,10 +18,12 @@ class DoubleConv(nn.Sequential):
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of both convolutions' outputs.
-        norm: "batch", "instance", "group" or "none"; with "none" the convolutions have biases, else not.
-        activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
+        out_channels: channels of the output.
+        mid_channels: channels between the convolutions; None takes `out_channels`.
+        norm: "batch", "instance", "group" or "none".
         dropout: probability of dropping a channel at the block's end.
+        first_norm: False leaves the first convolution with a bias and without a norm.
+        options: `activation`, `bias`, `affine` and `negative_slope`, as in `conv_layers`.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H, W), any float dtype.
@@ -33,30 +37,48 @@ class DoubleConv(nn.Sequential):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, norm: str = "batch", activation: str = "relu", dropout: float = 0.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        mid_channels: int | None = None,
+        *,
+        norm: str = "batch",
+        dropout: float = 0.0,
+        first_norm: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
-        bias = norm == "none"
-        for number, width in ((1, in_channels), (2, out_channels)):
-            self.add_module(f"conv{number}", nn.Conv2d(width, out_channels, kernel_size=3, padding=1, bias=bias))
-            self.add_module(f"norm{number}", make_norm(norm, out_channels))
-            self.add_module(f"act{number}", make_activation(activation))
+        mid_channels = mid_channels or out_channels
+        first = {"norm": norm, **options} if first_norm else {**options, "norm": "none", "bias": True}
+        for name, layer in conv_layers(in_channels, mid_channels, **first).items():
+            self.add_module(f"{name}1", layer)
+        for name, layer in conv_layers(mid_channels, out_channels, norm=norm, **options).items():
+            self.add_module(f"{name}2", layer)
         if dropout:
             self.add_module("dropout", nn.Dropout2d(dropout))
 
 
 class Up(nn.Module):
-    """One decoder level: double the map, bring it to the skip's size, concatenate (skip first), convolve twice.
+    """One decoder level: double the map, bring it to the skip's size, concatenate, convolve twice.
 
     Args:
         in_channels: channels of the deeper map.
-        skip_channels: channels of the skip, of the doubled map and of the output.
-        norm: as in `DoubleConv`.
-        activation: as in `DoubleConv`.
+        skip_channels: channels of the skip.
+        out_channels: channels of the output; None takes `skip_channels`.
+        mid_channels: channels between the two convolutions; None takes `out_channels`.
+        up_channels: channels of the doubled map, for an `upsample` with weights; None takes `skip_channels`.
+        upsample: "transpose", "bilinear", "nearest" or "nearest_conv", as in `UNetConfig`.
+        align_corners: of the bilinear upsampling.
+        match: as in `match_size`.
+        skip_first: the skip's channels come first in the concatenation.
         dropout: as in `DoubleConv`.
+        options: `norm`, `activation`, `bias`, `affine` and `negative_slope`, as in `conv_layers`.
 
     Shape:
-        (N, in_channels, h, w) and (N, skip_channels, H, W) to (N, skip_channels, H, W).
+        (N, in_channels, h, w) and (N, skip_channels, H, W) to (N, out_channels, H, W).
+
+    Raises:
+        ValueError: for an unknown `upsample` or `match`.
 
     Example:
         >>> Up(128, 64)(torch.zeros(1, 128, 10, 15), torch.zeros(1, 64, 20, 31)).shape
@@ -64,31 +86,66 @@ class Up(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, skip_channels: int, *, norm: str = "batch", activation: str = "relu", dropout: float = 0.0
+        self,
+        in_channels: int,
+        skip_channels: int,
+        out_channels: int | None = None,
+        *,
+        mid_channels: int | None = None,
+        up_channels: int | None = None,
+        upsample: str = "transpose",
+        align_corners: bool = False,
+        match: str = "resize",
+        skip_first: bool = True,
+        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.upsample = nn.ConvTranspose2d(in_channels, skip_channels, kernel_size=2, stride=2)
-        self.conv = DoubleConv(2 * skip_channels, skip_channels, norm=norm, activation=activation, dropout=dropout)
+        if match not in MATCHES:
+            raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {match!r}")
+        self.match = match
+        self.skip_first = skip_first
+        up_channels = in_channels if upsample in ("bilinear", "nearest") else up_channels or skip_channels
+        self.upsample = make_upsample(upsample, in_channels, up_channels, align_corners=align_corners, **options)
+        out_channels = out_channels or skip_channels
+        self.conv = DoubleConv(skip_channels + up_channels, out_channels, mid_channels, dropout=dropout, **options)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Return the level's features at the skip's height and width."""
-        x = match_size(self.upsample(x), skip)  # (N, in, h, w) -> (N, skip, H, W)
-        x = self.conv(torch.cat((skip, x), dim=1))  # (N, 2 * skip, H, W) -> (N, skip, H, W)
+        x = match_size(self.upsample(x), skip, self.match)  # (N, in, h, w) -> (N, up, H, W)
+        x = torch.cat((skip, x) if self.skip_first else (x, skip), dim=1)  # (N, skip + up, H, W)
+        x = self.conv(x)  # (N, skip + up, H, W) -> (N, out, H, W)
         return x
 
 
-def match_size(x: Tensor, skip: Tensor) -> Tensor:
-    """Resize `x` to the height and width of `skip` (bilinear, antialiased); an exact identity where they agree.
+def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
+    """Bring `x` to the height and width of `skip`; an exact identity where they agree.
 
     Odd heights and widths lose a row or column when pooled; this puts it back.
+
+    Args:
+        x: (N, C, h, w), a doubled map.
+        skip: (N, C', H, W), H and W at least h and w.
+        match: "resize" (bilinear, antialiased); "zeros" or "replicate": new rows at the bottom and columns at the right.
+
+    Returns:
+        (N, C, H, W).
+
+    Example:
+        >>> match_size(torch.ones(1, 1, 2, 2), torch.zeros(1, 3, 2, 3), "zeros")
+        tensor([[[[1., 1., 0.],
+                  [1., 1., 0.]]]])
     """
-    # In a captured graph the resize is always there: a branch on the sizes would tie an exported program to even ones.
+    # In a captured graph the operation is always there: a branch on the sizes would tie an exported program to even ones.
     # Eager mode saves itself the copy.
     captured = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if captured or x.shape[-2:] != skip.shape[-2:]:
+    if not captured and x.shape[-2:] == skip.shape[-2:]:
+        return x
+    if match == "resize":
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on the CPU, torch cannot do this in half precision
-        x = F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
-    return x
+        return F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+    missing = [0, skip.shape[-1] - x.shape[-1], 0, skip.shape[-2] - x.shape[-2]]  # left, right, top, bottom
+    return F.pad(x, missing, mode="constant" if match == "zeros" else "replicate")
 
 
 class InstanceNorm(nn.InstanceNorm2d):
@@ -100,12 +157,69 @@ class InstanceNorm(nn.InstanceNorm2d):
         return torch.instance_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps, cudnn)
 
 
-def make_norm(name: str, channels: int) -> nn.Module:
+def conv_layers(
+    in_channels: int,
+    out_channels: int,
+    *,
+    norm: str = "batch",
+    activation: str = "relu",
+    bias: bool | None = None,
+    affine: bool = True,
+    negative_slope: float = 0.1,
+) -> dict[str, nn.Module]:
+    """A 3x3 convolution with padding 1, its normalisation and its activation, as "conv", "norm" and "act".
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        norm: "batch", "instance", "group" or "none".
+        activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
+        bias: the convolution has a bias; None: with norm "none" only.
+        affine: False takes weight and bias from norm "instance".
+        negative_slope: slope of "leaky_relu" below zero.
+
+    Raises:
+        ValueError: for an unknown `norm` or `activation`.
+
+    Example:
+        >>> conv_layers(3, 64, norm="none")["conv"].bias.shape
+        torch.Size([64])
+    """
+    bias = norm == "none" if bias is None else bias
+    return {
+        "conv": nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias),
+        "norm": make_norm(norm, out_channels, affine=affine),
+        "act": make_activation(activation, negative_slope=negative_slope),
+    }
+
+
+def make_upsample(name: str, in_channels: int, out_channels: int, *, align_corners: bool = False, **options: Any) -> nn.Module:
+    """The layer called `name` that doubles a map's height and width; `options` as in `conv_layers`, for "nearest_conv".
+
+    Example:
+        >>> make_upsample("nearest", 1, 1)(torch.tensor([[[[1.0, 2.0]]]]))
+        tensor([[[[1., 1., 2., 2.],
+                  [1., 1., 2., 2.]]]])
+    """
+    if name == "transpose":
+        return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+    if name == "bilinear":
+        return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners)
+    if name == "nearest":
+        return nn.Upsample(scale_factor=2)
+    if name == "nearest_conv":
+        return nn.Sequential(
+            OrderedDict(resize=nn.Upsample(scale_factor=2), **conv_layers(in_channels, out_channels, **options))
+        )
+    raise ValueError(f"upsample must be one of {', '.join(UPSAMPLINGS)}, got {name!r}")
+
+
+def make_norm(name: str, channels: int, *, affine: bool = True) -> nn.Module:
     """The normalisation called `name` for maps of `channels` channels."""
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "instance":
-        return InstanceNorm(channels, affine=True)
+        return InstanceNorm(channels, affine=affine)
     if name == "group":  # 32 groups, fewer where a group would have less than two channels
         return nn.GroupNorm(max(1, math.gcd(64, channels) // 2), channels)
     if name == "none":
@@ -113,12 +227,12 @@ def make_norm(name: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {name!r}")
 
 
-def make_activation(name: str) -> nn.Module:
-    """The activation called `name`."""
+def make_activation(name: str, *, negative_slope: float = 0.1) -> nn.Module:
+    """The activation called `name`; `negative_slope` is of "leaky_relu"."""
     if name == "relu":
         return nn.ReLU(inplace=True)
     if name == "leaky_relu":
-        return nn.LeakyReLU(0.1, inplace=True)
+        return nn.LeakyReLU(negative_slope, inplace=True)
     if name == "elu":
         return nn.ELU(inplace=True)
     if name == "gelu":

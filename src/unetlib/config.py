@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu")
+UPSAMPLINGS = ("transpose", "bilinear", "nearest", "nearest_conv")
+MATCHES = ("resize", "zeros", "replicate")
 
 _Config = TypeVar("_Config", bound="_JSONConfig")
 
@@ -59,6 +61,9 @@ class _JSONConfig:
 class UNetConfig(_JSONConfig):
     """Everything that decides a `UNet`'s architecture.
 
+    The options from `upsample` on are there for networks of other projects (`unetlib.convert`); each names those that need it.
+    Tuples hold one number for each level, the full-size level first.
+
     Args:
         in_channels: channels of the input picture, 3 for RGB.
         out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
@@ -66,8 +71,24 @@ class UNetConfig(_JSONConfig):
         bottleneck: width of the deepest block; None takes twice the last of `features`.
         norm: "batch", "instance" (affine), "group" (32 groups, fewer where a group would have less than two channels) or "none"
             (the convolutions then have biases).
-        activation: "relu", "leaky_relu" (slope 0.1), "elu", "gelu" or "silu".
+        activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
         dropout: probability of dropping a channel at the end of each double convolution, in [0, 1).
+        upsample: how the decoder doubles a map: "transpose" (a 2x2 transposed convolution), "bilinear" (milesial with
+            `bilinear=True`, usuyama), "nearest" (fepegar) or "nearest_conv" (nearest, then a 3x3 convolution with norm and
+            activation: LeeJunHyun).
+        align_corners: for "bilinear": the corner pixels of both maps are the same points (milesial, usuyama).
+        match: how a doubled map that lacks a row or column is brought to its skip's size: "resize" (bilinear, antialiased),
+            "zeros" (milesial) or "replicate" (MONAI) at the bottom and right.
+        skip_first: the skip's channels come before the doubled map's; False for mateuszbuda, usuyama and jaxony.
+        up_features: widths of the doubled maps; None takes the skips' (fepegar keeps the deeper map's). Without a convolution
+            ("bilinear", "nearest") it is always the deeper map's.
+        mid_features: widths between the two convolutions of the decoder's levels (milesial with `bilinear=True`); None takes
+            `decoder_features`.
+        decoder_features: widths of the decoder's levels (MONAI, milesial with `bilinear=True`); None takes `features`.
+        conv_bias: the 3x3 convolutions have biases (milesial's versions 1 and 2, MONAI); None: with norm "none" only.
+        first_norm: False leaves the very first convolution with a bias and without a norm (fepegar).
+        affine: False takes weight and bias from norm "instance" (MONAI with `norm="instance"`).
+        negative_slope: slope of "leaky_relu" below zero (0.1 in MONAI's default, 0.01 in PyTorch's).
 
     Raises:
         ValueError: naming the field, its value and what was expected.
@@ -77,6 +98,8 @@ class UNetConfig(_JSONConfig):
         64
         >>> UNetConfig.from_json(UNetConfig(norm="group").to_json()) == UNetConfig(norm="group")
         True
+        >>> UNetConfig(features=(16, 32), upsample="bilinear").up_features
+        (32, 64)
     """
 
     in_channels: int = 3
@@ -86,29 +109,83 @@ class UNetConfig(_JSONConfig):
     norm: str = "batch"
     activation: str = "relu"
     dropout: float = 0.0
+    upsample: str = "transpose"
+    align_corners: bool = False
+    match: str = "resize"
+    skip_first: bool = True
+    up_features: tuple[int, ...] = None  # type: ignore[assignment]  # these three are tuples from __post_init__ on
+    mid_features: tuple[int, ...] = None  # type: ignore[assignment]
+    decoder_features: tuple[int, ...] = None  # type: ignore[assignment]
+    conv_bias: bool = None  # type: ignore[assignment]  # a bool from __post_init__ on
+    first_norm: bool = True
+    affine: bool = True
+    negative_slope: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check every field, and fill in the bottleneck."""
-        if not _is_sequence(self.features):
-            raise ValueError(f"features must be a sequence of widths such as (64, 128, 256, 512), got {self.features!r}")
-        object.__setattr__(self, "features", tuple(self.features))
-        if not self.features:
-            raise ValueError("features must hold at least one width, such as (64, 128, 256, 512), got none")
-        if self.bottleneck is None:
-            last = self.features[-1]
-            object.__setattr__(self, "bottleneck", 2 * last if isinstance(last, int) else last)
-        widths = {f"features[{level}]": width for level, width in enumerate(self.features)}
-        for name in ("in_channels", "out_channels", "bottleneck"):
-            widths[name] = getattr(self, name)
-        for name, width in widths.items():
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name} must be a positive integer, got {width!r}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        """Check every field, and fill in those that follow from others."""
+        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("upsample", UPSAMPLINGS), ("match", MATCHES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._set_default("conv_bias", self.norm == "none")
+        for name in ("align_corners", "skip_first", "conv_bias", "first_norm", "affine"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
+        if not _is_number(self.negative_slope):
+            raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
+        self._set_widths()
+        # An option that would do nothing is a mistake, and would make equal networks unequal configs.
+        for misused, option, needed in (
+            (self.align_corners and self.upsample != "bilinear", "align_corners=True", "upsample='bilinear'"),
+            (not self.first_norm and self.norm == "none", "first_norm=False", "a norm other than 'none'"),
+            (not self.affine and self.norm != "instance", "affine=False", "norm='instance'"),
+            (
+                self.negative_slope != 0.1 and self.activation != "leaky_relu",
+                f"negative_slope={self.negative_slope!r}",
+                "activation='leaky_relu'",
+            ),
+        ):
+            if misused:
+                raise ValueError(f"{option} is for {needed}; leave it out, or give that too")
+
+    def _set_default(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _set_widths(self) -> None:
+        """Check the widths, make them tuples, and fill in those left out."""
+        self._set_tuple("features", like=(64, 128, 256, 512))
+        last = self.features[-1]
+        self._set_default("bottleneck", 2 * last)
+        for name in ("in_channels", "out_channels", "bottleneck"):
+            _check_width(name, getattr(self, name))
+        self._set_default("decoder_features", self.features)
+        self._set_tuple("decoder_features", like=self.features)
+        self._set_default("mid_features", self.decoder_features)
+        self._set_tuple("mid_features", like=self.features)
+        deeper = (*self.decoder_features[1:], self.bottleneck)
+        without_weights = self.upsample in ("bilinear", "nearest")
+        self._set_default("up_features", deeper if without_weights else self.features)
+        self._set_tuple("up_features", like=self.features)
+        if without_weights and self.up_features != deeper:
+            raise ValueError(
+                f"up_features must be the deeper maps' widths {deeper} with upsample={self.upsample!r}, which has no weights, "
+                f"got {self.up_features!r}"
+            )
+
+    def _set_tuple(self, name: str, like: tuple[int, ...]) -> None:
+        widths = getattr(self, name)
+        if not _is_sequence(widths):
+            raise ValueError(f"{name} must be a sequence of widths such as {like}, got {widths!r}")
+        widths = tuple(widths)
+        if not widths:
+            raise ValueError(f"{name} must hold at least one width, such as {like}, got none")
+        if name != "features" and len(widths) != len(self.features):
+            raise ValueError(f"{name} must hold {len(self.features)} widths, one for each of features, got {widths!r}")
+        for level, width in enumerate(widths):
+            _check_width(f"{name}[{level}]", width)
+        object.__setattr__(self, name, widths)
 
     @property
     def depth(self) -> int:
@@ -197,6 +274,11 @@ class Preprocessing(_JSONConfig):
                 f"class_names has {len(self.class_names)} names, but {out_channels} output channels make {classes} classes "
                 f"(background included); give {classes} names or None"
             )
+
+
+def _check_width(name: str, width: object) -> None:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"{name} must be a positive integer, got {width!r}")
 
 
 def _is_sequence(value: object) -> bool:

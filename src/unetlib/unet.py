@@ -37,6 +37,8 @@ class UNet(nn.Module):
         norm: "batch", "instance", "group" or "none".
         activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
         dropout: probability of dropping a channel at the end of each double convolution, while training.
+        options: the further fields of `UNetConfig`, which the networks of other projects need: how the decoder upsamples,
+            matches sizes and concatenates, its widths, convolution biases and others.
 
     Attributes:
         config: the `UNetConfig` that builds this network again.
@@ -64,6 +66,7 @@ class UNet(nn.Module):
         norm: str = "batch",
         activation: str = "relu",
         dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.config = UNetConfig(
@@ -74,17 +77,40 @@ class UNet(nn.Module):
             norm=norm,
             activation=activation,
             dropout=dropout,
+            **options,
         )
         self._preprocessing = Preprocessing()
-        widths, deepest = self.config.features, self.config.bottleneck
-        options: dict[str, Any] = {"norm": norm, "activation": activation, "dropout": dropout}
-
-        self.encoder = nn.ModuleList(DoubleConv(before, width, **options) for before, width in pairwise((in_channels, *widths)))
-        self.bottleneck = DoubleConv(widths[-1], deepest, **options)
-        self.decoder = nn.ModuleList(  # the deepest level first
-            Up(deeper, width, **options) for deeper, width in pairwise((deepest, *reversed(widths)))
+        config, widths = self.config, self.config.features
+        layers: dict[str, Any] = {
+            "norm": norm,
+            "activation": activation,
+            "bias": config.conv_bias,
+            "affine": config.affine,
+            "negative_slope": config.negative_slope,
+            "dropout": dropout,
+        }
+        self.encoder = nn.ModuleList(
+            DoubleConv(before, width, first_norm=config.first_norm or level > 0, **layers)
+            for level, (before, width) in enumerate(pairwise((in_channels, *widths)))
         )
-        self.head = nn.Conv2d(widths[0], out_channels, kernel_size=1)
+        self.bottleneck = DoubleConv(widths[-1], config.bottleneck, **layers)
+        deeper = (*config.decoder_features[1:], config.bottleneck)
+        self.decoder = nn.ModuleList(  # the deepest level first
+            Up(
+                deeper[level],
+                widths[level],
+                config.decoder_features[level],
+                mid_channels=config.mid_features[level],
+                up_channels=config.up_features[level],
+                upsample=config.upsample,
+                align_corners=config.align_corners,
+                match=config.match,
+                skip_first=config.skip_first,
+                **layers,
+            )
+            for level in reversed(range(config.depth))
+        )
+        self.head = nn.Conv2d(config.decoder_features[0], out_channels, kernel_size=1)
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> UNet:
@@ -117,47 +143,53 @@ class UNet(nn.Module):
         local_files_only: bool = False,
         force_download: bool = False,
         device: str | torch.device = "cpu",
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        allow_nonfinite: bool = False,
     ) -> UNet:
         """A trained network by name, in evaluation mode.
 
         Args:
-            name: decided by its form: a name of the zoo (`list_pretrained()`); a model folder or weights file, as a path object
-                or a string with a separator or suffix; or `owner/name` on the Hugging Face Hub. A file is one of ours, or a
-                checkpoint of a family that `unetlib.convert` knows.
-            revision: branch, tag or commit of a Hub repository.
+            name: decided by its form: a name of the zoo (`list_pretrained()`); `owner/name` on the Hugging Face Hub; or a model
+                folder or weights file, as a path object or a string such as "./model" or "weights.pth". A file is one of ours,
+                or a checkpoint of a family that `unetlib.convert` knows.
+            revision: branch, tag or commit, for a Hub repository only.
             cache_dir: folder of the Hub's cache.
             token: Hub token; None takes the one that is logged in.
             local_files_only: do not use the network.
             force_download: download again what the cache has.
             device: where the weights go.
+            in_channels: another number of input channels: the first convolution's weights are summed for one channel, else
+                repeated in turn and scaled by old / new (`unetlib.adapt`).
+            out_channels: another number of output channels: the head is new and random, for training.
+            allow_nonfinite: load weights that hold NaN or infinity.
 
         Raises:
-            FileNotFoundError: for a path that does not exist.
-            ValueError: for an unknown name, or weights that do not fit their config.
-            OSError: for a Hub repository that cannot be reached.
+            FileNotFoundError: for a path, repository or revision that does not exist.
+            ValueError: for an unknown name, or weights that do not fit their config or are not finite.
+            OSError: for a Hub that cannot be reached or refuses.
 
         Example:
             >>> UNet.from_pretrained("carvana").preprocessing.class_names
             ('background', 'car')
+            >>> UNet.from_pretrained("carvana", in_channels=1, out_channels=4).config.out_channels
+            4
         """
-        from .pretrained import load_pretrained
+        from .pretrained import from_pretrained
 
-        found = load_pretrained(
+        return from_pretrained(
+            cls,
             name,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            device=device,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            allow_nonfinite=allow_nonfinite,
         )
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is assigned below
-            model = cls.from_config(found.config)
-        try:
-            model.load_state_dict(found.state_dict, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"the weights of {str(name)!r} do not fit their config: {error}") from error
-        model.preprocessing = found.preprocessing
-        return model.float().to(device).eval()  # half precision is a way of storing; networks start in float32
 
     def save_pretrained(
         self, folder: str | PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
@@ -175,6 +207,51 @@ class UNet(nn.Module):
         from .pretrained import save_pretrained
 
         return save_pretrained(self, folder, dtype=dtype, card=card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload a U-Net with unetlib",
+        token: str | bool | None = None,
+        dtype: torch.dtype | None = None,
+        card: str | None = None,
+    ) -> str:
+        """Upload the files of `save_pretrained` to the Hugging Face Hub in one commit.
+
+        Args:
+            repo_id: `owner/name`; made where it does not exist.
+            revision: branch to commit to; None is "main".
+            private: whether a new repository is private; None takes the owner's default.
+            create_pr: open a pull request instead of committing.
+            commit_message: title of the commit.
+            token: Hub token with the right to write; None takes the one that is logged in.
+            dtype: as in `save_pretrained`.
+            card: text of the model card; None writes a short one, unless the repository has a card already.
+
+        Returns:
+            The address of the commit or pull request.
+
+        Raises:
+            ValueError: for a `repo_id` that is not `owner/name`.
+            OSError: for a Hub that cannot be reached or refuses.
+        """
+        from .pretrained import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+            dtype=dtype,
+            card=card,
+        )
 
     def predict(
         self,
@@ -228,8 +305,8 @@ class UNet(nn.Module):
             x = F.max_pool2d(x, kernel_size=2)  # (h, w) -> (h // 2, w // 2)
         x = self.bottleneck(x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
         for up, skip in zip(self.decoder, reversed(skips)):
-            x = up(x, skip)  # (N, deeper, h, w) -> the skip's shape
-        x = self.head(x)  # (N, features[0], H, W) -> (N, out_channels, H, W)
+            x = up(x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
+        x = self.head(x)  # (N, decoder_features[0], H, W) -> (N, out_channels, H, W)
         return x
 
     def _check_input(self, x: Tensor) -> None:
