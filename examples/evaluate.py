@@ -3,6 +3,7 @@
 python examples/evaluate.py --images carvana/val --masks carvana/val_masks
 python examples/evaluate.py --synthetic 50                  # freshly rendered scenes; no data needed
 python examples/evaluate.py --model runs/carvana/model --synthetic 50
+python examples/evaluate.py --model nuclei --images nuclei/val --masks nuclei/val_masks --mask-suffix "" --objects
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from unetlib import CarvanaDataset, UNet
+from unetlib import ImageMaskDataset, UNet, boundary_f_score
 from unetlib.inference import evaluate
+from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
 
 
@@ -34,11 +36,23 @@ class Scenes:
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=self.seed)
 
 
+def score_objects(model: UNet, dataset, tolerance: float = 2.0) -> dict[str, float]:
+    """Scores of the objects that are not background, and of their edges within `tolerance` pixels."""
+    objects, edges = ObjectMetrics(), []
+    for image, mask in dataset:
+        found, true = torch.from_numpy(model.predict(image) > 0), torch.as_tensor(mask) > 0
+        objects.update(found.numpy(), true.numpy())
+        edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None], tolerance=tolerance))
+    return {**objects.compute(), "edge_f": torch.stack(edges).nanmean().item()}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="carvana", help="zoo name, folder, file or Hub repository")
     parser.add_argument("--images", type=Path)
     parser.add_argument("--masks", type=Path)
+    parser.add_argument("--mask-suffix", default="_mask", help="what a mask's name has after its picture's")
+    parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -46,11 +60,17 @@ def main(argv: list[str] | None = None) -> None:
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
 
-    dataset = Scenes(args.synthetic, tuple(args.size)) if args.synthetic else CarvanaDataset(args.images, args.masks)
     model = UNet.from_pretrained(args.model, device=args.device)
+    if args.synthetic:
+        dataset = Scenes(args.synthetic, tuple(args.size))
+    else:
+        mode = "L" if model.config.in_channels == 1 else "RGB"
+        dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode)
     start = time.perf_counter()
     scores = evaluate(model, dataset, batch_size=1, progress=True)
     seconds = (time.perf_counter() - start) / len(dataset)
+    if args.objects:
+        scores |= score_objects(model, dataset)
     print(json.dumps({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 

@@ -1,130 +1,340 @@
-"""Train a U-Net on Carvana: the study's run by default, on CUDA or CPU, on the real folders or on rendered scenes.
+"""Train a U-Net on Carvana, on one CPU, one GPU or many machines, on the real folders or on rendered scenes.
 
-    python examples/train_carvana.py --data carvana --out runs/study          # the study: 160x240, Adam 1e-4, BCE, 3 epochs
-    python examples/train_carvana.py --synthetic 64 --epochs 1                # no data at hand: rendered scenes
+    python examples/train_carvana.py --preset study --data carvana --out runs/study    # the study's run to the letter
+    python examples/train_carvana.py --synthetic 64 --epochs 1                         # no data at hand: rendered scenes
+    torchrun --nproc-per-node 8 examples/train_carvana.py --data carvana --batch-size 64
     python examples/train_carvana.py --help
 
 `--data` holds `train/` and `train_masks/`, and `val/` and `val_masks/` or else one car in ten is set aside for validation.
 Kaggle's files of the Carvana Image Masking Challenge are `train_hq.zip` and `train_masks.zip`; accept the competition's rules
-there to download them. Each epoch writes a checkpoint and a model folder to `--out`; `--resume` goes on from the checkpoint.
+there to download them. A run that was stopped, in whatever way, goes on with the same command and `--resume`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
+import shlex
+import sys
 import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from unetlib import BCEDiceLoss, CarvanaDataset, Preprocessing, UNet, split_by_car
+from unetlib import (
+    BCEDiceLoss,
+    CarvanaDataset,
+    CrossEntropyLoss,
+    DiceLoss,
+    ImageMaskDataset,
+    Preprocessing,
+    SegmentationMetrics,
+    UNet,
+    dice_score,
+    split_by_car,
+)
+from unetlib.cache import CachedDataset
+from unetlib.cards import model_card
+from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
+from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
+from unetlib.loading import Augmented, ShuffledBatches
 from unetlib.synthetic import write_carvana
-from unetlib.transforms import Resize, train_transform
-from unetlib.visualize import grid, mask_to_image
+from unetlib.transforms import eval_transform, train_transform
+from unetlib.visualize import grid, learning_curves, mask_to_image
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The study: half precision with a scaler where there is CUDA, no schedule, validation at the network's size.
+    "study": {
+        "features": [64, 128, 256, 512], "size": [160, 240], "epochs": 3, "batch_size": 32, "lr": 1e-4, "weight_decay": 0.0,
+        "schedule": "constant", "loss": "bce", "clip": 0.0, "ema": 0.0, "rotation": 35.0, "horizontal_flip": 0.5,
+        "vertical_flip": 0.1, "color_jitter": 0.0, "channels_last": False, "validate_at": "size",
+        "precision": "fp16" if torch.cuda.is_available() else "fp32",
+    },
+    # For one large GPU: full resolution, seven levels of detail, weighted borders, a long cosine, averaged weights.
+    "full": {
+        "features": [16, 32, 64, 96, 128, 160], "bottleneck": 192, "size": [1280, 1920], "epochs": 30, "batch_size": 8,
+        "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "loss": "bce-dice", "border_weight": 3.0, "border_size": 41,
+        "ema": 0.998, "rotation": 0.0, "vertical_flip": 0.0, "color_jitter": 0.2, "low_resolution": 0.1, "noise": 0.02,
+        "validate_every": 5,
+    },
+}  # fmt: skip
+
+# Options of `unetlib.transforms.train_transform`.
+AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale")
+AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "noise")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with joined_processes(args.device) as process:
+        train_sets, val_set = load_data(args, process)
+        torch.manual_seed(args.seed)
+        model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
+        model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
+        train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
-    # Data: pictures are decoded and reduced once, then kept in memory as uint8; chance comes after.
-    train_sets, val = load_data(args)
+
+def train(
+    args: argparse.Namespace,
+    process: Process,
+    model: UNet,
+    train_sets: Sequence[ImageMaskDataset],
+    val_set: ImageMaskDataset,
+    name: str,
+    description: str,
+) -> dict[str, float]:
+    """Train `model` as `args` (of `add_training_options`) say, and return the best validation scores."""
+    rank, world, device = process
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    check_space(args.out, needed=100 * parameters)  # two checkpoints of weights, average, moments; weights; pictures
+
+    # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
+    chances = {name: getattr(args, name) for name in AUGMENTATION}
     augment = train_transform(
-        size=None,
-        rotation=args.rotation,
-        horizontal_flip=args.horizontal_flip,
-        vertical_flip=args.vertical_flip,
-        color_jitter=args.color_jitter,
+        None if args.window else args.size, **chances, mean=model.preprocessing.mean, std=model.preprocessing.std
     )
-    cached = [Cached(dataset, Resize(args.size), augment) for dataset in train_sets]
-    loader = DataLoader(ConcatDataset(cached), args.batch_size, shuffle=True, drop_last=True, pin_memory=device.type == "cuda")
-    print(f"{len(loader.dataset)} pictures to train on, {len(val)} to validate on, {device}")
+    if args.window:
+        window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
+        augment = v2.Compose([window, augment])
+    keep = None if args.crop or args.window else tuple(args.size)
+    budget = args.cache_gib / len(train_sets)
+    pictures = ConcatDataset([CachedDataset(dataset, keep, budget_gib=budget) for dataset in train_sets])
+    names = [image for dataset in train_sets for image in dataset.images]
+    data = Augmented(pictures, augment)
+    batches = ShuffledBatches(data, args.batch_size, seed=args.seed, rank=rank, world_size=world)
+    # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
+    loader = DataLoader(
+        data, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator()
+    )
 
-    # Model, loss, optimizer: the study's unless asked otherwise.
-    model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
-    model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
+    # Model, loss, optimizer, schedule.
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    bce_dice = BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
-    loss_fn = {"bce": torch.nn.BCEWithLogitsLoss(), "bce-dice": bce_dice}[args.loss]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    steps = args.epochs * len(loader)
-    schedule = (
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=args.warmup)
-        if args.schedule == "onecycle"
-        else torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    )
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[args.precision]
+    if args.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    average = AveragedModel(model, multi_avg_fn=moving_average(args.ema), use_buffers=True) if args.ema else None
+    forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
+    if args.compile:
+        forward = torch.compile(forward)
+    loss_fn = make_loss(args, model.config.out_channels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    schedule = make_schedule(args, optimizer, steps=args.epochs * len(batches))
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
+    # Where the run stands: all that a checkpoint holds.
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    stateful |= {"average": average} if average else {}
+    history: dict[str, Any] = {"loss": [], "epochs": []}
+    epoch = step = 0  # `step` counts within the epoch
+    best: dict[str, float] = {"dice": -1.0}
     checkpoint = args.out / "checkpoint.pt"
-    first_epoch = 0
-    if args.resume and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        first_epoch = state["epoch"]
-        print(f"going on after epoch {first_epoch}")
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    say = print if rank == 0 else lambda *_: None
 
-    for epoch in range(first_epoch + 1, args.epochs + 1):
-        torch.manual_seed(args.seed + epoch)  # a resumed run draws what an unbroken one would have drawn
-        model.train()
-        bar = tqdm(loader, desc=f"epoch {epoch}/{args.epochs}", mininterval=args.log_every)
-        for step, (images, masks) in enumerate(bar):
-            images = images.to(device, non_blocking=True)
-            masks = masks.float().unsqueeze(1).to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-                loss = loss_fn(model(images), masks)
-            if not math.isfinite(loss.item()):
+    def save() -> None:
+        states = shared(random_state())
+        if rank == 0:
+            state = {key: part.state_dict() for key, part in stateful.items()}
+            state |= {"epoch": epoch, "step": step, "best": best, "history": history, "random": states, "settings": settings}
+            save_checkpoint(state, checkpoint)
+
+    if args.resume:
+        state = load_checkpoint(checkpoint, map_location=device)
+        if changed := [key for key in settings if settings[key] != state["settings"].get(key)]:
+            was = ", ".join(f"--{key.replace('_', '-')} {state['settings'].get(key)}" for key in changed)
+            raise SystemExit(f"{checkpoint} is from a run with {was}; resume with the same, or leave out --resume")
+        for key, part in stateful.items():
+            part.load_state_dict(state[key])
+        epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
+        if len(state["random"]) == world:
+            set_random_state(state["random"][rank])
+        say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
+    say(f"{len(data)} pictures to train on, {len(val_set)} to validate on, {world} x {device}, {args.precision}")
+
+    writer = None
+    if args.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.out / "tensorboard")
+    unseen: deque[tuple[Tensor, Tensor]] = deque()  # losses not yet read: reading one waits for the device
+
+    def read_losses(leave: int = 0) -> None:
+        while len(unseen) > leave:
+            loss, indices = unseen.popleft()
+            history["loss"].append(loss.item())
+            if not math.isfinite(history["loss"][-1]):
                 raise SystemExit(
-                    f"the loss is {loss.item()} in epoch {epoch}, step {step}; try a smaller --lr or --precision fp32"
+                    f"the loss is {history['loss'][-1]} in step {len(history['loss'])}, pictures "
+                    f"{', '.join(names[index] for index in indices)}; look at these, or try a smaller --lr, --clip 1 or "
+                    "--precision fp32; the last checkpoint is from before"
                 )
+
+    while epoch < args.epochs:
+        model.train()
+        batches.epoch, batches.first = epoch, step
+        bar = tqdm(
+            total=len(batches) * args.batch_size, initial=step * args.batch_size, desc=f"epoch {epoch + 1}/{args.epochs}",
+            unit="picture", mininterval=args.log_every, disable=rank > 0,
+        )  # fmt: skip
+        started = time.perf_counter()
+        for images, masks, indices in loader:
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
+            total = torch.zeros((), device=device)
+            for number, (inputs, targets) in enumerate(shares, 1):
+                inputs = inputs.to(device, non_blocking=True)
+                targets = targets.to(device, non_blocking=True)
+                # Gradients meet those of the other processes once a step, with the last share.
+                with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
+                    with autocast:
+                        logits = forward(inputs)
+                        loss = loss_fn(logits, targets) * (len(inputs) / len(images))
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            if args.clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}", refresh=False)
+            if average:
+                average.update_parameters(model)
+            step += 1
+            unseen.append((total, indices))
+            read_losses(leave=1 if device.type == "cuda" else 0)
+            if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
+                truth = targets.round().long() if targets.is_floating_point() else targets
+                dice = dice_score(logits.detach(), truth).item()
+                bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
+            if args.checkpoint_every and step % args.checkpoint_every == 0:
+                read_losses()
+                save()
+        bar.close()
+        read_losses()
+        epoch, step = epoch + 1, 0
 
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": scaler.state_dict(),
+        entry: dict[str, float] = {
             "epoch": epoch,
+            "loss": sum(history["loss"][-len(batches) :]) / len(batches),
+            "lr": optimizer.param_groups[0]["lr"],
+            "pictures_per_second": (len(batches) - batches.first) * args.batch_size / (time.perf_counter() - started),
         }
-        save_whole(state, checkpoint)
-        model.save_pretrained(args.out / "model")
         if epoch % args.validate_every == 0 or epoch == args.epochs:
-            scores = evaluate(model, val, progress=True)
-            shown = ", ".join(f"{name} {scores[name]:.5f}" for name in ("dice", "iou", "accuracy"))
-            print(f"epoch {epoch}: {shown}", flush=True)
-            save_grid(model, val, args.out / "predictions.png")
-    print(f"weights: {args.out / 'model'}; predictions beside the truth: {args.out / 'predictions.png'}")
+            judged = average.module if average else model
+            with autocast:
+                scores = validate(args, process, judged, val_set)
+            entry |= {key: scores[key] for key in ("dice", "iou", "accuracy")}
+            say(f"epoch {epoch}: " + ", ".join(f"{key} {entry[key]:.5f}" for key in ("loss", "dice", "iou", "accuracy")))
+            if entry["dice"] > best["dice"]:
+                best = entry
+                if rank == 0:
+                    card = filled_card(judged, name, description, best, (len(data), len(val_set)))
+                    judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
+        history["epochs"].append(entry)
+        for key, value in entry.items() if writer else ():
+            writer.add_scalar(key, value, epoch)
+        save()
+
+    if rank == 0:
+        (args.out / "history.json").write_text(json.dumps(history, indent=1))
+        learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
+        save_predictions(UNet.from_pretrained(args.out / "model", device=device), val_set, args.out / "predictions.png")
+        say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
+    return best
 
 
-def load_data(args: argparse.Namespace) -> tuple[list[CarvanaDataset], CarvanaDataset]:
+def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+    if channels > 1:
+        return CrossEntropyLoss() if args.loss == "bce" else CrossEntropyLoss() + DiceLoss()
+    if args.loss == "bce":
+        bce = nn.BCEWithLogitsLoss()
+        return lambda logits, masks: bce(logits, masks.unsqueeze(1).float())
+    return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """The exponential moving average of weights and statistics; it follows faster at first, so that short runs have one."""
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
+        else:
+            torch._foreach_copy_(averages, values)
+
+    return update
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    if args.schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0)
+    if args.schedule == "onecycle":
+        return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=args.warmup)
+    rising = max(1, round(args.warmup * steps))
+    parts = [LinearLR(optimizer, 0.01, total_iters=rising), CosineAnnealingLR(optimizer, max(1, steps - rising))]
+    return SequentialLR(optimizer, parts, milestones=[rising])
+
+
+def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: ImageMaskDataset) -> dict[str, float]:
+    """Scores at the pictures' own size, or at the network's; each process counts its share."""
+    share: Any = val_set.subset(range(process.rank, len(val_set), process.world_size))
+    if args.validate_at == "size":
+        share.transform = eval_transform(args.size)
+        share = [(image, mask.round()) for image, mask in (share[i] for i in range(len(share)))]  # shares of pixels: yes or no
+    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
+    evaluate(model, share, metrics=metrics, progress=process.rank == 0)
+    whole, *others = shared(metrics)
+    for other in others:
+        whole.merge(other)
+    return whole.compute()
+
+
+def save_predictions(model: UNet, dataset: ImageMaskDataset, path: Path, count: int = 32) -> None:
+    """A PNG of the first validation pictures in rows of eight, with the true masks and the predicted ones below each row."""
+    pairs = [dataset[i] for i in range(min(count, len(dataset)))]
+    classes = max(2, model.config.out_channels)
+    height, width = pairs[0][0].shape[:2]
+    tiles: list[Any] = []
+    for row in (pairs[start : start + 8] for start in range(0, len(pairs), 8)):
+        blank = [np.full((1, 1), 255, np.uint8)] * (8 - len(row))
+        tiles += [image.squeeze() for image, _ in row] + blank
+        tiles += [mask_to_image(mask.astype(np.uint8), classes) for _, mask in row] + blank
+        tiles += [mask_to_image(model.predict(image), classes) for image, _ in row] + blank
+    tiles = [Image.fromarray(tile).convert("RGB").resize((160 * width // height, 160)) for tile in tiles]
+    Image.fromarray(grid([np.asarray(tile) for tile in tiles], columns=8)).save(path)
+
+
+def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaDataset], CarvanaDataset]:
     """The training sets, and the validation set, whose cars are in none of them."""
     train, val = [], None
     if args.synthetic:
         # Rendered once into a folder of its own, under the names that Kaggle gives its files.
         size = tuple(2 * side for side in args.size) if args.data else tuple(args.size)
         folder = args.out / f"synthetic_{args.synthetic}_{size[0]}x{size[1]}"
-        if not folder.is_dir():
+        if not folder.is_dir() and process.rank == 0:
             print(f"rendering {args.synthetic} scenes into {folder}")
+            check_space(args.out, needed=args.synthetic * size[0] * size[1])
             with tempfile.TemporaryDirectory(dir=args.out) as partial:
                 write_carvana(Path(partial) / "scenes", cars=math.ceil(args.synthetic / 4), views=(1, 6, 11, 16), size=size)
                 os.replace(Path(partial) / "scenes", folder)
+        shared("rendered")  # the others wait
         train.append(CarvanaDataset(folder / "train", folder / "train_masks"))
     if args.data:
         real = CarvanaDataset(args.data / "train", args.data / "train_masks")
@@ -138,70 +348,91 @@ def load_data(args: argparse.Namespace) -> tuple[list[CarvanaDataset], CarvanaDa
     return train, val
 
 
-class Cached(Dataset):
-    """A dataset whose pictures are read and reduced once; `augment` is applied afresh each time."""
+def filled_card(model: UNet, name: str, description: str, scores: dict[str, float], pictures: tuple[int, int]) -> str:
+    """The README of the best weights: what they are, how they came about and what they score."""
+    return f"""{model_card(model, name, f"path/to/{name}")}
+{description}
 
-    def __init__(self, dataset: CarvanaDataset, reduce: torch.nn.Module, augment: torch.nn.Module) -> None:
-        dataset.transform = reduce
-        self.dataset, self.augment, self.kept = dataset, augment, {}
+## Recipe
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+{pictures[0]} pictures to train on; epoch {scores["epoch"]:.0f} of
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index not in self.kept:
-            self.kept[index] = self.dataset[index]
-        return self.augment(*self.kept[index])
+```bash
+python {shlex.join(sys.argv)}
+```
 
+## Results
 
-def save_grid(model: UNet, dataset: CarvanaDataset, path: Path, rows: int = 8) -> None:
-    """A PNG with a picture, its true mask and the prediction in each row."""
-    tiles = []
-    for index in range(0, len(dataset), max(1, len(dataset) // rows))[:rows]:
-        image, mask = dataset[index]
-        for array in (image, mask_to_image(mask > 0), mask_to_image(model.predict(image))):
-            tiles.append(np.asarray(Image.fromarray(array).convert("RGB").resize((240, 160))))
-    Image.fromarray(grid(tiles, columns=3)).save(path)
+| {pictures[1]} validation pictures, mean of each | Dice | IoU | pixel accuracy |
+|---|---|---|---|
+| epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
+"""
 
 
-def save_whole(state: dict, path: Path) -> None:
-    """Write beside and rename, so that a killed run leaves the checkpoint before or the new one, never half a file."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Everything about the loop: model, augmentation, optimizer, precision, output."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
-    add("--synthetic", type=int, default=0, metavar="N", help="render N scenes and train on them (too)")
     add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures")
-    add("--init", type=Path, help="start from the weights of this model folder instead of random ones")
+    add("--init", help="start from these weights (a zoo name or a model folder) instead of random ones")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--features", type=int, nargs="+", default=[64, 128, 256, 512])
     add("--bottleneck", type=int)
     add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"))
     add("--epochs", type=int, default=3)
-    add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=1e-4)
-    add("--weight-decay", type=float, default=0.0)
-    add("--schedule", choices=("constant", "onecycle"), default="constant")
-    add("--warmup", type=float, default=0.1, help="share of a one-cycle schedule spent rising")
-    add("--loss", choices=("bce", "bce-dice"), default="bce")
+    add("--batch-size", type=int, default=32, help="all processes together")
+    add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N shares, for want of memory")
+    add("--lr", type=float, default=1e-3, help="learning rate, the highest of a schedule")
+    add("--weight-decay", type=float, default=0.01)
+    add("--schedule", choices=("constant", "cosine", "onecycle"), default="cosine")
+    add("--warmup", type=float, default=0.1, help="share of the schedule spent rising")
+    add("--clip", type=float, default=0.0, metavar="NORM", help="largest norm of the gradients")
+    add("--ema", type=float, default=0.99, metavar="DECAY", help="validate and keep an average of the weights; 0: the weights")
+    add("--loss", choices=("bce", "bce-dice"), default="bce-dice", help="of several classes, cross-entropy instead of BCE")
     add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice")
     add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that makes a pixel an edge pixel")
-    add("--rotation", type=float, default=35.0, help="degrees either way")
+    add("--rotation", type=float, default=0.0, help="degrees either way")
     add("--horizontal-flip", type=float, default=0.5)
-    add("--vertical-flip", type=float, default=0.1)
-    add("--color-jitter", type=float, default=0.0)
-    add("--precision", choices=("fp16", "bf16", "fp32"), default="fp16" if cuda else "fp32")
-    add("--channels-last", action="store_true")
+    add("--vertical-flip", type=float, default=0.0)
+    add("--color-jitter", type=float, default=0.2)
+    add("--grayscale", type=float, default=0.0, metavar="P", help="probability of losing colour")
+    add("--invert", type=float, default=0.0, metavar="P", help="probability of the negative")
+    add("--crop", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="train on parts that cover such shares of a picture")
+    add("--window", action="store_true", help="train on parts of --size pixels, cut out at the picture's own scale")
+    add("--scale", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="factors of a random zoom")
+    add("--elastic", type=float, default=0.0, metavar="PIXELS", help="strength of random bends")
+    add("--quarter-turns", action="store_true", help="turn by 0, 90, 180 or 270 degrees")
+    add("--reflect", action="store_true", help="mirror the picture where turns, zoom and bends reach beyond it")
+    add("--low-resolution", type=float, default=0.0, metavar="P", help="probability of losing detail")
+    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian noise, of pixels from 0 to 1, in half the pictures")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda)
+    add("--compile", action="store_true", help="torch.compile")
+    add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
+    add("--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures; the rest is decoded again")
+    add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures")
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end")
     add("--validate-every", type=int, default=1, metavar="EPOCHS")
+    add("--validate-at", choices=("original", "size"), default="original", help="score at the pictures' own size or at --size")
     add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar")
+    add("--tensorboard", action="store_true")
     add("--device", default="cuda" if cuda else "cpu")
     add("--seed", type=int, default=0)
+
+
+# What may differ between the parts of a resumed run; everything else decides where it ends.
+FREE = {"out", "resume", "data", "init", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device"}
+FREE |= {"tensorboard"}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole recipe; options given beside it win")
+    parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
+    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="render N scenes and train on them (too)")
+    add_training_options(parser)
+    preset = parser.parse_args(argv).preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     if not args.data and not args.synthetic:
         parser.error("give --data FOLDER, or --synthetic N to train on rendered scenes")

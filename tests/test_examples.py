@@ -19,22 +19,6 @@ from unetlib import CarvanaDataset, UNet
 from unetlib.synthetic import write_carvana
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--features",
-    "8",
-    "16",
-    "--size",
-    "32",
-    "48",
-    "--batch-size",
-    "2",
-    "--epochs",
-    "2",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-]
 
 
 def example(name):
@@ -42,57 +26,6 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_training_on_synthetic_scenes_writes_weights_and_predictions(tmp_path, capsys):
-    example("train_carvana").main(["--synthetic", "8", "--out", str(tmp_path), *TINY])
-    model = UNet.from_pretrained(tmp_path / "model")
-    assert model.config.features == (8, 16)
-    assert model.preprocessing.size == (32, 48)
-    assert Image.open(tmp_path / "predictions.png").size == (3 * 244 + 4, 4 * 164 + 4)
-    assert re.search(r"epoch 2: dice 0\.\d+", capsys.readouterr().out)
-
-
-def test_resumed_training_ends_where_unbroken_training_does(tmp_path):
-    train = example("train_carvana").main
-    options = ["--synthetic", "8", *TINY, "--loss", "bce-dice", "--schedule", "onecycle"]
-    train([*options, "--out", str(tmp_path / "unbroken")])
-
-    killed = example("train_carvana")
-    save = killed.save_whole
-
-    def save_once_and_die(state, path):
-        save(state, path)
-        raise KeyboardInterrupt
-
-    killed.save_whole = save_once_and_die
-    with pytest.raises(KeyboardInterrupt):
-        killed.main([*options, "--out", str(tmp_path / "broken")])
-    assert torch.load(tmp_path / "broken/checkpoint.pt", weights_only=True)["epoch"] == 1
-    train([*options, "--out", str(tmp_path / "broken"), "--resume"])
-
-    unbroken, broken = (UNet.from_pretrained(tmp_path / name / "model").state_dict() for name in ("unbroken", "broken"))
-    assert all(torch.equal(unbroken[key], broken[key]) for key in unbroken)
-
-
-def test_training_takes_a_real_folder_and_starts_from_weights(tmp_path):
-    data = tmp_path / "data"
-    write_carvana(data, cars=2, views=2, size=(64, 96), split="train")
-    write_carvana(data, cars=[7], views=2, size=(64, 96), split="val")
-    train = example("train_carvana").main
-    train(["--data", str(data), "--out", str(tmp_path / "first"), *TINY])
-    before = UNet.from_pretrained(tmp_path / "first/model").state_dict()
-    train(
-        ["--data", str(data), "--out", str(tmp_path / "next"), *TINY, "--init", str(tmp_path / "first/model"), "--lr", "1e-9"]
-    )
-    after = UNet.from_pretrained(tmp_path / "next/model").state_dict()
-    np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-7)
-
-
-def test_training_says_what_to_give(capsys):
-    with pytest.raises(SystemExit):
-        example("train_carvana").main([])
-    assert "--synthetic N" in capsys.readouterr().err
 
 
 def test_segmenting_files_and_folders(tmp_path, capsys):

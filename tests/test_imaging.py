@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unetlib.imaging import class_of_value, read_image, read_mask
+from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -188,6 +188,65 @@ def test_a_mode_without_a_reading_as_colour_is_named():
         read_image(Image.new("La", (2, 2)))
 
 
+# --- reduced while decoding
+
+
+def smooth_jpeg(path: Path, width: int, height: int, **options: object) -> Image.Image:
+    coarse = Image.fromarray(np.random.default_rng(4).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=95, **options)
+    return Image.open(path)
+
+
+@pytest.mark.parametrize(
+    ("min_size", "shape"),
+    [
+        ((240, 320), (240, 320)),
+        ((241, 320), (480, 640)),
+        ((121, 160), (240, 320)),
+        ((120, 160), (120, 160)),
+        ((60, 80), (60, 80)),
+        ((1, 1), (60, 80)),
+        ((1, 200), (240, 320)),
+        ((5000, 1), (480, 640)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(tmp_path, min_size, shape):
+    smooth_jpeg(tmp_path / "x.jpg", 640, 480)
+    reduced = read_image(tmp_path / "x.jpg", min_size=min_size)
+    assert reduced.shape == (*shape, 3)
+    whole = Image.fromarray(read_image(tmp_path / "x.jpg")).resize(shape[::-1], Image.Resampling.BOX)
+    assert np.abs(reduced.astype(int) - np.asarray(whole)).mean() < 1.5
+
+
+def test_a_turned_jpeg_is_reduced_as_it_will_lie(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth_jpeg(tmp_path / "x.jpg", 640, 480, exif=exif)
+    assert image_size(tmp_path / "x.jpg") == (640, 480)
+    assert image_size(tmp_path / "x.jpg", upright=False) == (480, 640)
+    assert read_image(tmp_path / "x.jpg", min_size=(320, 240)).shape == (320, 240, 3)
+    assert read_image(tmp_path / "x.jpg", min_size=(240, 240)).shape == (320, 240, 3)
+    assert read_image(tmp_path / "x.jpg", "L", min_size=(80, 60)).shape == (80, 60, 1)
+
+
+def test_other_formats_and_open_pictures_stay_whole(tmp_path):
+    with smooth_jpeg(tmp_path / "x.jpg", 640, 480) as image:
+        assert read_image(image, min_size=(60, 80)).shape == (480, 640, 3)
+        image.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", min_size=(60, 80)), read_image(tmp_path / "x.jpg"))
+    for size in ((0, 5), (5,), (5.0, 5)):
+        with pytest.raises(ValueError, match=r"min_size must be \(height, width\)"):
+            read_image(tmp_path / "x.png", min_size=size)
+
+
+def test_the_size_of_what_is_no_picture(tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as a picture"):
+        image_size(tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        image_size(tmp_path / "y.png")
+
+
 # --- masks
 
 MASKS = {
@@ -226,6 +285,9 @@ def test_every_form_of_a_binary_mask(tmp_path, name):
     np.testing.assert_array_equal(mask, SHAPE)
     np.testing.assert_array_equal(mask, as_the_study_reads_it(tmp_path / name))
     np.testing.assert_array_equal(read_mask(tmp_path / name, "nonzero"), SHAPE)
+    labels = read_labels(tmp_path / name)
+    assert labels.dtype == np.bool_
+    np.testing.assert_array_equal(labels, SHAPE)
 
 
 @pytest.mark.parametrize("name", MASKS_THE_STUDY_MISREADS)
@@ -288,6 +350,19 @@ def test_classes_by_palette_index_or_by_colour(tmp_path):
     np.testing.assert_array_equal(
         read_mask(tmp_path / "rgb.png", dict(zip(colors, (5, 0, 5), strict=True))), index % 2 * -5 + 5
     )
+
+
+@pytest.mark.parametrize(("aside", "dtype"), [(255, np.uint8), (256, np.int64)])
+def test_labels_are_as_narrow_as_their_classes(aside, dtype):
+    image = Image.fromarray(np.array([[0, 1, 255]], np.uint8))
+    labels = read_labels(image, {0: 0, 1: 1, 255: aside})
+    assert labels.dtype == dtype
+    assert labels.tolist() == [[0, 1, aside]]
+
+
+def test_several_colours_of_foreground_where_any_count():
+    image = palette_mask(np.array([[0, 1, 2, 3]]), (0, 0, 0), (9, 0, 0), (0, 0, 0), (0, 9, 0))
+    assert read_labels(image, "nonzero").tolist() == [[False, True, False, True]]
 
 
 def test_classes_by_mapping_can_set_a_value_aside():

@@ -7,7 +7,19 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from unetlib.transforms import Resize, eval_transform, train_transform
+from unetlib.transforms import (
+    Mirrored,
+    PerPicture,
+    RandomCrop,
+    RandomElastic,
+    RandomLowResolution,
+    RandomQuarterTurn,
+    Resize,
+    eval_transform,
+    train_transform,
+)
+
+PLAIN = {"rotation": 0, "horizontal_flip": 0, "vertical_flip": 0}
 
 
 def disc(height: int, width: int) -> torch.Tensor:
@@ -85,6 +97,207 @@ def test_stacked_masks_and_single_tensors():
 def test_sizes_that_cannot_be(size):
     with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
         Resize(size)
+
+
+def test_bool_masks_are_shares_too():
+    mask = pair()[1]
+    bits = Resize((18, 27))(tv_tensors.Mask(mask.bool()))
+    assert bits.dtype == torch.float32
+    assert torch.equal(bits, Resize((18, 27))(mask))
+
+
+# --- RandomCrop
+
+
+def test_a_crop_keeps_picture_and_mask_together_and_covers_the_asked_share():
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 200)
+    y, x = ramp[:100, None].expand(100, 200) * 2, ramp.expand(100, 200)
+    shares = []
+    for _ in range(40):
+        image, mask = RandomCrop((50, 100), area=(0.25, 0.64))(
+            tv_tensors.Image(torch.stack([y, x])), tv_tensors.Mask(x.clone())
+        )
+        assert (image[1] - mask).abs().max() < 1e-6
+        tall, wide = (image[0].max() - image[0].min()).item(), (image[1].max() - image[1].min()).item()
+        assert tall == pytest.approx(wide, abs=0.05)  # of the result's shape
+        shares.append(tall * wide)
+    assert 0.2 < min(shares) < 0.35
+    assert 0.5 < max(shares) < 0.66
+
+
+def test_a_crop_of_all_is_a_resize():
+    for left, right in zip(RandomCrop((30, 45), area=(1.0, 1.0))(*pair()), Resize((30, 45))(*pair()), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("area", [(0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1)])
+def test_areas_that_cannot_be(area):
+    with pytest.raises(ValueError, match="area must be"):
+        RandomCrop((10, 10), area)
+    with pytest.raises(ValueError, match="size=None"):
+        train_transform(None, crop=(0.5, 1.0))
+
+
+# --- RandomLowResolution
+
+
+def test_low_resolution_takes_detail_and_leaves_the_mask():
+    torch.manual_seed(0)
+    image, mask = tv_tensors.Image(torch.randint(256, (3, 60, 90), dtype=torch.uint8)), pair(60, 90)[1]
+    for _ in range(5):
+        coarse, same = RandomLowResolution(p=1.0, factor=(0.2, 0.5))(image, mask)
+        assert coarse.shape == image.shape
+        assert coarse.float().std() < 0.6 * image.float().std()
+        assert torch.equal(same, mask)
+    assert torch.equal(RandomLowResolution(p=0.0)(image), image)
+    changed = sum(not torch.equal(RandomLowResolution(p=0.3)(image), image) for _ in range(200))
+    assert 40 < changed < 80
+    with pytest.raises(ValueError, match="probability"):
+        RandomLowResolution(p=1.1)
+
+
+# --- RandomElastic
+
+
+def test_bends_have_the_asked_strength_and_picture_and_mask_go_together():
+    torch.manual_seed(0)
+    height, width = 100, 150
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    where = torch.stack([y, x]).float()
+    moves = []
+    for _ in range(150):
+        params = RandomElastic(sigma=3.0).make_params([where])
+        bent = RandomElastic().transform(tv_tensors.Image(where), params)
+        mask = RandomElastic().transform(tv_tensors.Mask(x.float()), params)
+        inside = (slice(20, -20), slice(20, -20))  # where nothing comes from outside
+        assert (bent[1] - mask)[inside].abs().max() < 0.51  # the mask takes the nearest pixel
+        moves.append((bent - where)[:, 48:52, 73:77].mean((1, 2)))  # about the grid's middle point
+    spread = torch.stack(moves).std(0)
+    assert 2.4 < spread[0] < 3.6
+    assert 2.4 < spread[1] < 3.6
+
+
+def test_no_strength_bends_nothing_and_labels_stay_labels():
+    image, mask = pair()
+    same_image, same_mask = RandomElastic(sigma=0.0)(image, mask)
+    assert torch.equal(same_image, image)
+    assert torch.equal(same_mask, mask)
+    for labels in (mask.bool(), (mask * 7).to(torch.uint8), (mask * 7).long()):
+        bent = RandomElastic(sigma=5.0)(tv_tensors.Mask(labels))
+        assert bent.dtype == labels.dtype
+        assert set(bent.unique().tolist()) <= set(labels.unique().tolist())
+    for options in ({"sigma": -1.0}, {"grid": 1}):
+        with pytest.raises(ValueError, match="sigma must be 0 or more"):
+            RandomElastic(**options)
+
+
+# --- RandomQuarterTurn
+
+
+@pytest.mark.parametrize(("shape", "turns"), [((6, 6), (0, 1, 2, 3)), ((4, 6), (0, 2))])
+def test_quarter_turns_are_exact_and_alike_for_the_mask(shape, turns):
+    torch.manual_seed(0)
+    values = torch.arange(shape[0] * shape[1]).reshape(shape)
+    expected = {tuple(values.rot90(k).flatten().tolist()) for k in turns}
+    seen = set()
+    for _ in range(40):
+        image, mask = RandomQuarterTurn()(tv_tensors.Image(values[None].to(torch.uint8)), tv_tensors.Mask(values))
+        assert torch.equal(image[0].long(), mask)
+        assert mask.shape == shape
+        seen.add(tuple(mask.flatten().tolist()))
+    assert seen == expected
+
+
+# --- Mirrored
+
+
+def test_what_comes_from_outside_is_the_mirror_image():
+    """Against NumPy's reflection, turned by the same angle and cut out of the middle."""
+    image = tv_tensors.Image(torch.randint(256, (3, 40, 60), dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.arange(2400).reshape(40, 60))
+    turn = v2.RandomRotation((30, 30))
+    turned, turned_mask = Mirrored(turn, rotation=30)(image, mask)
+    wide = np.pad(np.asarray(image), ((0, 0), (39, 39), (39, 39)), mode="reflect")
+    expected = v2.functional.rotate(tv_tensors.Image(torch.from_numpy(wide)), 30)[:, 39:79, 39:99]
+    assert turned.shape == image.shape
+    assert torch.equal(turned, expected)
+    expected_mask = v2.functional.rotate(torch.from_numpy(np.pad(np.asarray(mask), 39, mode="reflect"))[None], 30)
+    assert torch.equal(turned_mask, tv_tensors.Mask(expected_mask[0, 39:79, 39:99]))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 60)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotation": 35},
+        {"rotation": 180},
+        {"rotation": 20, "scale": (0.6, 0.8)},
+        {"rotation": 0, "scale": (0.5, 2.0)},
+        {"rotation": 0, "elastic": 4.0},
+        {"rotation": 90, "scale": (0.8, 1.2), "elastic": 2.0, "quarter_turns": True},
+    ],
+)
+def test_nothing_black_comes_in_with_reflect(shape, options):
+    torch.manual_seed(0)
+    white, ones = tv_tensors.Image(torch.full((3, *shape), 255, dtype=torch.uint8)), tv_tensors.Mask(torch.ones(shape))
+    darkest = {}
+    for reflect in (True, False):
+        transform = train_transform(None, **(PLAIN | options), reflect=reflect)
+        drawn = [transform(white, ones) for _ in range(20)]
+        assert all(image.shape[1:] == mask.shape == shape for image, mask in drawn)
+        darkest[reflect] = min(min(image.min().item(), mask.min().item()) for image, mask in drawn)
+    assert darkest[False] == 0
+    assert darkest[True] == 1
+
+
+def test_bits_and_classes_pass_through_all_that_warps():
+    image, mask = pair(40, 40)
+    transform = train_transform((32, 32), scale=(0.7, 1.3), elastic=2.0, quarter_turns=True, reflect=True)
+    for labels, values in (((mask * 7).long(), {0, 7}), ((mask * 7).to(torch.uint8), {0, 7}), (mask, None)):
+        out = transform(image, tv_tensors.Mask(labels))[1]
+        assert out.dtype == labels.dtype
+        assert out.shape == (32, 32)
+        assert values is None or set(out.unique().tolist()) <= values
+    assert train_transform(None, elastic=2.0, reflect=True)(image, tv_tensors.Mask(mask.bool()))[1].dtype == torch.bool
+
+
+# --- PerPicture
+
+
+def test_a_batch_is_its_pictures_one_after_another_with_chance_for_each():
+    transform = train_transform(None, rotation=35, scale=(0.8, 1.2), color_jitter=0.3, noise=0.1)
+    images, masks = pair()[0].expand(6, -1, -1, -1), pair()[1].expand(6, -1, -1)
+    torch.manual_seed(0)
+    batch = PerPicture(transform)(images, masks)
+    torch.manual_seed(0)
+    single = [transform(tv_tensors.Image(image), tv_tensors.Mask(mask)) for image, mask in zip(images, masks)]
+    for got, expected in zip(batch, zip(*single), strict=True):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, torch.stack(expected))
+    assert len({mask.sum().item() for mask in batch[1]}) == 6
+    for image, mask in zip(*batch):
+        assert (image.mean(0) - mask).abs().mean() < 0.2
+
+
+def test_a_batch_of_masks_with_a_channel():
+    images, masks = torch.zeros(2, 3, 20, 30, dtype=torch.uint8), torch.ones(2, 1, 20, 30)
+    assert PerPicture(train_transform((10, 15), elastic=1.0))(images, masks)[1].shape == (2, 1, 10, 15)
+    with pytest.raises(ValueError, match=r"pictures \(N, C, H, W\).*not \(3, 20, 30\) and \(1, 20, 30\)"):
+        PerPicture(train_transform())(images[0], masks[0])
+    with pytest.raises(ValueError, match="as many masks"):
+        PerPicture(train_transform())(images, masks[:1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_presets_run_where_the_batch_is():
+    images, masks = pair()[0].expand(4, -1, -1, -1).cuda(), pair()[1].expand(4, -1, -1).cuda()
+    options = {"scale": (0.8, 1.2), "elastic": 3.0, "quarter_turns": True, "reflect": True, "low_resolution": 0.5, "noise": 0.1}
+    transform = train_transform((64, 64), color_jitter=0.2, mean=(0.5,) * 3, std=(0.2,) * 3, **options)
+    new_images, new_masks = PerPicture(transform)(images, masks)
+    assert new_images.is_cuda
+    assert new_masks.is_cuda
+    assert new_images.shape == (4, 3, 64, 64)
 
 
 # --- presets
@@ -167,7 +380,80 @@ def test_color_jitter_changes_the_picture_alone():
     assert 79 <= min(means) < 95 < 105 < max(means) <= 121
 
 
-@pytest.mark.parametrize("option", [{"rotation": -1}, {"horizontal_flip": 2}, {"vertical_flip": -1}, {"color_jitter": -1}])
+def test_zoom_changes_sizes_within_its_range_about_the_middle():
+    torch.manual_seed(0)
+    square = torch.zeros(80, 80)
+    square[30:50, 30:50] = 1
+    transform = train_transform(None, **PLAIN, scale=(0.5, 1.5))
+    sides = []
+    for _ in range(30):
+        image, mask = transform(tv_tensors.Image((square * 255).to(torch.uint8).expand(3, -1, -1)), tv_tensors.Mask(square))
+        assert (image[0] - mask).abs().mean() < 0.03
+        assert centre(mask) == pytest.approx((0.5, 0.5), abs=0.02)
+        sides.append(mask.sum().sqrt().item() / 20)
+    assert 0.45 < min(sides) < 0.65
+    assert 1.35 < max(sides) < 1.55
+
+
+def test_noise_is_on_every_second_picture_and_of_the_asked_strength():
+    torch.manual_seed(0)
+    transform = train_transform((40, 60), **PLAIN, noise=0.05)
+    image = tv_tensors.Image(torch.full((3, 40, 60), 128, dtype=torch.uint8))
+    spreads = [transform(image, tv_tensors.Mask(torch.ones(40, 60)))[0].std().item() for _ in range(60)]
+    noisy = [spread for spread in spreads if spread > 1e-3]
+    assert 15 < len(noisy) < 45
+    assert noisy == pytest.approx([0.05] * len(noisy), rel=0.1)
+
+
+def test_low_resolution_in_the_preset_leaves_the_mask():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.randint(256, (3, 60, 90), dtype=torch.uint8))
+    transform = train_transform(None, **PLAIN, low_resolution=1.0)
+    assert transform(image, pair(60, 90)[1])[0].std() < image.float().std() / 255
+    assert torch.equal(transform(image, pair(60, 90)[1])[1], pair(60, 90)[1].as_subclass(torch.Tensor))
+
+
+def test_the_corners_of_the_studys_rotation_are_black_and_background():
+    torch.manual_seed(0)
+    transform = train_transform((60, 60), **(PLAIN | {"rotation": 35}))
+    for _ in range(10):
+        image, mask = transform(
+            tv_tensors.Image(torch.full((3, 60, 60), 255, dtype=torch.uint8)), tv_tensors.Mask(torch.ones(60, 60))
+        )
+        edge = v2.functional.gaussian_blur(mask[None], [3, 3])[0]
+        assert (image[:, edge == 1] == 1).all()
+        assert (image[:, edge == 0] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [(0.5,), (0, 1), (1.2, 0.8)])
+def test_scales_that_cannot_be(scale):
+    with pytest.raises(ValueError, match="scale must be"):
+        train_transform(scale=scale)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"elastic": -1},
+        {"low_resolution": 2},
+        {"rotation": -1},
+        {"horizontal_flip": 2},
+        {"vertical_flip": -1},
+        {"color_jitter": -1},
+    ],
+)
 def test_options_out_of_range(option):
     with pytest.raises(ValueError):
         train_transform(**option)
+
+
+def test_colour_can_be_lost_and_light_become_dark():
+    image = tv_tensors.Image(torch.tensor([10, 60, 200], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 4, 6).contiguous())
+    mask = tv_tensors.Mask(torch.ones(4, 6))
+    options = {"rotation": 0, "horizontal_flip": 0, "vertical_flip": 0}
+    grey, _ = train_transform(None, grayscale=1.0, **options)(image, mask)
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+    negative, same = train_transform(None, invert=1.0, **options)(image, mask)
+    torch.testing.assert_close(negative, 1 - image.as_subclass(torch.Tensor) / 255)
+    assert torch.equal(same, mask.as_subclass(torch.Tensor))

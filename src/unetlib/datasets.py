@@ -107,11 +107,11 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         Raises:
             ValueError: A file cannot be read, the sizes differ, or the mask holds values other than expected.
         """
-        image_path, mask_path = self._paths(index)
+        image_path, mask_path = self.paths(index)
         image = read_image(image_path, self.mode)
         mask = read_mask(mask_path, self.mask_values)
         if image.shape[:2] != mask.shape:
-            raise ValueError(_size_clash(image_path, image, mask_path, mask))
+            raise ValueError(size_clash(image_path, image.shape[:2], mask_path, mask.shape))
         return (image, mask) if self.transform is None else _apply(self.transform, image, mask)
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         }
 
         def read(index: int) -> None:
-            image_path, mask_path = self._paths(index)
+            image_path, mask_path = self.paths(index)
             image = mask = None
             try:
                 image = read_image(image_path, self.mode)
@@ -159,13 +159,14 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             except (ValueError, FileNotFoundError) as error:
                 problems["unreadable mask or unexpected value"].append(str(error))
             if image is not None and mask is not None and image.shape[:2] != mask.shape:
-                problems["size clash"].append(_size_clash(image_path, image, mask_path, mask))
+                problems["size clash"].append(size_clash(image_path, image.shape[:2], mask_path, mask.shape))
 
         with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
             list(pool.map(read, range(len(self))))
         _raise_problems(problems, self.image_dir, self.mask_dir)
 
-    def _paths(self, index: int) -> tuple[Path, Path]:
+    def paths(self, index: int) -> tuple[Path, Path]:
+        """The files of the picture and mask number `index`."""
         return self.image_dir / self.images[index], self.mask_dir / self.masks[index]
 
 
@@ -405,10 +406,15 @@ def _by_stem(paths: Iterable[Path], suffixes: Sequence[str]) -> tuple[dict[str, 
     return found, rest
 
 
-def _size_clash(image_path: Path, image: NDArray[Any], mask_path: Path, mask: NDArray[Any]) -> str:
-    (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
+def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:
+    """What to say of a picture and a mask whose (height, width) differ.
+
+    Example:
+        >>> print(size_clash(Path("a.jpg"), (2, 3), Path("a.gif"), (2, 4)))
+        a.jpg is 3x2, but its mask a.gif is 4x2 (width x height, upright). Save the mask at the picture's size.
+    """
     return (
-        f"{image_path} is {width}x{height}, but its mask {mask_path} is {mask_width}x{mask_height} (width x height, "
+        f"{image_path} is {image[1]}x{image[0]}, but its mask {mask_path} is {mask[1]}x{mask[0]} (width x height, "
         "upright). Save the mask at the picture's size."
     )
 

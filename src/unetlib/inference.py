@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .imaging import read_image, to_tensor
 
 if TYPE_CHECKING:
+    from .metrics import SegmentationMetrics
     from .unet import UNet
 
 Picture: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor"
@@ -108,7 +109,12 @@ def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) 
 
 
 def evaluate(
-    model: UNet, dataset: Iterable[tuple[Picture, ArrayLike]], *, batch_size: int = 4, progress: bool = False
+    model: UNet,
+    dataset: Iterable[tuple[Picture, ArrayLike]],
+    *,
+    batch_size: int = 4,
+    progress: bool = False,
+    metrics: SegmentationMetrics | None = None,
 ) -> dict[str, float]:
     """Scores of a model on a data set, at the pictures' own size.
 
@@ -117,6 +123,8 @@ def evaluate(
         dataset: pairs of a picture, as in `predict`, and its mask (H, W): an `ImageMaskDataset` without a transform, for one.
         batch_size: pictures in one forward pass.
         progress: show a progress bar.
+        metrics: what counts, if not `SegmentationMetrics` as the model needs it: one with other options, or one that goes on
+            counting; it may be merged with those of other processes afterwards.
 
     Returns:
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
@@ -128,9 +136,10 @@ def evaluate(
         >>> 0 <= evaluate(UNet(features=(8,)), scenes)["dice"] <= 1
         True
     """
-    from .metrics import SegmentationMetrics
+    if metrics is None:
+        from .metrics import SegmentationMetrics
 
-    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
+        metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
     masks: deque[ArrayLike] = deque()
 
     def pictures() -> Iterator[Picture]:

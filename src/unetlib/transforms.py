@@ -1,11 +1,13 @@
 """Presets for training and evaluation over `torchvision.transforms.v2`: a picture and its mask move together.
 
-They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`. The mean and standard
+They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`, on any device; `PerPicture`
+takes whole batches through them. The mean and standard
 deviation of a model belong to its `Preprocessing`; set them here only where no model does it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ class Resize(v2.Transform):  # type: ignore[misc]
     """Resize a picture and its mask to one size, so that the mask stays where the picture is.
 
     torchvision's own `Resize` takes masks by the `nearest` rule, which reads the upper left pixel of each cell instead
-    of the middle one: reduced k times, a mask lies up to (k - 1) / 2 pixels of the large picture off. Here a
+    of the middle one: reduced k times, a mask lies up to (k - 1) / 2 pixels of the large picture off. Here a bool or
     floating-point mask becomes the covered part of each pixel (antialiased bilinear, soft edges within the range of the
     input), and a mask of integers takes the middle pixel (`nearest-exact`).
 
@@ -50,12 +52,227 @@ class Resize(v2.Transform):  # type: ignore[misc]
             return F.resize(inpt, self.size, antialias=True)
         # As a picture of one channel, since torchvision resizes masks by `nearest` alone.
         mask = inpt.as_subclass(torch.Tensor)[None]
+        bits = mask.dtype == torch.bool
+        if bits:
+            mask = mask.view(torch.uint8).float()  # a third of the time of mask.float()
         if mask.is_floating_point():
             resized = F.resize_image(mask, self.size, antialias=True)
-            resized = resized.clamp(mask.amin(), mask.amax())  # rounding leaves the range by 1e-7
+            resized = resized.clamp(0, 1) if bits else resized.clamp(*mask.aminmax())  # rounding leaves the range by 1e-7
         else:
             resized = F.resize_image(mask, self.size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
         return tv_tensors.wrap(resized[0], like=inpt)
+
+
+class RandomCrop(v2.RandomResizedCrop):  # type: ignore[misc]
+    """Cut out a random part of a picture, of the shape of the result, and resize it: objects at many scales.
+
+    torchvision's `RandomResizedCrop`, whose `scale` this `area` is, with the `Resize` above and without a change of
+    aspect ratio other than the one `size` itself asks for.
+
+    Args:
+        size: (H, W) of the result.
+        area: Least and largest share of the picture's area, each in (0, 1].
+
+    Raises:
+        ValueError: `size` is not two positive whole numbers, or `area` no range within (0, 1].
+
+    Example:
+        >>> image = tv_tensors.Image(torch.zeros(3, 32, 48, dtype=torch.uint8))
+        >>> RandomCrop((16, 24), area=(0.25, 1.0))(image).shape
+        torch.Size([3, 16, 24])
+    """
+
+    def __init__(self, size: Sequence[int], area: Sequence[float]) -> None:
+        """Keep the size and the range."""
+        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+            raise ValueError(f"area must be (least, largest) shares of a picture, 0 < least <= largest <= 1, not {area!r}")
+        resize = Resize(size)
+        super().__init__(resize.size, scale=tuple(area), ratio=(size[1] / size[0],) * 2)
+        self.resize = resize
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Cut and resize one picture or mask; torchvision calls this for each."""
+        return self.resize.transform(F.crop(inpt, **params), {})
+
+
+class RandomLowResolution(v2.Transform):  # type: ignore[misc]
+    """Reduce a picture by a random factor and enlarge it again: details lost, size kept. Masks stay.
+
+    The low-resolution simulation of nnU-Net (Isensee et al. 2021, https://doi.org/10.1038/s41592-020-01008-z), antialiased.
+
+    Args:
+        p: Probability.
+        factor: Least and largest factor, drawn uniformly.
+
+    Raises:
+        ValueError: `p` is outside [0, 1].
+
+    Example:
+        >>> image = tv_tensors.Image(torch.randint(256, (3, 32, 48), dtype=torch.uint8))
+        >>> RandomLowResolution(p=1.0)(image).shape
+        torch.Size([3, 32, 48])
+    """
+
+    def __init__(self, p: float, factor: tuple[float, float] = (0.2, 1.0)) -> None:
+        """Keep the probability and the range."""
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must be a probability in [0, 1], not {p!r}")
+        self.p, self.factor = p, factor
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the factor; torchvision calls this once for a picture and its mask."""
+        skip = torch.rand(()) >= self.p
+        return {"factor": 1.0 if skip else torch.empty(()).uniform_(*self.factor).item()}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Reduce and enlarge a picture; torchvision calls this for each."""
+        if isinstance(inpt, tv_tensors.Mask) or params["factor"] == 1.0:
+            return inpt
+        height, width = inpt.shape[-2:]
+        reduced = [max(1, round(params["factor"] * side)) for side in (height, width)]
+        return F.resize(F.resize(inpt, reduced, antialias=True), [height, width], antialias=True)
+
+
+class RandomElastic(v2.Transform):  # type: ignore[misc]
+    """Bend a picture and its mask smoothly: random displacements on a coarse grid, bicubic between them.
+
+    The deformation of the U-Net paper (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597), which drew it on a 3x3
+    grid with a standard deviation of 10 pixels. torchvision's `ElasticTransform` blurs noise at full size instead, which
+    takes minutes for bends as wide as these. What comes from outside the picture is black, and background.
+
+    Args:
+        sigma: Standard deviation of the displacement of a grid point along each axis, in pixels.
+        grid: Points along each side.
+
+    Raises:
+        ValueError: `sigma` is negative, or `grid` below 2.
+
+    Example:
+        >>> image, mask = tv_tensors.Image(torch.zeros(3, 32, 48)), tv_tensors.Mask(torch.ones(32, 48))
+        >>> image, mask = RandomElastic(sigma=2.0)(image, mask)
+        >>> image.shape, mask.shape
+        (torch.Size([3, 32, 48]), torch.Size([32, 48]))
+    """
+
+    def __init__(self, sigma: float = 10.0, grid: int = 3) -> None:
+        """Keep strength and grid."""
+        super().__init__()
+        if sigma < 0 or grid < 2:
+            raise ValueError(f"sigma must be 0 or more pixels and grid 2 or more points, not {sigma!r} and {grid!r}")
+        self.sigma, self.grid = sigma, grid
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the displacements; torchvision calls this once for a picture and its mask."""
+        height, width = F.get_size(flat_inputs[0])
+        points = self.sigma * torch.randn(1, 2, self.grid, self.grid)  # x and y, in pixels
+        pixels = torch.nn.functional.interpolate(
+            points.to(flat_inputs[0].device), (height, width), mode="bicubic", align_corners=True
+        )
+        return {"displacement": pixels.permute(0, 2, 3, 1) * pixels.new_tensor([2 / width, 2 / height])}  # a side counts 2
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Bend one picture or mask; torchvision calls this for each."""
+        nearest = isinstance(inpt, tv_tensors.Mask)
+        mode = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
+        return F.elastic(inpt, **params, interpolation=mode)
+
+
+class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
+    """Turn by 0, 90, 180 or 270 degrees, each as likely and without interpolation; an oblong picture by 0 or 180 alone.
+
+    Example:
+        >>> RandomQuarterTurn()(tv_tensors.Image(torch.zeros(3, 32, 48))).shape
+        torch.Size([3, 32, 48])
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the turn; torchvision calls this once for a picture and its mask."""
+        height, width = F.get_size(flat_inputs[0])
+        step = 90 if height == width else 180
+        return {"angle": float(step * torch.randint(360 // step, ()).item())}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Turn one picture or mask; torchvision calls this for each."""
+        return F.rotate(inpt, **params)
+
+
+class Mirrored(torch.nn.Module):
+    """Let a transform that keeps sizes see a picture with its mirror image around it, and cut out the middle again.
+
+    What a rotation, a zoom or a bend brings in from outside is then more of the same texture, with its mask, instead of
+    black that the mask calls background.
+
+    Args:
+        transform: What runs on the larger picture.
+        rotation: Largest rotation in it, in degrees; `rotation`, `zoom` and `shift` say how much of the mirror image is seen.
+        zoom: Least factor of size in it.
+        shift: Farthest that it moves a pixel otherwise, in pixels.
+
+    Shape:
+        The mirror image reaches one side's length at most; beyond that there is nothing.
+
+    Example:
+        >>> turn = v2.RandomRotation((45, 45))
+        >>> image = tv_tensors.Image(torch.full((3, 32, 48), 9, dtype=torch.uint8))
+        >>> turn(image).min().item(), Mirrored(turn, rotation=45)(image).min().item()
+        (0, 9)
+    """
+
+    def __init__(self, transform: torch.nn.Module, *, rotation: float = 0.0, zoom: float = 1.0, shift: float = 0.0) -> None:
+        """Keep the transform and its reach."""
+        super().__init__()
+        self.transform, self.rotation, self.zoom, self.shift = transform, rotation, zoom, shift
+
+    def forward(self, *inputs: Any) -> Any:
+        """Enlarge, transform and cut."""
+        height, width = F.get_size(inputs[0])
+        x, y = self._margin(width, height), self._margin(height, width)
+        steps = [v2.Pad([x, y], padding_mode="reflect"), self.transform, v2.CenterCrop([height, width])]
+        return v2.Compose(steps)(*inputs)
+
+    def _margin(self, side: int, other: int) -> int:
+        """Pixels beyond each end of a side: half of what the turned rectangle is longer, and the shift."""
+        angle = min(math.radians(abs(self.rotation)), math.atan2(other, side))  # at which the rectangle reaches farthest
+        reach = (side * math.cos(angle) + other * math.sin(angle)) / self.zoom
+        return min(side - 1, max(0, math.ceil((reach - side) / 2 + self.shift / self.zoom)))
+
+
+class PerPicture(torch.nn.Module):
+    """Run a transform on each picture of a batch, so that chance falls anew for each, on whatever device the batch is.
+
+    torchvision's transforms draw once a call: a whole batch would be turned by the same angle. With this, pictures go to the
+    GPU as uint8, a quarter of the bytes of float32, and the presets below run there.
+
+    Args:
+        transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
+
+    Raises:
+        ValueError: The batch is not (N, C, H, W), or there are not as many masks as pictures.
+
+    Example:
+        >>> augment = PerPicture(train_transform(size=None))
+        >>> images, masks = augment(torch.zeros(4, 3, 32, 48, dtype=torch.uint8), torch.ones(4, 32, 48))
+        >>> images.shape, images.dtype, masks.shape
+        (torch.Size([4, 3, 32, 48]), torch.float32, torch.Size([4, 32, 48]))
+    """
+
+    def __init__(self, transform: torch.nn.Module) -> None:
+        """Keep the transform."""
+        super().__init__()
+        self.transform = transform
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform (N, C, H, W) pictures and (N, H, W) or (N, 1, H, W) masks; the results are stacked again."""
+        if images.ndim != 4 or len(images) != len(masks):
+            raise ValueError(
+                f"a batch must be pictures (N, C, H, W) and as many masks (N, H, W), not {tuple(images.shape)} and "
+                f"{tuple(masks.shape)}"
+            )
+        pairs = [self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask)) for image, mask in zip(images, masks)]
+        new_images, new_masks = zip(*pairs)
+        return torch.stack(new_images), torch.stack(new_masks)
 
 
 def train_transform(
@@ -65,6 +282,15 @@ def train_transform(
     horizontal_flip: float = 0.5,
     vertical_flip: float = 0.1,
     color_jitter: float = 0.0,
+    grayscale: float = 0.0,
+    invert: float = 0.0,
+    crop: Sequence[float] | None = None,
+    scale: Sequence[float] | None = None,
+    elastic: float = 0.0,
+    quarter_turns: bool = False,
+    reflect: bool = False,
+    low_resolution: float = 0.0,
+    noise: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> v2.Compose:
@@ -76,6 +302,16 @@ def train_transform(
         horizontal_flip: Probability of a left-right flip.
         vertical_flip: Probability of an upside-down flip.
         color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2).
+        grayscale: Probability of losing colour.
+        invert: Probability of the negative, dark for light: microscopes show the same things either way.
+        crop: Least and largest share of the picture's area that a random part covers, which `size` then gets: (0.25, 1.0).
+        scale: Least and largest factor of a random zoom about the middle: (0.8, 1.25). The size stays.
+        elastic: Strength of random bends in pixels of the result, as in `RandomElastic`; 10 in the U-Net paper.
+        quarter_turns: Turn by 0, 90, 180 or 270 degrees too, as in `RandomQuarterTurn`.
+        reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
+            as in `Mirrored`: for textures, such as microscopy.
+        low_resolution: Probability of losing detail, as in `RandomLowResolution`.
+        noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to every second picture.
         mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
         std: Divides each channel after that.
 
@@ -93,16 +329,30 @@ def train_transform(
         >>> image.shape, image.dtype, mask.shape
         (torch.Size([3, 16, 24]), torch.float32, torch.Size([16, 24]))
     """
-    steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    if rotation:
-        steps.append(v2.RandomRotation(rotation, interpolation=v2.InterpolationMode.BILINEAR))
+    if crop is not None and size is None:
+        raise ValueError("crop needs the size that the cut out part is to have; got size=None")
+    steps: list[torch.nn.Module] = [] if size is None else [Resize(size) if crop is None else RandomCrop(size, crop)]
+    if quarter_turns:
+        steps.append(RandomQuarterTurn())
+    if warps := _warps(rotation, scale, elastic):
+        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
+        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
     if horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip(vertical_flip))
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    return v2.Compose([*steps, *_to_tensor(mean, std)])
+    if grayscale:
+        steps.append(v2.RandomGrayscale(grayscale))
+    if invert:
+        steps.append(v2.RandomInvert(invert))
+    if low_resolution:
+        steps.append(RandomLowResolution(low_resolution))
+    to_tensor = _to_tensor(mean, std)
+    if noise:
+        to_tensor.insert(1, v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
+    return v2.Compose([*steps, *to_tensor])
 
 
 def eval_transform(
@@ -129,6 +379,22 @@ def eval_transform(
     """
     steps: list[v2.Transform] = [] if size is None else [Resize(size)]
     return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def _warps(rotation: float, scale: Sequence[float] | None, elastic: float) -> list[torch.nn.Module]:
+    """What bends and turns; rotation and zoom are one step, so that pixels are interpolated once for both."""
+    if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1]):
+        raise ValueError(f"scale must be (least, largest) factors, 0 < least <= largest, not {scale!r}")
+    warps: list[torch.nn.Module] = []
+    # With fill=None torchvision leaves black what comes from outside, in half the time that it takes to fill with 0.
+    bilinear = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}
+    if scale is not None:
+        warps.append(v2.RandomAffine(rotation, scale=tuple(scale), **bilinear))
+    elif rotation:
+        warps.append(v2.RandomRotation(rotation, **bilinear))
+    if elastic:
+        warps.append(RandomElastic(elastic))
+    return warps
 
 
 def _to_tensor(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:

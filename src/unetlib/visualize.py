@@ -1,8 +1,9 @@
-"""Pictures of masks, to look at: grey levels for the classes, overlays, grids."""
+"""Pictures to look at: masks as grey levels, overlays, grids, and the curves of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,38 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
     sheet = make_grid([to_tensor(picture).expand(3, -1, -1) for picture in pictures], nrow=columns, padding=gap, pad_value=255)
     return _to_array(sheet)
+
+
+def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]], path: str | PathLike[str]) -> None:
+    """Draw the loss of each training step, and the validation scores after each epoch, as a PNG.
+
+    Needs matplotlib: `pip install "unetlib[examples]"`.
+
+    Args:
+        loss: of each step, in turn.
+        scores: of each epoch, in turn: "dice", "iou" and "accuracy", where it was validated; other keys are passed over.
+        path: the file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     learning_curves([0.9, 0.5, 0.4, 0.3], [{"dice": 0.7}, {"dice": 0.8}], f"{folder}/curves.png")
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps, epochs = figure.subplots(1, 2)
+    steps.plot(range(1, len(loss) + 1), loss, linewidth=0.5, alpha=0.4, color="tab:blue")
+    window = max(1, len(loss) // 50)
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    steps.plot(range(window, len(loss) + 1), smooth, color="tab:blue")
+    steps.set(xlabel="step", ylabel="training loss", yscale="log")
+    for key in ("dice", "iou", "accuracy"):
+        known = [(epoch, entry[key]) for epoch, entry in enumerate(scores, 1) if key in entry]
+        epochs.plot(*zip(*known), marker="o", label=f"{key} {known[-1][1]:.4f}") if known else None
+    epochs.set(xlabel="epoch", ylabel="validation score")
+    epochs.legend()
+    figure.savefig(path, dpi=100)
 
 
 def _to_array(picture: torch.Tensor) -> NDArray[np.uint8]:

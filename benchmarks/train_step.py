@@ -1,0 +1,149 @@
+"""Time training steps: the study's (its module, Adam, BCE, half precision with a scaler) and those of train_carvana.py.
+
+    python benchmarks/train_step.py                                   # the GPU, or the CPU where there is none
+    python benchmarks/train_step.py --shape 32x160x240 --features 64 128 256 512 --rounds 20 --json train_step.json
+
+A step is everything between a batch on the host and updated weights: copy, forward, loss, backward, optimizer, and reading
+the loss. The contestants take turns; the ratio is the study's time over theirs, in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from forward import LAYOUTS, machine, unsupported, write_json
+from study import StudyUNet
+from torch import Tensor, nn
+
+from unetlib import BCEDiceLoss, UNet
+from unetlib.convert import convert
+
+Step = Callable[[Tensor, Tensor], float]
+
+
+def study_step(model: nn.Module, device: str) -> Step:
+    """The study's loop: half precision on CUDA, and the loss read at once for the progress bar."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    loss_fn = nn.BCEWithLogitsLoss()
+    scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
+
+    def step(images: Tensor, masks: Tensor) -> float:
+        images, masks = images.to(device), masks.float().unsqueeze(1).to(device)
+        with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+            loss = loss_fn(model(images), masks)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    return step
+
+
+def our_step(model: nn.Module, device: str, precision: str, layout: str, compiled: bool, loss: str) -> Step:
+    """The example's loop: a loss is read one step later, when the device has it."""
+    model.to(memory_format=LAYOUTS[layout])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    bce = nn.BCEWithLogitsLoss()
+    loss_fn = BCEDiceLoss() if loss == "bce-dice" else lambda logits, masks: bce(logits, masks.unsqueeze(1))
+    forward = torch.compile(model) if compiled else model
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    unread: list[Tensor] = []
+
+    def step(images: Tensor, masks: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            loss = loss_fn(forward(images), masks)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        unread.append(loss.detach())
+        return unread.pop(0).item() if len(unread) > (device == "cuda") else float("nan")
+
+    return step
+
+
+def contestants(device: str, features: list[int], compiled: bool) -> dict[str, Step]:
+    study = StudyUNet(features=features)
+    ours = UNet(features=features)
+    ours.load_state_dict(convert(study.state_dict()).state_dict)  # the same weights for all
+    study.to(device)
+    ours.to(device)
+    table = {"study": study_step(copy.deepcopy(study), device)}
+    half = [precision for precision, name in (("fp16", "float16"), ("bf16", "bfloat16")) if not unsupported(name, device)]
+    for precision in ("fp32", *half):
+        for layout in ("contiguous", "channels_last"):
+            table[f"{precision} {layout}"] = our_step(copy.deepcopy(ours), device, precision, layout, False, "bce")
+    best = half[-1] if half else "fp32"
+    table[f"{best} channels_last bce-dice"] = our_step(copy.deepcopy(ours), device, best, "channels_last", False, "bce-dice")
+    if compiled:
+        table[f"{best} channels_last compiled"] = our_step(copy.deepcopy(ours), device, best, "channels_last", True, "bce")
+    return table
+
+
+def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    batch, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, height, width, generator=generator)
+    masks = torch.rand(batch, height, width, generator=generator).round()
+    if device == "cuda":
+        images, masks = images.pin_memory(), masks.pin_memory()
+    rows: dict[str, dict[str, Any]] = {}
+    for name, step in table.items():  # warm-up, and the memory of a step
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        losses = [step(images, masks) for _ in range(3 if device == "cuda" else 1)]
+        rows[name] = {"seconds": [], "first_loss": next(loss for loss in [*losses, step(images, masks)] if loss == loss)}
+        if device == "cuda":
+            rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+    for _ in range(rounds):
+        for name, step in table.items():
+            began = time.perf_counter()
+            step(images, masks)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            rows[name]["seconds"].append(time.perf_counter() - began)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--shape", default="32x160x240" if cuda else "4x160x240", metavar="BATCHxHEIGHTxWIDTH")
+    parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256, 512] if cuda else [16, 32, 64, 128])
+    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    batch, height, width = map(int, args.shape.split("x"))
+    rows = measure(contestants(args.device, args.features, args.compile), (batch, height, width), args.rounds, args.device)
+    print(json.dumps(machine(args.device)))
+    print(f"{args.shape}, features {args.features}, {args.rounds} rounds")
+    print(f"{'':34}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
+    study = np.array(rows["study"]["seconds"])
+    for name, row in rows.items():
+        seconds = np.array(row["seconds"])
+        ratio = row["ratio"] = float(np.median(study / seconds))
+        low, high = np.percentile(study / seconds, (25, 75))
+        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "-"
+        middle = float(np.median(seconds))
+        print(f"{name:34}{1e3 * middle:10.1f}{batch / middle:12.1f}{ratio:8.2f}{low:8.2f}{high:6.2f}{peak:>10}")
+    write_json(args.json, {"machine": machine(args.device), "shape": args.shape, "features": args.features, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

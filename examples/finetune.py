@@ -1,0 +1,147 @@
+"""Train a U-Net on pictures of your own: from the zoo's weights or from random ones, two classes or more.
+
+    python examples/finetune.py --data mine --init carvana --size 320 480              # start from weights of the zoo
+    python examples/finetune.py --data mine --features 16 32 64 128 --size 320 480     # start from random weights
+    python examples/finetune.py --help
+
+`--data` holds `train/` and `train_masks/`, with the same names, and `val/` and `val_masks/` or else a part is held out.
+A file `classes.txt` in it names the classes, one a line, background first, in the order of the masks' values.
+The loop, with all its options, is that of `train_carvana.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from train_carvana import add_training_options, train
+
+from unetlib import ImageMaskDataset, Preprocessing, UNet
+from unetlib.distributed import joined_processes
+
+MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or soft edges, hardly classes
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with joined_processes(args.device) as process:
+        say = print if process.rank == 0 else lambda _: None
+        try:
+            class_names, train_set, val_set = load_data(args, say)
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"--data {args.data}: {error}") from error
+        torch.manual_seed(args.seed)
+        model = make_model(args, class_names, say)
+        about = f"Tells {', '.join(class_names[:-1])} and {class_names[-1]} apart in pictures like those of `{args.data.name}`."
+        train(args, process, model, [train_set], val_set, args.out.name, about)
+
+
+def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list[str], ImageMaskDataset, ImageMaskDataset]:
+    """The names of the classes, and the pictures to train and to validate on, every file read once."""
+    own_val = (args.data / "val").is_dir()
+    sets = []
+    for split in ["train", "val"] if own_val else ["train"]:
+        folders = args.data / split, args.data / f"{split}_masks"
+        if missing := [folder.name for folder in folders if not folder.is_dir()]:
+            raise FileNotFoundError(f"there is no folder {missing[0]}/; --help has the layout")
+        sets.append(ImageMaskDataset(*folders, mode="L" if args.grey else "RGB", mask_suffix=args.mask_suffix))
+
+    listed = args.data / "classes.txt"
+    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    names = [name.strip() for name in names if name.strip()]
+    found = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
+    names, mask_values = classes_of(found, names, args.nonzero)
+    say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
+    for dataset in sets:
+        dataset.mask_values = mask_values
+        dataset.check()
+    if own_val:
+        return names, *sets
+    val = held_out(sets[0].images, args.val_last, args.val_share)
+    say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
+    return names, sets[0].subset(i for i in range(len(sets[0])) if i not in val), sets[0].subset(val)
+
+
+def values_of(masks: list[Path]) -> list[Any]:
+    """All values in the masks, sorted: numbers, or (r, g, b) colours."""
+    found: set[Any] = set()
+    for path in masks:
+        with Image.open(path) as mask:
+            if len(mask.getbands()) == 1:
+                found |= set(np.unique(np.asarray(mask, np.uint8 if mask.mode == "1" else None)).tolist())
+            else:
+                found |= set(map(tuple, np.unique(np.asarray(mask.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
+    if len({type(value) for value in found}) > 1:
+        raise ValueError("some masks hold numbers and others colours; save all of them in one way")
+    return sorted(found)
+
+
+def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[str], Any]:
+    """Names of the classes, and the `mask_values` with which `ImageMaskDataset` reads them."""
+    values = f"{len(found)} values ({', '.join(map(str, found[:8]))}{', ...' * (len(found) > 8)})"
+    if len(found) < 2:
+        raise ValueError(f"the masks hold the one value {found[0]}; there is nothing to tell apart")
+    if not names and len(found) > MOST_VALUES and not nonzero:
+        raise ValueError(
+            f"the masks hold {values}. If they are classes, name them in classes.txt; if all but 0 is foreground, as where "
+            "objects are numbered, give --nonzero"
+        )
+    binary = nonzero or (len(found) == 2 and found[0] in (0, (0, 0, 0)))
+    names = names or (["background", "foreground"] if binary else [f"class {value}" for value in found])
+    if len(names) == (2 if nonzero else len(found)):
+        return names, "nonzero" if nonzero else None if binary else found
+    if not nonzero and isinstance(found[0], int) and found[-1] < len(names):
+        return names, range(len(names))  # value k is class k, though these masks do not have every class
+    raise ValueError(f"classes.txt names {len(names)} classes ({', '.join(names)}), but the masks hold {values}")
+
+
+def held_out(images: list[str], last: int, share: float) -> list[int]:
+    """Numbers of the pictures to validate on: the last ones, 10 after 9, or a random share, always the same."""
+    count = last or max(1, round(share * len(images)))
+    if not 0 < count < len(images):
+        raise ValueError(f"cannot hold out {count} of {len(images)} pictures; see --val-last and --val-share")
+    if last:
+        return sorted(range(len(images)), key=lambda i: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", images[i])])[
+            -last:
+        ]
+    return sorted(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
+
+
+def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[str], Any]) -> UNet:
+    """The network to train, which knows how pictures become its input and what its classes are called."""
+    needed = {"in_channels": 1 if args.grey else 3, "out_channels": 1 if len(class_names) == 2 else len(class_names)}
+    if args.init:
+        model = UNet.from_pretrained(args.init)
+        changes = [f"{key} {getattr(model.config, key)} -> {n}" for key, n in needed.items() if getattr(model.config, key) != n]
+        if changes:
+            model = UNet.from_pretrained(args.init, **needed)
+        say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
+    else:
+        model = UNet(**needed, features=args.features, bottleneck=args.bottleneck)
+    model.preprocessing = Preprocessing(size=None if args.own_size else tuple(args.size), class_names=class_names)
+    return model
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder as above")
+    add("--val-last", type=int, default=0, metavar="N", help="hold out the last N pictures by name: slices, frames")
+    add("--val-share", type=float, default=0.1, help="hold out such a part at random")
+    add("--mask-suffix", default="", help="what a mask's name has after its picture's: _mask")
+    add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
+    add("--grey", action="store_true", help="read pictures as grey: one input channel")
+    add("--own-size", action="store_true", help="predict at each picture's own size; --size is that of the parts to train on")
+    add_training_options(parser)
+    parser.set_defaults(out=Path("runs/finetuned"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Training checkpoints: tensors and plain values, written whole or not at all, and read without running code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import shutil
+import uuid
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_log = logging.getLogger("unetlib")
+
+
+def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    """Write a checkpoint beside the old one and rename it; the old one stays as `<name>.previous`.
+
+    Killed at any moment, it leaves at least one whole checkpoint for `load_checkpoint`, if there was one before.
+
+    Args:
+        state: tensors, numbers, strings, and lists, tuples and dictionaries of them.
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be written, for want of space or permission; what was there before stays.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint({"step": 3, "weight": torch.ones(2)}, Path(folder) / "checkpoint.pt")
+        ...     load_checkpoint(Path(folder) / "checkpoint.pt")
+        {'step': 3, 'weight': tensor([1., 1.])}
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"the checkpoint {path} could not be written: {error}; the one before it is kept") from error
+    if path.exists():
+        os.replace(path, _previous(path))
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; the previous checkpoint where the newest is damaged or missing.
+
+    Args:
+        path: the file.
+        map_location: where tensors go.
+
+    Returns:
+        The state.
+
+    Raises:
+        FileNotFoundError: there is neither the file nor a previous one.
+        ValueError: neither can be read, or one holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    found = [candidate for candidate in (path, _previous(path)) if candidate.is_file()]
+    if not found:
+        raise FileNotFoundError(f"there is no checkpoint {path}; leave out --resume, or give the folder of an earlier run")
+    problems = []
+    for candidate in found:
+        try:
+            state: dict[str, Any] = torch.load(candidate, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            problems.append(f"{candidate}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        if problems:
+            _log.warning("%s; going on from %s", problems[0], candidate)
+        return state
+    raise ValueError(f"no checkpoint can be read ({'; '.join(problems)}); expected a file that save_checkpoint wrote")
+
+
+def check_space(folder: str | PathLike[str], needed: int) -> None:
+    """Make a folder and see that files can be written there and have room, before hours are spent.
+
+    Args:
+        folder: the folder; made where missing.
+        needed: bytes to come.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or its disk has less than `needed` bytes left.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     check_space(Path(folder) / "run", needed=1000)
+    """
+    folder = Path(folder)
+    probe = folder / f".{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error}); give another folder") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:,.0f} MB left and the run writes up to {needed / 1e6:,.0f} MB; "
+            "free some space or give a folder on another disk"
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators of torch (every device), NumPy and Python, as tensors and plain values.
+
+    Returns:
+        What `set_random_state` takes and `save_checkpoint` stores.
+
+    Example:
+        >>> state = random_state()
+        >>> drawn = torch.rand(1)
+        >>> set_random_state(state)
+        >>> torch.rand(1) == drawn
+        tensor([True])
+    """
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # the generator that other libraries draw from
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back to what `random_state` gave.
+
+    Args:
+        state: from `random_state`. States of CUDA devices that this machine lacks are passed over.
+    """
+    torch.set_rng_state(state["torch"].cpu())
+    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state.cpu(), device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")

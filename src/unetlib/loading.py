@@ -1,0 +1,103 @@
+"""The order of training pictures, and the chance in their augmentation, from a seed alone.
+
+Both are the same on any number of processes and loader workers, and from any step on: a run that goes on from a checkpoint,
+or on more machines, sees what an unbroken run on one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class Draw(NamedTuple):
+    """One training picture: which, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+class ShuffledBatches(Sampler[list[Draw]]):
+    """Batches of a data set in an order of chance that differs between epochs; the incomplete last one is left out.
+
+    Set `epoch` before each pass, and `first` to go on in the middle of one. With several processes each takes its share of
+    every batch.
+
+    Args:
+        dataset: what has a length; its items are drawn as `Augmented` takes them.
+        batch_size: pictures in a batch, all processes together.
+        seed: decides the order and the seeds of the augmentation, together with the epoch.
+        rank: number of this process, from 0.
+        world_size: number of processes; divides `batch_size`.
+
+    Attributes:
+        epoch: number of the coming pass, from 0.
+        first: number of the batch with which that pass begins, from 0.
+
+    Raises:
+        ValueError: if `batch_size` is below 1, above the number of pictures, or no multiple of `world_size`.
+
+    Example:
+        >>> batches = ShuffledBatches(range(8), batch_size=4, seed=1)
+        >>> first, second = batches
+        >>> sorted(draw.index for draw in first + second)
+        [0, 1, 2, 3, 4, 5, 6, 7]
+        >>> batches.first = 1
+        >>> list(batches) == [second]
+        True
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size must be a positive multiple of the {world_size} processes, got {batch_size!r}")
+        if len(dataset) < batch_size:
+            raise ValueError(f"a batch takes {batch_size} pictures, and there are {len(dataset)}; give a smaller batch_size")
+        self.length, self.batch_size, self.seed = len(dataset), batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole pass."""
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """The batches from `first` on."""
+        base = self.seed * 1_000_003 + self.epoch
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(base % 2**63)).tolist()
+        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            batch = order[start + self.rank : start + self.batch_size : self.world_size]
+            yield [Draw(index, (base * self.length + index) % 2**63) for index in batch]
+
+
+class Augmented(Dataset[tuple[Any, Any, int]]):
+    """A data set with augmentation whose chance comes from the `Draw` alone; the random state outside stays as it was.
+
+    Args:
+        dataset: its items are pairs of picture and mask.
+        transform: takes and returns such a pair, and draws its chance from torch's global generator, as
+            `torchvision.transforms.v2` does.
+
+    Returns:
+        For a `Draw`, the transformed picture, its mask, and the index.
+
+    Example:
+        >>> dataset = Augmented([(torch.zeros(1), torch.zeros(1))], lambda image, mask: (image + torch.rand(1), mask))
+        >>> dataset[Draw(0, seed=7)] == dataset[Draw(0, seed=7)], dataset[Draw(0, seed=7)] == dataset[Draw(0, seed=8)]
+        (True, False)
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        """Pictures in the data set."""
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, Any, int]:
+        """One picture, its mask and its index."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw.seed)
+            return *self.transform(*self.dataset[draw.index]), draw.index

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import data
+import pytest
+import torch
+
+from unetlib import CarvanaDataset, UNet
+from unetlib.synthetic import write_carvana
+
+pytest.importorskip("albumentations", reason="the study's augmentation is albumentations; `pip install .[test]` has it")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("carvana")
+    write_carvana(made, cars=1, views=4, size=(64, 96))
+    return made
+
+
+def test_table_and_json(folder, tmp_path, capsys):
+    options = ("--sizes", "32x48", "full", "--files", "3", "--repeats", "2", "--device", "cpu", "--steps", "0")
+    data.main(["--data", str(folder), *options, "--json", str(tmp_path / "figures.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    results = json.loads((tmp_path / "figures.json").read_text())
+    rows = results["rows"]
+    names = [data.STUDY, data.FIRST, data.LATER, data.FIRST_BYTES, data.LATER_BYTES]
+    assert [(row["size"], row["data"]) for row in rows] == [(size, name) for size in ("32x48", "full") for name in names]
+    for row, study in zip(rows, [rows[0]] * 5 + [rows[5]] * 5):
+        assert len(row["cpu_seconds"]) == 2
+        ratios = [a / b for a, b in zip(study["wall_seconds"], row["wall_seconds"])]
+        assert row["wall_ratio"] == pytest.approx(sum(ratios) / 2)  # the median of two
+    printed = capsys.readouterr().out
+    assert "3 photographs, 2 repeats, 0 workers" in printed
+    assert printed.count("unetlib, later epochs") == 2
+    assert "no training steps" in printed
+
+
+def test_the_contestants_give_the_same_kind_of_samples(folder):
+    carvana = CarvanaDataset(folder / "train", folder / "train_masks")
+    for size in ((32, 48), None):
+        found = data.contestants(carvana, size)
+        shape = size or (64, 96)
+        for name, dataset in found.items():
+            image, mask = dataset[0]
+            assert image.shape == (3, *shape)
+            assert mask.shape == shape
+            assert image.dtype == (torch.uint8 if "bytes" in name else torch.float32)
+            assert len(dataset) == 4
+    plain = data.StudyDataset(
+        carvana.image_dir, carvana.mask_dir, carvana.images, lambda image, mask: {"image": image, "mask": mask}
+    )
+    for left, right in zip(plain[1], carvana[1], strict=True):
+        assert (left == right).all()
+
+
+def test_first_epochs_begin_empty_and_later_ones_full(folder):
+    carvana = CarvanaDataset(folder / "train", folder / "train_masks")
+    found = data.contestants(carvana, None)
+    full = {name: all(found[name]._store._shapes[:, 0] > 0) for name in (data.LATER, data.LATER_BYTES)}
+    empty = {name: not found[name]._store._shapes.any() for name in (data.FIRST, data.FIRST_BYTES)}
+    assert all({**full, **empty}.values())
+
+
+def test_workers_are_timed_by_the_clock_on_the_wall(folder):
+    carvana = CarvanaDataset(folder / "train", folder / "train_masks")
+    spent = data.time_epoch({"a": carvana, "b": carvana}, workers=1)
+    assert all(wall > 0 and math.isnan(cpu) for wall, cpu in spent.values())
+
+
+def test_without_data_scenes_are_rendered(tmp_path, monkeypatch):
+    monkeypatch.delenv("UNETLIB_DATA", raising=False)
+    monkeypatch.setattr(data, "write_carvana", functools.partial(write_carvana, size=(32, 48)))
+    found, what = data.find_files(data.parse(["--files", "3"]), tmp_path)
+    assert what == "rendered scenes"
+    assert len(found) == 3
+    assert found[0][0].shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_busy_share_is_one(folder, on_device):
+    carvana = CarvanaDataset(folder / "train", folder / "train_masks")
+    args = data.parse(["--device", "cpu", "--steps", "2", "--batch", "2"])
+    share = data.busy_share(carvana, (32, 48), args, UNet(features=(4,)), on_device)
+    assert 0 < share < 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sizes", "160"), "--sizes must be HEIGHTxWIDTH such as 160x240, or full, not 160"),
+        (("--files", "0"), "--files and --repeats must be at least 1"),
+        (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder' for --json"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        data.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_data(tmp_path):
+    with pytest.raises(SystemExit, match="--data must hold train/ and train_masks/"):
+        data.main(["--data", str(tmp_path)])

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision import tv_tensors
+
+from unetlib.cache import CachedDataset
+from unetlib.datasets import CarvanaDataset, ImageMaskDataset
+from unetlib.imaging import read_image
+from unetlib.transforms import Resize, eval_transform, train_transform
+
+SIZES = [(40, 60), (40, 60), (30, 45), (41, 59)]  # height, width; the last has bits that fill no whole bytes
+SMALL = (16, 24)
+
+
+def disc(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return (y - height / 2) ** 2 + (x - width / 3) ** 2 < (height / 3) ** 2
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    images, masks = tmp_path / "train", tmp_path / "train_masks"
+    images.mkdir()
+    masks.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(SIZES):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(images / f"a_{number:02d}.jpg", quality=95)
+        mask = Image.fromarray(disc(height, width).astype(np.uint8))
+        mask.putpalette([0, 0, 0, 255, 255, 255])
+        mask.save(masks / f"a_{number:02d}_mask.gif")
+    return images, masks
+
+
+def spoil(folders: tuple[Path, Path]) -> None:
+    """What is read from files from now on is an error."""
+    for folder in folders:
+        for path in folder.iterdir():
+            path.write_bytes(b"spoilt")
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=0)
+
+
+# --- what comes out is what ImageMaskDataset gives
+
+
+def test_own_sizes_are_exact_and_need_no_files_the_second_time(folders):
+    plain = [(image.transpose(2, 0, 1), mask.astype(bool)) for image, mask in CarvanaDataset(*folders)]
+    cached = CachedDataset(CarvanaDataset(*folders))
+    first = [cached[i] for i in range(4)]
+    spoil(folders)
+    for pair, again, expected in zip(first, [cached[i] for i in range(4)], plain, strict=True):
+        assert type(pair[0]) is type(again[0]) is tv_tensors.Image
+        assert type(pair[1]) is type(again[1]) is tv_tensors.Mask
+        assert_equal(pair, again)
+        assert_equal(pair, expected)
+    assert cached[-1][1].shape == SIZES[-1]
+    with pytest.raises(IndexError):
+        cached[4]
+
+
+def test_reduced_pairs_are_what_resize_gives_to_rounding(folders):
+    size = (21, 31)  # more than half of each picture, so that all of each is decoded
+    plain = CarvanaDataset(*folders, Resize(size))
+    cached = CachedDataset(CarvanaDataset(*folders), size)
+    for index in range(4):
+        first, again = cached[index], cached[index]
+        assert_equal(first, again)
+        assert first[0].dtype == torch.uint8
+        assert first[1].dtype == torch.float32
+        assert torch.equal(first[0], plain[index][0])
+        difference = (first[1] - plain[index][1]).abs().max()
+        assert 0 < difference <= 0.5 / 255 + 1e-6
+        assert (first[1] == 1).any()
+        assert (first[1] == 0).any()
+    spoil(folders)
+    assert len([cached[i] for i in range(4)]) == 4
+
+
+def test_large_jpegs_are_decoded_in_part_and_stay_near_the_whole(tmp_path):
+    rng = np.random.default_rng(1)
+    smooth = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).resize((720, 480), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "x.jpg", quality=92)
+    Image.new("L", smooth.size).save(tmp_path / "x_mask.png")
+    dataset = ImageMaskDataset(tmp_path, tmp_path, mask_suffix="_mask")
+    assert read_image(tmp_path / "x.jpg", min_size=(120, 180)).shape == (120, 180, 3)
+    for size in ((60, 90), (100, 150), (200, 300)):
+        whole = Resize(size)(tv_tensors.Image(torch.from_numpy(read_image(tmp_path / "x.jpg")).permute(2, 0, 1)))
+        difference = (CachedDataset(dataset, size)[0][0].float() - whole.float()).abs()
+        assert 0 < difference.mean() < 2
+        assert difference.max() < 16
+
+
+@pytest.mark.parametrize("size", [(160, 240), (320, 480)])
+def test_photographs_stay_near_the_whole(size):
+    if "UNETLIB_DATA" not in os.environ:
+        pytest.skip("UNETLIB_DATA is not set")
+    root = Path(os.environ["UNETLIB_DATA"], "carvana")
+    if not root.is_dir():
+        pytest.skip(f"there is no {root}")
+    dataset = CarvanaDataset(root / "val", root / "val_masks").subset([0, 40, 80])
+    whole = dataset.subset(range(3))
+    whole.transform = Resize(size)
+    cached = CachedDataset(dataset, size)
+    for index in range(3):
+        image, mask = cached[index]
+        assert (image.float() - whole[index][0].float()).abs().mean() < 1.5  # of 255; the most that was found is 0.9
+        assert (mask - whole[index][1]).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(("values", "dtype"), [((0, 100, 200), torch.uint8), ({0: 0, 100: 300, 200: 7}, torch.int64)])
+@pytest.mark.parametrize("size", [None, (10, 15)])
+def test_classes_stay_exact(tmp_path, values, dtype, size):
+    index = np.random.default_rng(2).integers(0, 3, (30, 45))
+    Image.fromarray((index * 100).astype(np.uint8)).save(tmp_path / "x_mask.png")
+    Image.new("RGB", (45, 30)).save(tmp_path / "x.png")
+    options = {"mask_suffix": "_mask", "mask_values": values}
+    expected = ImageMaskDataset(tmp_path, tmp_path, Resize(size or (30, 45)), **options)[0][1]
+    cached = CachedDataset(ImageMaskDataset(tmp_path, tmp_path, **options), size)
+    for _ in range(2):
+        mask = cached[0][1]
+        assert mask.dtype == dtype
+        assert torch.equal(mask.long(), expected)
+
+
+def test_grey_pictures(folders):
+    plain = ImageMaskDataset(*folders, mask_suffix="_mask", mode="L")
+    cached = CachedDataset(plain)
+    for _ in range(2):
+        assert_equal(cached[2][0][0:1], torch.from_numpy(plain[2][0]).permute(2, 0, 1))
+
+
+def test_pictures_that_exif_turns(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(24 * 48, dtype=np.uint8).reshape(24, 48)).save(tmp_path / "x.jpg", exif=exif)
+    Image.new("L", (24, 48), 1).save(tmp_path / "x_mask.png")
+    for size in (None, (12, 6)):
+        cached = CachedDataset(ImageMaskDataset(tmp_path, tmp_path, mask_suffix="_mask"), size)
+        for _ in range(2):
+            assert cached[0][0].shape[1:] == cached[0][1].shape == (size or (48, 24))
+
+
+def test_the_transform_is_called_afresh_on_copies(folders):
+    def spoiling(image, mask):
+        calls.append(image.clone())
+        return image.zero_(), mask.zero_()
+
+    calls: list[torch.Tensor] = []
+    cached = CachedDataset(CarvanaDataset(*folders), transform=spoiling)
+    assert not cached[0][0].any()
+    cached[0], cached[0]
+    assert len(calls) == 3
+    assert torch.equal(calls[0], calls[1])
+    assert torch.equal(calls[1], calls[2])
+    assert calls[0].any()
+
+
+def test_presets_take_masks_as_bits(folders):
+    cached = CachedDataset(CarvanaDataset(*folders), transform=eval_transform(SMALL))
+    plain = CarvanaDataset(*folders, eval_transform(SMALL))
+    for index in range(4):
+        assert_equal(cached[index], plain[index])
+    options = {"scale": (0.8, 1.2), "elastic": 2.0, "quarter_turns": True, "reflect": True}
+    cached.transform = train_transform(size=None, **options)
+    image, mask = cached[0]
+    assert mask.dtype == torch.bool
+    assert image.shape[1:] == mask.shape == SIZES[0]
+
+
+# --- the budget
+
+
+def room(cached: CachedDataset) -> str:
+    return repr(cached).partition("room for ")[2]
+
+
+def test_masks_come_first_and_what_does_not_fit_is_decoded_each_time(folders):
+    pixels = SMALL[0] * SMALL[1]
+    whole = CachedDataset(CarvanaDataset(*folders), SMALL)
+    for budget, expected in (
+        (0, "0 pictures and 0 masks"),
+        (2 * pixels, "0 pictures and 2 masks"),
+        (4 * pixels + 3 * pixels, "1 pictures and 4 masks"),
+        (4 * pixels + 6 * pixels - 1, "1 pictures and 4 masks"),
+        (16 * pixels, "4 pictures and 4 masks"),
+    ):
+        cached = CachedDataset(CarvanaDataset(*folders), SMALL, budget_gib=budget / 2**30)
+        assert room(cached) == expected
+        for _ in range(2):
+            for index in range(4):
+                assert_equal(cached[index], whole[index])
+    bits = sum(-(-height * width // 8) for height, width in SIZES)
+    assert room(CachedDataset(CarvanaDataset(*folders), budget_gib=bits / 2**30)) == "0 pictures and 4 masks"
+    assert room(CachedDataset(CarvanaDataset(*folders), budget_gib=(bits - 1) / 2**30)) == "0 pictures and 3 masks"
+
+
+def test_what_is_not_kept_is_read_again(folders):
+    cached = CachedDataset(CarvanaDataset(*folders), SMALL, budget_gib=4 * SMALL[0] * SMALL[1] / 2**30)
+    before = [cached[i] for i in range(4)]
+    for path in folders[1].iterdir():
+        path.write_bytes(b"masks are kept")
+    assert_equal(cached[0], before[0])
+    Image.new("RGB", (60, 40)).save(folders[0] / "a_00.jpg")
+    assert not cached[0][0].any()
+
+
+def test_a_small_disk_is_a_smaller_budget(folders, monkeypatch, caplog):
+    pixels = SMALL[0] * SMALL[1]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 3 * pixels * 10 // 9 + 1}))
+    with caplog.at_level(logging.WARNING, "unetlib"):
+        cached = CachedDataset(CarvanaDataset(*folders), SMALL)
+    assert room(cached) == "0 pictures and 3 masks"
+    assert "the rest is decoded each time" in caplog.text
+
+
+def test_the_folder_is_where_the_file_lies_and_nothing_stays(folders, tmp_path):
+    where = tmp_path / "cache"
+    where.mkdir()
+    cached = CachedDataset(CarvanaDataset(*folders), SMALL, folder=where)
+    assert os.stat(cached._store._file.fileno()).st_dev == where.stat().st_dev
+    if sys.platform == "linux":
+        assert not list(where.iterdir())
+    del cached
+    gc.collect()
+    assert not list(where.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'"):
+        CachedDataset(CarvanaDataset(*folders), folder=tmp_path / "nowhere")
+
+
+# --- processes
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.skipif(sys.platform != "linux", reason="sharing is promised for fork and spawn on Linux alone")
+def test_workers_share_what_they_decode(folders, context):
+    cached = CachedDataset(CarvanaDataset(*folders), SMALL)
+    expected = [cached[0]]
+    loader = DataLoader(cached, batch_size=4, num_workers=1, multiprocessing_context=context)
+    images, masks = next(iter(loader))
+    assert torch.equal(images[0], expected[0][0])
+    spoil(folders)  # from now on this process and new workers know only what the first worker has kept
+    for index in range(4):
+        assert_equal(cached[index], (images[index], masks[index]))
+    if context == "fork":  # the other way takes as long as importing torch does
+        assert_equal(next(iter(loader)), (images, masks))
+
+
+def test_a_copy_out_of_reach_of_the_file_decodes_each_time(folders, caplog):
+    cached = CachedDataset(CarvanaDataset(*folders), SMALL)
+    expected = cached[0]
+    near = pickle.loads(pickle.dumps(cached))
+    assert room(near) == room(cached)
+    if sys.platform == "linux":
+        far = pickle.dumps(cached)
+        del cached, near
+        gc.collect()
+        Path(folders[0].parent, "other").write_bytes(bytes(10_000))
+        late = pickle.loads(far)
+        assert room(late) == "0 pictures and 0 masks"
+        assert "each is decoded each time" in caplog.text
+        assert_equal(late[0], expected)
+
+
+def test_several_at_once(folders):
+    both = ConcatDataset([CachedDataset(CarvanaDataset(*folders), SMALL), CachedDataset(CarvanaDataset(*folders), SMALL)])
+    assert_equal(both[1], both[5])
+    images, masks = next(iter(DataLoader(both, batch_size=8)))
+    assert (images.shape, masks.shape) == ((8, 3, *SMALL), (8, *SMALL))
+
+
+# --- bad input
+
+
+def test_bad_pairs_are_named(folders):
+    cached = CachedDataset(CarvanaDataset(*folders), SMALL)
+    Image.new("L", (3, 2)).save(folders[1] / "a_00_mask.gif")
+    (folders[0] / "a_01.jpg").write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a_00\.jpg is 60x40, but its mask .*a_00_mask\.gif is 3x2"):
+            cached[0]
+        with pytest.raises(ValueError, match=r"a_01\.jpg cannot be read"):
+            cached[1]
+
+
+def test_wrong_arguments(folders):
+    dataset = CarvanaDataset(*folders)
+    with pytest.raises(TypeError, match="must be an ImageMaskDataset, not a list"):
+        CachedDataset([dataset])
+    with pytest.raises(TypeError, match="transform must be callable"):
+        CachedDataset(dataset, transform=SMALL)
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        CachedDataset(dataset, (16,))
+    with pytest.raises(ValueError, match="budget_gib must be 0 or more, not -1"):
+        CachedDataset(dataset, budget_gib=-1)
+    with pytest.raises(ValueError, match=r"CachedDataset\(transform=\.\.\.\)"):
+        CachedDataset(CarvanaDataset(*folders, eval_transform()))

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
+
+
+def test_a_checkpoint_comes_back_and_the_one_before_is_kept(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for step in (1, 2, 3):
+        save_checkpoint({"step": step, "weight": torch.full((2,), float(step)), "names": ["a"], "pair": (1, 2.5)}, path)
+    state = load_checkpoint(path)
+    assert (state["step"], state["names"], state["pair"]) == (3, ["a"], (1, 2.5))
+    assert torch.equal(state["weight"], torch.tensor([3.0, 3.0]))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.previous"]
+    path.unlink()
+    assert load_checkpoint(path)["step"] == 2
+
+
+@pytest.mark.parametrize("left", [0, 10, 300])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, caplog, left):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1}, path)
+    save_checkpoint({"step": 2}, path)
+    path.write_bytes(path.read_bytes()[:left])
+    assert load_checkpoint(path)["step"] == 1
+    assert str(path) in caplog.text
+    (tmp_path / "checkpoint.pt.previous").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        load_checkpoint(path)
+
+
+def test_no_checkpoint_is_one_clear_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="leave out --resume"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+class Spy:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Spy()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Spy()))  # the trap is armed: unpickling does run it
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1}, path)
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device.*the one before it is kept"):
+        save_checkpoint({"step": 2}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_a_real_full_disk_is_an_os_error(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / "checkpoint.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="could not be written"):
+        save_checkpoint({"weight": torch.zeros(10**6)}, tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+WRITER = """
+import sys, torch
+from unetlib.checkpoints import save_checkpoint
+step = 0
+while True:
+    step += 1
+    save_checkpoint({"step": step, "weight": torch.full((200_000,), float(step))}, sys.argv[1])
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_a_whole_checkpoint_is_left(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    for written in writer.stdout:
+        if int(written) == 20:
+            break
+    writer.kill()
+    writer.wait()
+    state = load_checkpoint(path)
+    assert state["step"] >= 19
+    assert torch.equal(state["weight"], torch.full((200_000,), float(state["step"])))
+
+
+def test_space_and_permission_are_checked_before(tmp_path, monkeypatch):
+    check_space(tmp_path / "new" / "run", needed=1)
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="give another folder"):
+        check_space(tmp_path / "file" / "run", needed=1)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5_000_000, 5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="has 5 MB left and the run writes up to 8 MB"):
+        check_space(tmp_path, needed=8_000_000)
+
+
+def test_random_states_come_back_through_a_file(tmp_path):
+    def drawn():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1), np.random.standard_normal()  # noqa: NPY002
+
+    random.gauss(0, 1)  # leaves a second value behind, which is part of the state
+    np.random.standard_normal()  # noqa: NPY002
+    save_checkpoint(random_state(), tmp_path / "random.pt")
+    expected = drawn()
+    assert drawn() != expected
+    set_random_state(load_checkpoint(tmp_path / "random.pt"))
+    assert drawn() == expected

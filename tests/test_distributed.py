@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from unetlib.distributed import joined_processes, shared
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def run_processes(count: int, *command: str) -> str:
+    """Start `count` processes as torchrun does, and return what the first printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    results = [process.communicate(timeout=300) for process in started]
+    for process, (_, problem) in zip(started, results):
+        assert process.returncode == 0, problem
+    return results[0][0]
+
+
+def test_alone_there_is_nothing_to_join():
+    with joined_processes("cpu") as (rank, world_size, device):
+        assert (rank, world_size, device) == (0, 1, torch.device("cpu"))
+        assert shared({"a": 1}) == [{"a": 1}]
+        assert not torch.distributed.is_initialized()
+
+
+def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
+    for count in (1, 2):
+        run_processes(count, str(SCRIPT), str(tmp_path / f"{count}.pt"))
+    one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
+    assert two["counts"].sum() == 5 * 40 * 56
+    assert torch.equal(one["counts"], two["counts"])
+    assert one["scores"] == two["scores"]
+    for name, gradient in one["gradients"].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6)

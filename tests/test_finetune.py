@@ -1,0 +1,257 @@
+"""`examples/finetune.py` on tiny folders of every kind, and what `examples/evaluate.py` says of objects."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unetlib import UNet
+from unetlib.objects import label_objects, rand_f_score
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--features",
+    "8",
+    "16",
+    "--size",
+    "32",
+    "48",
+    "--batch-size",
+    "2",
+    "--epochs",
+    "1",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def write(folder: Path, count: int = 4, values: tuple = (0, 255), size: tuple[int, int] = (40, 56), split: str = "train"):
+    """Grey pictures with a bright square, and masks whose bands hold `values`; numbers, or colours."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        mask = np.zeros((*size, 3) if isinstance(values[0], tuple) else size, np.uint8)
+        for k, value in enumerate(values):
+            mask[k * size[0] // len(values) :] = value
+        picture = rng.integers(0, 60, (*size, 3)).astype(np.uint8) + (mask if mask.ndim == 3 else mask[..., None]) // 2
+        for name, array in ((split, picture), (f"{split}_masks", mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / name / f"{number}.png")
+    return folder
+
+
+def loaded(example, *argv):
+    """What `load_data` makes of the command line, and the lines it says."""
+    finetune, lines = example("finetune"), []
+    return *finetune.load_data(finetune.parse_args([str(arg) for arg in argv]), lines.append), lines
+
+
+# ---- whole runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_classes_from_random_weights(example, tmp_path, capsys):
+    write(tmp_path / "mine")
+    write(tmp_path / "mine", count=1, split="val")
+    example("finetune").main(["--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), *TINY])
+    model = UNet.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.features == (8, 16)
+    assert model.config.out_channels == 1
+    assert model.preprocessing.size == (32, 48)
+    assert model.preprocessing.class_names == ("background", "foreground")
+    assert "classes: background, foreground (found in the masks" in capsys.readouterr().out
+
+
+def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path, capsys):
+    torch.manual_seed(0)
+    UNet(features=(8, 16)).save_pretrained(tmp_path / "old")
+    data = write(tmp_path / "streets", values=(10, 20, 30))
+    (data / "classes.txt").write_text("sky\nhouse\nroad\n")
+    options = ["--init", str(tmp_path / "old"), "--grey", "--own-size", "--out", str(tmp_path / "out"), "--lr", "1e-9"]
+    example("finetune").main(["--data", str(data), *TINY, *options])
+    model, old = UNet.from_pretrained(tmp_path / "out" / "model"), UNet.from_pretrained(tmp_path / "old")
+    assert (model.config.in_channels, model.config.out_channels) == (1, 3)
+    assert model.preprocessing.size is None
+    assert model.preprocessing.class_names == ("sky", "house", "road")
+    torch.testing.assert_close(model.bottleneck.conv1.weight, old.bottleneck.conv1.weight, atol=1e-3, rtol=1e-3)
+    printed = capsys.readouterr().out
+    assert "classes: sky, house, road\n" in printed
+    assert "in_channels 3 -> 1, out_channels 1 -> 3" in printed
+
+
+def test_a_fitting_head_is_kept(example, tmp_path):
+    UNet(features=(8,)).save_pretrained(tmp_path / "old")
+    finetune, lines = example("finetune"), []
+    args = finetune.parse_args(["--data", "mine", "--init", str(tmp_path / "old"), "--size", "32", "48"])
+    model = finetune.make_model(args, ["background", "cell"], lines.append)
+    torch.testing.assert_close(model.head.weight, UNet.from_pretrained(tmp_path / "old").head.weight)
+    assert lines == [f"starting from {tmp_path / 'old'}, its head kept"]
+
+
+# ---- classes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "classes_txt", "names", "held"),
+    [
+        ((0, 255), None, ["background", "foreground"], [0, 1]),
+        ((0, 1), "ground\ncell", ["ground", "cell"], [0, 1]),
+        ((1, 2), None, ["class 1", "class 2"], [0, 1]),
+        ((0, 7, 9), None, ["class 0", "class 7", "class 9"], [0, 1, 2]),
+        ((0, 2), "a\nb\nc", ["a", "b", "c"], [0, 2]),  # class 1 is in none of these masks
+        (((0, 0, 0), (255, 0, 0)), None, ["background", "foreground"], [0, 1]),
+        (((0, 0, 0), (0, 0, 255), (255, 0, 0)), "a\nb\nc\n\n", ["a", "b", "c"], [0, 1, 2]),
+    ],
+)
+def test_classes_are_the_masks_values_in_order(example, tmp_path, values, classes_txt, names, held):
+    write(tmp_path, values=values)
+    if classes_txt:
+        (tmp_path / "classes.txt").write_text(classes_txt)
+    found, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert found == names
+    assert np.unique(train_set[0][1]).tolist() == held
+
+
+def test_numbered_objects_are_foreground_if_one_says_so(example, tmp_path):
+    write(tmp_path, values=tuple(range(40)))
+    with pytest.raises(ValueError, match=r"40 values \(0, 1, .*--nonzero"):
+        loaded(example, "--data", tmp_path)
+    names, train_set, _, _ = loaded(example, "--data", tmp_path, "--nonzero")
+    assert names == ["background", "foreground"]
+    assert np.unique(train_set[0][1]).tolist() == [0, 1]
+
+
+# ---- the split ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_pictures_are_held_out_in_natural_order(example, tmp_path):
+    write(tmp_path, count=12)
+    _, train_set, val_set, lines = loaded(example, "--data", tmp_path, "--val-last", "3")
+    assert sorted(val_set.images) == ["10.png", "11.png", "9.png"]
+    assert not set(train_set.images) & set(val_set.images)
+    assert len(train_set) == 9
+    assert lines[-1] == "held out for validation: 9.png, 10.png, 11.png"
+
+
+def test_a_share_is_held_out_at_random_and_always_the_same(example, tmp_path):
+    write(tmp_path, count=12)
+    first, second = (loaded(example, "--data", tmp_path, "--val-share", "0.25") for _ in range(2))
+    assert first[2].images == second[2].images
+    assert len(first[2]) == 3
+    assert sorted(first[1].images + first[2].images) == sorted(f"{number}.png" for number in range(12))
+
+
+# ---- bad folders: one clear error ---------------------------------------------------------------------------------------
+
+
+def no_masks(folder: Path) -> None:
+    for mask in (folder / "train_masks").iterdir():
+        mask.unlink()
+    (folder / "train_masks").rmdir()
+
+
+def other_name(folder: Path) -> None:
+    (folder / "train_masks" / "0.png").rename(folder / "train_masks" / "zero.png")
+
+
+def other_size(folder: Path) -> None:
+    Image.new("L", (20, 20), 255).save(folder / "train_masks" / "1.png")
+
+
+def three_values(folder: Path) -> None:
+    (folder / "classes.txt").write_text("ground\ncell\n")
+    mask = np.asarray(Image.open(folder / "train_masks" / "1.png")).copy()
+    mask[0, 0] = 128
+    Image.fromarray(mask).save(folder / "train_masks" / "1.png")
+
+
+def one_value(folder: Path) -> None:
+    for mask in (folder / "train_masks").iterdir():
+        Image.new("L", (56, 40)).save(mask)
+
+
+def colours_and_numbers(folder: Path) -> None:
+    Image.open(folder / "train_masks" / "1.png").convert("RGB").save(folder / "train_masks" / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_masks, "there is no folder train_masks/"),
+        (other_name, "1 x picture without a mask"),
+        (other_size, "1 x size clash"),
+        (three_values, r"names 2 classes \(ground, cell\), but the masks hold 3 values \(0, 128, 255\)"),
+        (one_value, "the masks hold the one value 0"),
+        (colours_and_numbers, "some masks hold numbers and others colours"),
+    ],
+)
+def test_a_bad_folder_is_one_clear_error(example, tmp_path, spoil, message):
+    spoil(write(tmp_path))
+    with pytest.raises(SystemExit, match=message):
+        example("finetune").main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY])
+
+
+def test_some_pictures_must_be_left_to_train_on(example, tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError, match="cannot hold out 4 of 4 pictures"):
+        loaded(example, "--data", tmp_path, "--val-last", "4")
+
+
+# ---- the two data sets --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options", "counts"), [("nuclei", [], (461, 51)), ("em", ["--val-last", "3"], (21, 3))])
+def test_the_real_folders_are_read(example, name, options, counts):
+    if not os.environ.get("UNETLIB_DATA"):
+        pytest.skip("UNETLIB_DATA names no folder with the real pictures")
+    _, train_set, val_set, _ = loaded(example, "--data", Path(os.environ["UNETLIB_DATA"]) / name, *options)
+    assert (len(train_set), len(val_set)) == counts
+
+
+# ---- evaluate.py --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys):
+    write(tmp_path, count=2)
+    torch.manual_seed(0)
+    model = UNet(features=(8,))
+    model.save_pretrained(tmp_path / "model")
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    options = ["--objects", "--device", "cpu"]
+    example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *options])
+    scores = json.loads(capsys.readouterr().out)
+    pairs = [[np.asarray(Image.open(tmp_path / part / f"{k}.png")) for part in ("train", "train_masks")] for k in range(2)]
+    expected = [rand_f_score(label_objects(model.eval().predict(picture)), mask) for picture, mask in pairs]
+    assert scores["pictures"] == 2
+    assert scores["rand"] == pytest.approx(np.mean(expected))
+    assert 0 <= scores["ap"] <= scores["ap50"] <= 1
+    assert 0 <= scores["edge_f"] <= 1
+
+
+def test_the_page_has_every_option():
+    script = (ROOT / "examples" / "finetune.py").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    options = re.findall(r'^    add\("(--[a-z-]+)"', script, re.MULTILINE)
+    assert len(options) > 5
+    assert re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE) == options
