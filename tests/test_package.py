@@ -125,13 +125,24 @@ def test_config_imports_the_standard_library_alone():
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("config", set()), ("blocks", {"config"}), ("unet", {"blocks", "config"}), ("convert", {"config"})],
+    [
+        ("config", set()),
+        ("blocks", {"config"}),
+        ("unet", {"blocks", "config"}),
+        ("convert", {"config"}),
+        ("trust", {"config"}),
+        ("adapt", {"config"}),
+        ("cards", {"trust"}),
+        ("hub", {"trust"}),
+    ],
 )
 def test_the_networks_modules_import_only_what_is_below_them(module, allowed):
     assert own(module) <= allowed
 
 
-@pytest.mark.parametrize("module", ["config", "blocks", "losses", "metrics", "datasets", "transforms"])
+@pytest.mark.parametrize(
+    "module", ["config", "blocks", "losses", "metrics", "objects", "datasets", "cache", "transforms", "loading", "checkpoints"]
+)
 def test_the_ground_floor_knows_nothing_of_those_above(module):
     reached, pending = set(), {module}
     while pending:

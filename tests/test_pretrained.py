@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
-import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from study import StudyUNet, randomize
 
-from unetlib import Preprocessing, UNet, list_pretrained, pretrained
+from unetlib import Preprocessing, UNet, hub, list_pretrained, pretrained, trust
+from unetlib.pretrained import model_info
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
@@ -273,10 +275,28 @@ def test_a_path_object_is_never_a_repository(no_network):
         UNet.from_pretrained(Path("owner/name"))
 
 
-def test_an_existing_folder_in_a_folder_is_no_repository(no_network, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "path", ["./runs/best", "runs/best/", "runs/../runs/best", Path("runs/best"), "runs/best/model.safetensors"]
+)
+def test_a_folder_in_a_folder_is_given_as_a_path(no_network, tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     UNet(features=(5,)).save_pretrained("runs/best")
-    assert UNet.from_pretrained("runs/best").config.features == (5,)
+    assert UNet.from_pretrained(path).config.features == (5,)
+
+
+def test_owner_and_name_is_a_repository_whatever_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    UNet(features=(5,)).save_pretrained("runs/best")
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda repo, files, **options: asked.append(repo) or Path("runs/best"))
+    UNet.from_pretrained("runs/best")
+    assert asked == ["runs/best"]
+
+
+@pytest.mark.parametrize("name", ["carvana", "./mine", Path("owner/name"), "model.safetensors", "owner/model.pth"])
+def test_only_a_repository_has_a_revision(zoo, no_network, name):
+    with pytest.raises(ValueError, match=f"revision= is for a Hub repository 'owner/name'; '{name}' is none"):
+        UNet.from_pretrained(name, revision="main")
 
 
 def test_home_is_expanded(no_network, tmp_path, monkeypatch):
@@ -286,40 +306,78 @@ def test_home_is_expanded(no_network, tmp_path, monkeypatch):
     assert UNet.from_pretrained("~/mine").config.features == (5,)
 
 
-# --- the Hub
+# --- lists and descriptions
 
 
-def test_a_repository_comes_from_the_hubs_cache_by_revision(tmp_path):
-    repository = tmp_path / "models--owner--name"
-    (repository / "refs").mkdir(parents=True)
-    for branch, commit, features in (("main", "a" * 40, (5,)), ("old", "b" * 40, (7,))):
-        (repository / "refs" / branch).write_text(commit)
-        UNet(features=features).save_pretrained(repository / "snapshots" / commit)
-    options = {"cache_dir": tmp_path, "local_files_only": True}
-    assert UNet.from_pretrained("owner/name", **options).config.features == (5,)
-    assert UNet.from_pretrained("owner/name", revision="old", **options).config.features == (7,)
-    with pytest.raises(OSError, match="'owner/name'"):
-        UNet.from_pretrained("owner/name", revision="absent", **options)
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("*", ["carvana", "carvana-small"]), ("*-small", ["carvana-small"]), ("carvan?", ["carvana"]), ("x*", []), ("../*", [])],
+)
+def test_the_list_is_filtered_by_a_pattern(zoo, pattern, names):
+    assert list_pretrained(pattern) == names
 
 
-def test_without_network_a_repository_is_one_clear_error(tmp_path):
-    script = f"""
-from unetlib import UNet
-for name in ("owner/name", "o" * 97 + "/name"):
-    try:
-        UNet.from_pretrained(name, cache_dir={str(tmp_path)!r})
-    except OSError as error:
-        print(type(error).__name__, str(error))
-"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert line.startswith("OSError there is no folder")
-        assert "the Hugging Face Hub gave no config.json and model.safetensors of that name" in line
-        assert "name a model of the zoo (" in line
-    assert "'owner/name'" in lines[0]
+def test_info_of_a_folder_a_file_and_a_zoo_name(zoo, model, folder, no_network, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    info = model_info(folder)
+    assert (info.config, info.preprocessing) == (model.config, model.preprocessing)
+    assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert info.file_size == (folder / "model.safetensors").stat().st_size
+    assert info.dtypes == ("float32", "int64")
+    assert info.card["pipeline_tag"] == "image-segmentation"
+    alone = model_info(folder / "model.safetensors")
+    assert alone == dataclasses.replace(info, name=str(folder / "model.safetensors"), card={})
+    assert model_info("carvana").config.features == (3,)
+
+
+@pytest.mark.parametrize("name", ["study.safetensors", "study.pth"])
+def test_info_of_a_study_checkpoint(tmp_path, name):
+    study = StudyUNet(features=(4, 8))
+    (save_file if name.endswith("safetensors") else torch.save)(study.state_dict(), tmp_path / name)
+    info = model_info(tmp_path / name)
+    assert info.config.features == (4, 8)
+    assert info.parameters == sum(parameter.numel() for parameter in study.parameters())
+    assert info.file_size == (tmp_path / name).stat().st_size
+
+
+def test_info_reads_no_tensor(folder, monkeypatch):
+    """Numbers that are not there are not missed."""
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    os.truncate(path, header)
+    os.truncate(path, size)  # a hole where the numbers were
+    assert model_info(folder).file_size == size
+
+
+def test_saving_works_where_the_package_is_not_installed(tmp_path, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trust, "version", missing)
+    folder = UNet(features=(2,)).save_pretrained(tmp_path / "saved")
+    assert json.loads((folder / "config.json").read_text())["unetlib"] == "unknown"
+    assert UNet.from_pretrained(folder).config.features == (2,)
+
+
+def test_a_link_in_the_folder_is_replaced_and_not_followed(tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(b"precious")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(outside)
+    UNet(features=(2,)).save_pretrained(folder)
+    assert outside.read_bytes() == b"precious"
+    assert UNet.from_pretrained(folder).config.features == (2,)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless device on this system")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_to_something_endless_is_not_read(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match=f"it lacks {name}"):
+        UNet.from_pretrained(folder)
 
 
 # --- what does not fit
@@ -350,14 +408,17 @@ def edit(folder: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda tensors: tensors.pop("head.weight"), 'Missing key.*"head.weight"'),
-        (lambda tensors: tensors.update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
-        (lambda tensors: tensors.update({"head.bias": torch.zeros(9)}), r"size mismatch for head.bias.*\[9\].*\[3\]"),
-        (lambda tensors: tensors.update({"head.bias": torch.zeros(3, dtype=torch.int64)}), "head.bias"),
+        (lambda tensors: tensors.pop("head.weight"), "missing head.weight$"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra$"),
+        (
+            lambda tensors: tensors.update({"head.bias": torch.zeros(9)}),
+            r"head.bias is \(9,\) of float32 where the config asks for \(3,\)$",
+        ),
+        (lambda tensors: tensors.update({"head.bias": torch.zeros(3, dtype=torch.int64)}), r"head.bias is \(3,\) of int64"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config_are_named(folder, change, named):
-    with pytest.raises(ValueError, match=f"(?s)the weights of .*saved.* do not fit their config: .*{named}"):
+    with pytest.raises(ValueError, match=f"the weights of .*saved.* do not fit their config, which asks for .*{named}"):
         UNet.from_pretrained(edit(folder, change))
 
 
@@ -383,8 +444,11 @@ def test_a_cut_weights_file_is_named(folder, keep):
         (b"", "Expecting value"),
         (b"{", "Expecting"),
         (b"\xff\xfe\x00", "decode"),
-        (b"[]", "expected a JSON object with 'model'"),
-        (b'{"in_channels": 3}', "expected a JSON object with 'model'"),
+        (b"[]", "expected a JSON object, got list"),
+        (b'{"in_channels": 3.5}', "in_channels must be a positive integer"),
+        (b'{"model": {}, "model": {}}', "'model' occurs twice"),
+        (b'{"model": {"dropout": 1' + 400 * b"0" + b"}}", "a value is not possible"),
+        (b'{"unetlib": 3, "model": {}}', "'unetlib' must be the version"),
         (b'{"model": 3}', "expects a JSON object, got int"),
         (b'{"model": {"width": 3}}', r"does not know \['width'\]"),
         (b'{"model": {"features": 4}}', "features must be a sequence"),
@@ -453,7 +517,7 @@ def test_a_checkpoint_lacking_tensors_is_told_which(tmp_path):
     state = StudyUNet(features=(4, 8)).state_dict()
     del state["ups.0.bias"]
     torch.save(state, tmp_path / "short.pth")
-    with pytest.raises(ValueError, match=r'(?s)short\.pth.* do not fit their config: .*Missing key.*"decoder.0.upsample.bias"'):
+    with pytest.raises(ValueError, match=r"short\.pth: the study checkpoint .*decoder\.0\.upsample\.bias is missing"):
         UNet.from_pretrained(tmp_path / "short.pth")
 
 

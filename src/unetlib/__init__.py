@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         visualize as visualize,
     )
     from .blocks import DoubleConv as DoubleConv
+    from .cache import CachedDataset as CachedDataset
     from .config import (
         Preprocessing as Preprocessing,
         UNetConfig as UNetConfig,
     )
+    from .convert import export_state_dict as export_state_dict
     from .datasets import (
         CarvanaDataset as CarvanaDataset,
         ImageMaskDataset as ImageMaskDataset,
@@ -66,14 +68,21 @@ if TYPE_CHECKING:
         recall_score as recall_score,
         specificity_score as specificity_score,
     )
-    from .pretrained import list_pretrained as list_pretrained
+    from .objects import (
+        ObjectMetrics as ObjectMetrics,
+        object_average_precision as object_average_precision,
+        rand_f_score as rand_f_score,
+    )
+    from .pretrained import list_pretrained as list_pretrained, model_info as model_info
     from .unet import UNet as UNet
 
 # The rooms that are public as a whole, and the room of each name.
 _MODULES = ("datasets", "inference", "synthetic", "transforms", "visualize")
 _NAMES = {
     "blocks": "DoubleConv",
+    "cache": "CachedDataset",
     "config": "Preprocessing UNetConfig",
+    "convert": "export_state_dict",
     "datasets": "CarvanaDataset ImageMaskDataset rle_decode rle_encode split_by_car",
     "losses": """
         BCEDiceLoss CompoundLoss CrossEntropyLoss DiceLoss FocalLoss GeneralizedDiceLoss JaccardLoss
@@ -85,7 +94,8 @@ _NAMES = {
         fbeta_score hausdorff_distance iou_score pixel_accuracy precision_score recall_score
         specificity_score
     """,
-    "pretrained": "list_pretrained",
+    "objects": "ObjectMetrics object_average_precision rand_f_score",
+    "pretrained": "list_pretrained model_info",
     "unet": "UNet",
 }
 _HOME_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -1,33 +1,37 @@
 """Weights by name: finding, reading and writing a model folder.
 
-A model folder holds `config.json`, `model.safetensors` and `README.md` (the model card). The config is repeated in the
-safetensors header, so that the weights file alone is enough. Nothing is ever unpickled into code: safetensors, or `torch.load`
-with `weights_only=True`.
+A model folder holds `config.json`, `model.safetensors` and `README.md` (the model card), the files of a model repository on the
+Hugging Face Hub. The config is repeated in the safetensors header, so that the weights file alone is enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import fnmatch
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from . import hub, trust
+from .adapt import adapt
+from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
 
 if TYPE_CHECKING:
     from .unet import UNet
+
+    Model = TypeVar("Model", bound=UNet)
 
 ZOO = Path(__file__).parent / "zoo"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -42,14 +46,100 @@ class Pretrained(NamedTuple):
     preprocessing: Preprocessing
 
 
-def list_pretrained() -> list[str]:
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model without loading its tensors.
+
+    Args:
+        name: as it was asked for.
+        config: of the network.
+        preprocessing: of its pictures.
+        parameters: numbers that training changes; the running statistics of norms are not among them.
+        file_size: bytes of the weights file.
+        dtypes: types in which the tensors are stored, such as ("float16", "float32").
+        card: data in the model card's front matter, {} where there is none.
+    """
+
+    name: str
+    config: UNetConfig
+    preprocessing: Preprocessing
+    parameters: int
+    file_size: int
+    dtypes: tuple[str, ...]
+    card: dict[str, Any]
+
+
+def list_pretrained(pattern: str = "*") -> list[str]:
     """Names of the models that come with the library, for `UNet.from_pretrained`.
+
+    Args:
+        pattern: which names, with the wildcards of `fnmatch`: `*`, `?` and `[...]`.
 
     Example:
         >>> "carvana" in list_pretrained()
         True
+        >>> list_pretrained("no-such-*")
+        []
     """
-    return sorted(config.parent.name for config in ZOO.glob(f"*/{CONFIG}"))
+    return sorted(fnmatch.filter((config.parent.name for config in ZOO.glob(f"*/{CONFIG}")), pattern))
+
+
+def model_info(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> ModelInfo:
+    """What a model is, from its config, its card, and the header of its weights file; no tensor is loaded.
+
+    Args:
+        name: as for `UNet.from_pretrained`. Of a Hub repository only the small files and the header are fetched.
+        revision: branch, tag or commit of a Hub repository.
+        cache_dir: folder of the Hub's cache.
+        token: Hub token; None takes the one that is logged in.
+        local_files_only: do not use the network.
+
+    Raises:
+        OSError: as `load_pretrained`.
+        ValueError: as `load_pretrained`.
+
+    Example:
+        >>> info = model_info("carvana")
+        >>> info.parameters, info.card["library_name"]
+        (3389657, 'unetlib')
+    """
+    where = _locate(name, revision)
+    if isinstance(where, Path):
+        found, size = _read(where, header_only=True)
+        card = where / CARD
+    else:
+        options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = _fetch(where, (CONFIG,), revision=revision, **options)
+        at_commit: dict[str, Any] = {"revision": folder.name, **options}
+        try:
+            card = hub.fetch(where, (CARD,), **at_commit) / CARD
+        except FileNotFoundError:
+            card = folder / CARD  # it is not there, and a card need not be
+        if (folder / WEIGHTS).is_file() or local_files_only:
+            found, size = _read(hub.fetch(where, (CONFIG, WEIGHTS), **at_commit), header_only=True)
+        else:
+            weights, size = hub.describe(where, WEIGHTS, revision=folder.name, token=token)
+            found = _interpret(weights, where, folder / CONFIG)
+    tensors = found.state_dict
+    learned = (
+        tensor for key, tensor in tensors.items() if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )
+    return ModelInfo(
+        name=str(name),
+        config=found.config,
+        preprocessing=found.preprocessing,
+        parameters=sum(tensor.numel() for tensor in learned),
+        file_size=size,
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        card=read_card(card) if card.is_file() else {},
+    )
 
 
 def load_pretrained(
@@ -61,46 +151,78 @@ def load_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Pretrained:
-    """Find and read a model; `UNet.from_pretrained` builds the network from it.
+    """Find and read a model; `from_pretrained` builds the network from it.
 
-    The form of `name` decides where it is looked for, so that a folder called `carvana` in the working directory never stands
-    in for the zoo's model: a bare word is a zoo name; a path object, or a string with a separator or the suffix of a weights
-    file, is a path; `owner/name` that is no such folder is a Hugging Face Hub repository.
+    The form of `name` decides where it is looked for, never what lies in the working directory: a bare word is a zoo name;
+    `owner/name` is a repository on the Hugging Face Hub; a path object is a path, and so is a string that starts with `./`,
+    `../`, `~` or `/`, ends with `/` or the suffix of a weights file, or has more than one separator.
 
     Args:
         name: zoo name, path or Hub repository.
-        revision: branch, tag or commit of a Hub repository.
+        revision: branch, tag or commit, for a Hub repository only.
         cache_dir: folder of the Hub's cache.
         token: Hub token; None takes the one that is logged in.
         local_files_only: do not use the network.
         force_download: download again what the cache has.
 
     Raises:
-        FileNotFoundError: for a path that does not exist.
-        ValueError: for an unknown name, or a file that is not a U-Net's weights.
-        OSError: for a Hub repository that cannot be reached.
+        FileNotFoundError: for a path, repository or revision that does not exist.
+        PermissionError: for a Hub repository that wants another token.
+        ConnectionError: for a Hub that cannot be reached.
+        OSError: for what the Hub sends if it is not what it said.
+        ValueError: for an unknown name, a `revision` of something that has none, or a file that is not a U-Net's weights.
     """
-    if not isinstance(name, str):
-        return _load_path(Path(name))
-    if name in list_pretrained():
-        return _load_path(ZOO / name)
-    if _is_repository(name) and not Path(name).exists():
-        return _load_hub(
-            name,
+    where = _locate(name, revision)
+    if not isinstance(where, Path):
+        where = _fetch(
+            where,
+            (WEIGHTS, CONFIG),
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    if "/" in name or os.sep in name or _is_file_name(name):
-        return _load_path(Path(name))
-    near = difflib.get_close_matches(name, list_pretrained(), n=1)
-    raise ValueError(
-        f"no model is called {name!r}; the zoo has: {', '.join(list_pretrained()) or 'no models'}."
-        + (f" Did you mean {near[0]!r}?" if near else "")
-        + f" For a folder of yours type './{name}', for a Hugging Face Hub repository 'owner/name'."
-    )
+    return _read(where)[0]
+
+
+def from_pretrained(
+    cls: type[Model],
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    in_channels: int | None = None,
+    out_channels: int | None = None,
+    allow_nonfinite: bool = False,
+    **options: Any,
+) -> Model:
+    """Build a network of `cls` with the weights that `name` stands for; see `UNet.from_pretrained`.
+
+    Args:
+        cls: `UNet`, or a class with its `from_config`.
+        name: as for `load_pretrained`.
+        device: where the weights go.
+        in_channels: another number of input channels, see `unetlib.adapt`.
+        out_channels: another number of output channels, see `unetlib.adapt`.
+        allow_nonfinite: load weights that hold NaN or infinity.
+        options: as for `load_pretrained`.
+
+    Raises:
+        ValueError: for weights that do not fit their config, or are not finite; and as `load_pretrained`.
+        OSError: as `load_pretrained`.
+    """
+    found = load_pretrained(name, **options)
+    model = _skeleton(cls, found.config, str(name))
+    trust.check_fit(model.state_dict(), found.state_dict, str(name))
+    if in_channels is not None or out_channels is not None:
+        found = Pretrained(*adapt(*found, in_channels=in_channels, out_channels=out_channels))
+        model = _skeleton(cls, found.config, str(name))
+    model.load_state_dict(found.state_dict, assign=True)
+    model = model.float()  # half precision is a way of storing; networks start in float32
+    if not allow_nonfinite:
+        trust.check_finite(model.state_dict(), str(name))
+    model.preprocessing = found.preprocessing
+    return model.to(device).eval()
 
 
 def save_pretrained(
@@ -137,7 +259,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {
-            "unetlib": version("unetlib"),
+            "unetlib": trust.installed_version(),
             "model": model.config.to_dict(),
             "preprocessing": model.preprocessing.to_dict(),
         },
@@ -148,7 +270,8 @@ def save_pretrained(
         for key, value in model.state_dict().items()
     }
     if card is None and not (folder / CARD).exists():
-        card = _default_card(model, folder.resolve().name)
+        title = folder.resolve().name
+        card = model_card(model, title, f"path/to/{title}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         made = Path(name)
         (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt", "unetlib": text}))
@@ -161,115 +284,141 @@ def save_pretrained(
     return folder
 
 
-def _is_repository(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not _is_file_name(name)
+def push_to_hub(
+    model: UNet,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a U-Net with unetlib",
+    token: str | bool | None = None,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> str:
+    """Upload a model to the Hugging Face Hub in one commit, and make the repository where there is none.
+
+    Args:
+        model: the network.
+        repo_id: `owner/name`.
+        revision: branch to commit to; None is "main".
+        private: whether a new repository is private; None takes the owner's default.
+        create_pr: open a pull request instead of committing.
+        commit_message: title of the commit.
+        token: Hub token with the right to write; None takes the one that is logged in.
+        dtype: type in which convolution weights are stored, as in `save_pretrained`.
+        card: text of the model card; None writes a short one, unless the repository has a card already.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        ValueError: for a `repo_id` that is not `owner/name`.
+        PermissionError: for a token that may not write there.
+        OSError: for other answers of the Hub, or none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        text = model_card(model, repo_id.rpartition("/")[2], repo_id) if card is None else card
+        return hub.push(
+            save_pretrained(model, folder, dtype=dtype, card=text),
+            repo_id,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+            keep=(CARD,) if card is None else (),
+        )
+
+
+def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
+    """The path, or the Hub repository as a string, that a name stands for by its form."""
+    if isinstance(name, str) and hub.is_repository(name) and not _is_file_name(name):
+        return name
+    if revision is not None:
+        raise ValueError(f"revision= is for a Hub repository 'owner/name'; {str(name)!r} is none")
+    if not isinstance(name, str):
+        return Path(name).expanduser()
+    if name in list_pretrained():
+        return ZOO / name
+    if "/" in name or os.sep in name or _is_file_name(name):
+        return Path(name).expanduser()
+    near = difflib.get_close_matches(name, list_pretrained(), n=1)
+    raise ValueError(
+        f"no model is called {name!r}; the zoo has: {_zoo_names()}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+        + f" For a folder of yours type './{name}', for a Hugging Face Hub repository 'owner/name'."
+    )
 
 
 def _is_file_name(name: str) -> bool:
     return name.endswith((".safetensors", *CHECKPOINT_SUFFIXES))
 
 
-def _load_path(path: Path) -> Pretrained:
-    path = path.expanduser()
+def _zoo_names() -> str:
+    return ", ".join(list_pretrained()) or "no models"
+
+
+def _fetch(repo: str, files: tuple[str, ...], **options: Any) -> Path:
+    try:
+        return hub.fetch(repo, files, **options)
+    except OSError as error:
+        here = f" A folder of that name lies here: type './{repo}' for it." if Path(repo).exists() else ""
+        zoo = f" Without a network there are the zoo ({_zoo_names()}), what the cache has, and paths such as './{repo}'."
+        raise type(error)(f"{error}.{here}{zoo}") from error
+
+
+def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
+    """What a folder or file holds, and the size of its weights in bytes."""
+    config = None
     if path.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}")
-        return _load_safetensors(path / WEIGHTS, (path / CONFIG).read_bytes())
+        path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {', '.join(list_pretrained())}")
+        raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {_zoo_names()}")
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    if path.suffix not in CHECKPOINT_SUFFIXES:
+        found = _interpret(trust.read_safetensors(path, header_only=header_only), path, config)
+    elif path.suffix in CHECKPOINT_SUFFIXES:
+        found = _convert(trust.read_checkpoint(path, header_only=header_only), path)
+    else:
         raise ValueError(
             f"{path} is no weights file by its name; expected .safetensors, or a checkpoint ending in "
             + ", ".join(CHECKPOINT_SUFFIXES)
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds, for code in a pickle as for a damaged file
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: "
-            + (
-                f"it asks for the code {code[1]}, and code in a checkpoint is never run; "
-                "save its state dict alone with torch.save(model.state_dict(), path)"
-                if code
-                else f"it is damaged, or something else ({type(error).__name__})"
-            )
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict or a dictionary that has one")
-    return _convert(checkpoint, path)
+    trust.check_size(found.state_dict, path)
+    return found, path.stat().st_size
 
 
-def _load_safetensors(path: Path, config: str | bytes | None = None) -> Pretrained:
+def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) -> Pretrained:
+    """A weights file by `config.json`, or by its header, or as a checkpoint of another project."""
+    tensors, text = weights.tensors, weights.metadata.get("unetlib")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
-    if config is None:
-        config = header.get("unetlib")
-    if config is None:
-        return _convert(tensors, path)
-    try:
-        values = json.loads(config)
-        if not isinstance(values, dict) or "model" not in values:
-            raise ValueError("expected a JSON object with 'model' and 'preprocessing'")
-        model = UNetConfig.from_dict(values["model"])
-        preprocessing = Preprocessing.from_dict(values.get("preprocessing", {}))
-        preprocessing.check_channels(model.in_channels, model.out_channels)
+        values = trust.read_json(trust.read_text(config)) if config else trust.read_json(text) if text is not None else {}
+        if "model" not in values and "encoder.0.conv1.weight" in tensors:  # a mixin's: the constructor's arguments
+            known = {field.name for field in dataclasses.fields(UNetConfig)}
+            values = {"model": {name: value for name, value in values.items() if name in known}} if values else values
+        if "model" in values:
+            network, preprocessing = trust.read_config(values)
+            return Pretrained(network, tensors, preprocessing)
     except ValueError as error:
-        raise ValueError(f"the config of {path} is not one of a U-Net: {error}") from error
-    return Pretrained(model, tensors, preprocessing)
+        raise ValueError(f"the config of {source} is not one of a U-Net: {error}") from error
+    return _convert(tensors, source)
 
 
-def _convert(checkpoint: Mapping[str, Any], path: Path) -> Pretrained:
+def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
     try:
         converted = convert(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     return Pretrained(converted.config, converted.state_dict, converted.preprocessing)
 
 
-def _load_hub(repo: str, **options: Any) -> Pretrained:
-    from huggingface_hub import hf_hub_download
-
+def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:
+    """The network without memory and without random numbers: every tensor is assigned later."""
     try:
-        config = hf_hub_download(repo, CONFIG, **options)
-        weights = hf_hub_download(repo, WEIGHTS, **options)
-    except Exception as error:  # the client raises its own kinds and those of the HTTP library under it
-        raise OSError(
-            f"there is no folder {repo!r}, and the Hugging Face Hub gave no {CONFIG} and {WEIGHTS} of that name: "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]} "
-            f"Without a network, name a model of the zoo ({', '.join(list_pretrained())}) or a local folder."
-        ) from error
-    return _load_safetensors(Path(weights), Path(config).read_bytes())
-
-
-def _default_card(model: UNet, name: str) -> str:
-    config, preprocessing = model.config, model.preprocessing
-    if preprocessing.size is not None:
-        size = "at {}x{}".format(*preprocessing.size)
-    else:
-        size = "at its own size" if preprocessing.scale is None else f"at {preprocessing.scale} times its size"
-    return f"""---
-library_name: unetlib
-pipeline_tag: image-segmentation
-tags:
-- unet
----
-
-# {name}
-
-A U-Net of {sum(p.numel() for p in model.parameters()):,} parameters: widths {config.features}, bottleneck {config.bottleneck},
-{config.in_channels} channels in, {config.out_channels} out. It sees a picture {size}.
-
-```python
-from unetlib import UNet
-
-mask = UNet.from_pretrained("path/to/{name}").predict("picture.jpg")
-```
-"""
+        with torch.device("meta"):
+            return cls.from_config(config)  # type: ignore[return-value]
+    except (RuntimeError, OverflowError, TypeError) as error:  # what torch says of numbers beyond 2**63
+        raise ValueError(f"the config of {name!r} asks for a network that cannot be ({error})") from error

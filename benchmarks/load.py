@@ -1,0 +1,212 @@
+"""Time and memory to load a network: `UNet.from_pretrained` against `torch.load` and huggingface_hub's mixin.
+
+The same weights, in the same types, lie on disk three times. The contestants take turns in one process, and end with equal
+networks in evaluation mode; a ratio above 1 says that unetlib is faster, or needs less memory.
+
+    python benchmarks/load.py                                     # carvana, and the study's 31 million parameters
+    python benchmarks/load.py --models ./my_model --rounds 30 --json load.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, __version__ as hub_version
+from safetensors.torch import load_file
+
+from unetlib import UNet, UNetConfig
+from unetlib.pretrained import ZOO
+
+STUDY = "study"
+LOADERS = ("unetlib", "torch.load", "mixin")
+
+
+class MixinUNet(PyTorchModelHubMixin, UNet):
+    """Our network as the mixin saves and loads it."""
+
+    def __init__(self, options: dict) -> None:
+        super().__init__(**options)
+
+
+def prepare(model: str, folder: Path) -> None:
+    """Write a model's weights for each contestant, in the types in which they are stored."""
+    if model == STUDY:
+        torch.manual_seed(0)
+        source = UNet().save_pretrained(folder / "unetlib")
+    else:
+        source = ZOO / model if (ZOO / model).is_dir() else Path(model)
+        (folder / "unetlib").symlink_to(source.resolve())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))["model"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.save(load_file(source / "model.safetensors"), folder / "weights.pth")
+    (folder / "mixin").mkdir()
+    (folder / "mixin" / "config.json").write_text(json.dumps({"options": config}), encoding="utf-8")
+    (folder / "mixin" / "model.safetensors").symlink_to((source / "model.safetensors").resolve())
+
+
+def load_unetlib(folder: Path) -> UNet:
+    return UNet.from_pretrained(folder / "unetlib")
+
+
+def load_torch(folder: Path) -> UNet:
+    """The usual lines: build, read, copy."""
+    model = UNet.from_config(UNetConfig.from_json((folder / "config.json").read_text(encoding="utf-8")))
+    model.load_state_dict(torch.load(folder / "weights.pth", map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def load_mixin(folder: Path) -> UNet:
+    with open(os.devnull, "w") as quiet:  # it prints
+        stdout, sys.stdout = sys.stdout, quiet
+        try:
+            return MixinUNet.from_pretrained(str(folder / "mixin"), strict=True)
+        finally:
+            sys.stdout = stdout
+
+
+CONTESTANTS: dict[str, Callable[[Path], UNet]] = dict(zip(LOADERS, (load_unetlib, load_torch, load_mixin)))
+
+
+def check_equal(folder: Path) -> None:
+    """All contestants end with the same tensors, or nothing is timed."""
+    states = {name: load(folder).state_dict() for name, load in CONTESTANTS.items()}
+    for name, state in states.items():
+        for key, tensor in states["unetlib"].items():
+            if not torch.equal(tensor, state[key]):
+                raise SystemExit(f"{key} of {name} is not that of unetlib")
+
+
+def time_loads(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each load; the contestants take turns."""
+    times: dict[str, list[float]] = {name: [] for name in LOADERS}
+    for _ in range(rounds):
+        for name, load in CONTESTANTS.items():
+            start = time.perf_counter()
+            load(folder)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_bytes(loader: str, folder: Path, warm: Path) -> dict[str, int] | None:
+    """Resident memory that one load adds in a process of its own; None where there is no /proc.
+
+    Args:
+        loader: a name in `LOADERS`.
+        folder: what `prepare` wrote.
+        warm: a tiny model, which is loaded first so that imports and the like are not counted.
+
+    Returns:
+        "peak": the most at any time, pages of mapped files included; "private": what stays afterwards without those pages.
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    command = [sys.executable, __file__, "--peak-of", loader, str(warm), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+def measure_peak(loader: str, warm: Path, folder: Path) -> None:
+    """Print the memory of one load as JSON; runs in a process of its own."""
+    CONTESTANTS[loader](warm)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    before, private = resident("VmRSS"), resident("RssAnon")
+    model = CONTESTANTS[loader](folder)
+    figures = {"peak": resident("VmHWM") - before, "private": resident("RssAnon") - private}
+    del model
+    print(json.dumps(figures))
+
+
+def measure(model: str, rounds: int, warm: Path) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(model, folder)
+        check_equal(folder)
+        seconds = time_loads(folder, rounds)
+        numbers = sum(tensor.numel() * 4 for tensor in load_unetlib(folder).state_dict().values())
+        return {
+            "model": model,
+            "stored_bytes": (folder / "unetlib" / "model.safetensors").stat().st_size,
+            "float32_bytes": numbers,
+            "seconds": seconds,
+            "ratio": {
+                name: statistics.median(theirs / ours for theirs, ours in zip(times, seconds["unetlib"]))
+                for name, times in seconds.items()
+            },
+            "memory": {name: peak_bytes(name, folder, warm) for name in LOADERS},
+        }
+
+
+def table(row: dict) -> str:
+    lines = []
+    for name in LOADERS:
+        memory, ours = row["memory"][name], row["memory"]["unetlib"]
+        cells = [row["model"], name, f"{1e3 * statistics.median(row['seconds'][name]):.1f}", f"{row['ratio'][name]:.2f}"]
+        if memory is None:
+            cells += ["-"] * 4
+        else:
+            for kind in ("peak", "private"):
+                cells += [f"{memory[kind] / 2**20:.1f}", f"{memory[kind] / max(ours[kind], 1):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["carvana", STUDY], help=f"zoo names, model folders, or {STUDY!r}")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.peak_of:
+        loader, warm, folder = args.peak_of
+        return measure_peak(loader, Path(warm), Path(folder))
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {str(args.json.parent)!r} for --json")
+
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "huggingface_hub": hub_version,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print("\n| model | loader | ms | times as long | peak MiB | times as much | private MiB | times as much |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        warm = Path(name)
+        tiny = UNet(features=(2,)).save_pretrained(warm / "tiny")
+        (warm / "prepared").mkdir()
+        prepare(str(tiny), warm / "prepared")
+        for model in args.models:
+            rows.append(measure(model, args.rounds, warm / "prepared"))
+            print(table(rows[-1]), flush=True)
+    if args.json:
+        beside = args.json.with_suffix(".tmp")
+        beside.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2), encoding="utf-8")
+        beside.replace(args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from unetlib import Preprocessing, UNet
+from unetlib.cards import model_card, read_card
+from unetlib.trust import TEXT_LIMIT
+
+
+def read(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_card(tmp_path / "README.md")
+
+
+def test_our_own_card_is_read(tmp_path):
+    model = UNet(2, 3, (4, 6))
+    model.preprocessing = Preprocessing(class_names=("sky", "road", "car"))
+    card = model_card(model, "streets", "someone/streets")
+    assert read(tmp_path, card) == {
+        "library_name": "unetlib",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["unet", "image-segmentation"],
+    }
+    for part in ("# streets\n", '"someone/streets"', "widths (4, 6), bottleneck 12", "2 channels in, 3 out", "sky, road, car"):
+        assert part in card
+
+
+def test_the_hubs_client_reads_it_too(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(model_card(UNet(features=(2,)), "a", "b/a"))
+    assert card.data.library_name == "unetlib"
+    assert card.data.pipeline_tag == "image-segmentation"
+
+
+@pytest.mark.parametrize("text", ["", "# only text", "text\n---\na: 1\n---\n", "---\n\n---\n", "---\nnever closed"])
+def test_a_card_without_front_matter_has_no_data(tmp_path, text):
+    assert read(tmp_path, text) == {}
+
+
+@pytest.mark.parametrize("text", ["---\r\na: 1\r\n---\r\n", "\ufeff---\na: 1\n---\n", "---\na: 1\n---"])
+def test_line_ends_and_marks_do_not_matter(tmp_path, text):
+    assert read(tmp_path, text) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("---\na: [\n---\n", "expected"),
+        ("---\n- a\n---\n", "must be a mapping, got a list"),
+        ("---\na: !!python/object/apply:os.mkdir [x]\n---\n", "could not determine a constructor"),
+        ("---\na: &a [x]\nb: *a\n---\n", "aliases are not read"),
+        ("---\na: " + 5000 * "[" + "\n---\n", "too many brackets"),
+        ("---\na: " + 2**16 * "x" + "\n---\n", "more than 65,536 characters"),
+        ("---\n" + 2000 * "- " + "\n---\n", "recursion"),
+        (b"---\na: \xff\n---\n", "decode"),
+        (b"x" * (TEXT_LIMIT + 1), "has more than 1,048,576 bytes"),
+    ],
+)
+def test_front_matter_that_cannot_be_trusted_is_one_error(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=f"the front matter of .*{reason}"):
+        read(tmp_path, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
