@@ -12,12 +12,12 @@ def test_each_picture_comes_once_a_pass_in_an_order_of_its_own():
     passes = []
     for epoch in (0, 1):
         batches.epoch = epoch
-        passes.append([[draw.index for draw in batch] for batch in batches])
+        passes.append([[draw.item for draw in batch] for batch in batches])
         assert [len(batch) for batch in passes[-1]] == [3, 3, 3]
         assert len(batches) == 3
         assert len({index for batch in passes[-1] for index in batch}) == 9
     assert passes[0] != passes[1]
-    assert passes[0] != [[draw.index for draw in batch] for batch in ShuffledBatches(range(10), batch_size=3, seed=6)]
+    assert passes[0] != [[draw.item for draw in batch] for batch in ShuffledBatches(range(10), batch_size=3, seed=6)]
 
 
 def test_seeds_differ_between_pictures_epochs_and_runs():

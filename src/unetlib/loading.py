@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 class Draw(NamedTuple):
     """One training picture: which, and the seed of its augmentation."""
 
-    index: int
+    item: int  # its number in the data set
     seed: int
 
 
@@ -43,7 +43,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
     Example:
         >>> batches = ShuffledBatches(range(8), batch_size=4, seed=1)
         >>> first, second = batches
-        >>> sorted(draw.index for draw in first + second)
+        >>> sorted(draw.item for draw in first + second)
         [0, 1, 2, 3, 4, 5, 6, 7]
         >>> batches.first = 1
         >>> list(batches) == [second]
@@ -100,4 +100,4 @@ class Augmented(Dataset[tuple[Any, Any, int]]):
         """One picture, its mask and its index."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw.seed)
-            return *self.transform(*self.dataset[draw.index]), draw.index
+            return *self.transform(*self.dataset[draw.item]), draw.item
