@@ -254,7 +254,10 @@ def _load(source: Source, min_size: tuple[int, int] | None = None) -> tuple[Imag
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
-            return ImageOps.exif_transpose(image), image.format
+            if image is source:
+                return ImageOps.exif_transpose(image), image.format
+            ImageOps.exif_transpose(image, in_place=True)
+            return image, image.format
     raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
 
 
@@ -285,18 +288,22 @@ def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray
         if not any_values and (foreground & (values != values.flat[foreground.argmax()])).any():
             raise _several_values(values, are_colors, source)
         return foreground
-    # Pixels of one byte are judged by the few values in use, which is far quicker than to look at each pixel.
-    used = np.flatnonzero(image.histogram())
+    # Pixels of one byte are judged by the few values in use, which is far quicker than to look at each pixel. Most masks
+    # have two, the least and the greatest; where there are more, all are counted.
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    two = ((pixels == low) | (pixels == high)).all()
+    used = np.unique([low, high]) if two else np.flatnonzero(image.histogram())
     looks, are_colors = (_palette_codes(image, used), True) if image.mode == "P" else (used, False)
     if are_colors and len(used) > 1 and len(set(looks)) == 1:
         looks, are_colors = used, False
     if not any_values and len(set(looks) - {0}) > 1:
         raise _several_values(looks, are_colors, source)
-    found, pixels = used[looks != 0], np.asarray(image)
+    found = used[looks != 0]
     return pixels == found[0] if len(found) == 1 else np.isin(pixels, found.astype(np.uint8))
 
 
-def _palette_codes(image: Image.Image, used: NDArray[np.intp]) -> NDArray[np.int32]:
+def _palette_codes(image: Image.Image, used: NDArray[Any]) -> NDArray[np.int32]:
     """Colour codes of palette entries; those that the file leaves out are black."""
     palette = np.zeros((256, 3), np.uint8)
     entries = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)

@@ -134,6 +134,43 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         return F.resize(F.resize(inpt, reduced, antialias=True), [height, width], antialias=True)
 
 
+class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
+    """Turn and zoom a picture and its mask about the middle, interpolated once for both; what comes from outside is black.
+
+    The same as torchvision's `RandomAffine` with bilinear pictures, and draws the same numbers. It takes a quarter of the
+    time on a CPU: the places that pixels come from are found once for picture and mask, and without a matrix product, and a
+    pixel's channels lie side by side as they are read.
+
+    Args:
+        rotation: Largest angle either way, in degrees.
+        scale: Least and largest factor of the zoom, or `None` for none.
+
+    Raises:
+        ValueError: `rotation` is negative, or `scale` no range of factors above 0.
+
+    Example:
+        >>> image, mask = tv_tensors.Image(torch.ones(3, 32, 48)), tv_tensors.Mask(torch.ones(32, 48))
+        >>> image, mask = RandomAffine(35.0, scale=(0.8, 1.25))(image, mask)
+        >>> image.shape, mask.shape
+        (torch.Size([3, 32, 48]), torch.Size([32, 48]))
+    """
+
+    def __init__(self, rotation: float, scale: Sequence[float] | None = None) -> None:
+        """Keep the ranges."""
+        if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1]):
+            raise ValueError(f"scale must be (least, largest) factors, 0 < least <= largest, not {scale!r}")
+        super().__init__(rotation, scale=scale)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw angle and zoom; torchvision calls this once for a picture and its mask."""
+        drawn = super().make_params(flat_inputs)
+        return {"grid": _pixel_grid(flat_inputs[0], drawn["angle"], drawn["scale"])}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Turn one picture or mask; torchvision calls this for each."""
+        return _sample(inpt, params["grid"])
+
+
 class RandomElastic(v2.Transform):  # type: ignore[misc]
     """Bend a picture and its mask smoothly: random displacements on a coarse grid, bicubic between them.
 
@@ -164,18 +201,15 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the displacements; torchvision calls this once for a picture and its mask."""
-        height, width = F.get_size(flat_inputs[0])
+        grid = _pixel_grid(flat_inputs[0])
         points = self.sigma * torch.randn(1, 2, self.grid, self.grid)  # x and y, in pixels
-        pixels = torch.nn.functional.interpolate(
-            points.to(flat_inputs[0].device), (height, width), mode="bicubic", align_corners=True
-        )
-        return {"displacement": pixels.permute(0, 2, 3, 1) * pixels.new_tensor([2 / width, 2 / height])}  # a side counts 2
+        size = grid.shape[1:3]
+        pixels = torch.nn.functional.interpolate(points.to(grid.device), size, mode="bicubic", align_corners=True)
+        return {"grid": grid + pixels.permute(0, 2, 3, 1) * grid.new_tensor([2 / size[1], 2 / size[0]])}  # a side counts 2
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Bend one picture or mask; torchvision calls this for each."""
-        nearest = isinstance(inpt, tv_tensors.Mask)
-        mode = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
-        return F.elastic(inpt, **params, interpolation=mode)
+        return _sample(inpt, params["grid"])
 
 
 class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
@@ -334,13 +368,16 @@ def train_transform(
     steps: list[torch.nn.Module] = [] if size is None else [Resize(size) if crop is None else RandomCrop(size, crop)]
     if quarter_turns:
         steps.append(RandomQuarterTurn())
-    if warps := _warps(rotation, scale, elastic):
-        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
-        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
+    # Flips come first, on bytes; turned either way as often, a flipped picture is the flip of a turned one. What
+    # interpolates works on floats, without rounding between steps.
     if horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(horizontal_flip))
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip(vertical_flip))
+    steps.append(v2.ToDtype(torch.float32, scale=True))
+    if warps := _warps(rotation, scale, elastic):
+        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
+        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if grayscale:
@@ -349,10 +386,9 @@ def train_transform(
         steps.append(v2.RandomInvert(invert))
     if low_resolution:
         steps.append(RandomLowResolution(low_resolution))
-    to_tensor = _to_tensor(mean, std)
     if noise:
-        to_tensor.insert(1, v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
-    return v2.Compose([*steps, *to_tensor])
+        steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
+    return v2.Compose([*steps, *_to_pure_tensor(mean, std)])
 
 
 def eval_transform(
@@ -378,29 +414,56 @@ def eval_transform(
         (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
     """
     steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    return v2.Compose([*steps, *_to_tensor(mean, std)])
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), *_to_pure_tensor(mean, std)])
 
 
 def _warps(rotation: float, scale: Sequence[float] | None, elastic: float) -> list[torch.nn.Module]:
-    """What bends and turns; rotation and zoom are one step, so that pixels are interpolated once for both."""
-    if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1]):
-        raise ValueError(f"scale must be (least, largest) factors, 0 < least <= largest, not {scale!r}")
+    """What turns and bends."""
     warps: list[torch.nn.Module] = []
-    # With fill=None torchvision leaves black what comes from outside, in half the time that it takes to fill with 0.
-    bilinear = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": None}
-    if scale is not None:
-        warps.append(v2.RandomAffine(rotation, scale=tuple(scale), **bilinear))
-    elif rotation:
-        warps.append(v2.RandomRotation(rotation, **bilinear))
+    if rotation or scale is not None:
+        warps.append(RandomAffine(rotation, scale))
     if elastic:
         warps.append(RandomElastic(elastic))
     return warps
 
 
-def _to_tensor(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
+def _pixel_grid(image: torch.Tensor, angle: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    """Where each pixel comes from when a picture is turned clockwise by `angle` degrees and enlarged by `scale`.
+
+    Returns:
+        float32 (1, H, W, 2) as `grid_sample` has it: x and y, -1 and 1 at the outer borders.
+    """
+    height, width = image.shape[-2:]
+    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    grid = torch.empty(1, height, width, 2, device=image.device)
+    x = torch.arange(width, device=image.device) + (1 - width) / 2  # from the middle, in pixels
+    y = torch.arange(height, device=image.device)[:, None] + (1 - height) / 2
+    torch.add(x * (2 * cos / width), y * (2 * sin / width), out=grid[0, ..., 0])
+    torch.add(x * (-2 * sin / height), y * (2 * cos / height), out=grid[0, ..., 1])
+    return grid
+
+
+def _sample(inpt: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """A picture or mask (..., H, W) read at the places of a grid: bilinear, of a mask the nearest pixel; 0 outside."""
+    pixels = inpt.as_subclass(torch.Tensor)
+    if pixels.dtype == torch.bool:
+        pixels = pixels.view(torch.uint8)  # a third of the time to become float
+    channels = pixels.reshape(1, -1, *pixels.shape[-2:])
+    dtype = torch.promote_types(pixels.dtype, torch.float32)
+    sampled = torch.nn.functional.grid_sample(
+        channels.to(dtype).contiguous(memory_format=torch.channels_last),  # half the time: channels lie side by side
+        grid.to(dtype),
+        mode="nearest" if isinstance(inpt, tv_tensors.Mask) else "bilinear",
+        align_corners=False,
+    )
+    if not inpt.is_floating_point():
+        sampled.round_()
+    return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)
+
+
+def _to_pure_tensor(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
-    steps: list[v2.Transform] = [v2.ToDtype(torch.float32, scale=True)]
     if mean is not None and std is not None:
-        steps.append(v2.Normalize(list(mean), list(std)))
-    return [*steps, v2.ToPureTensor()]
+        return [v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
+    return [v2.ToPureTensor()]
