@@ -41,6 +41,7 @@ from unetlib.transforms import PerPicture, train_transform
 Size = tuple[int, int] | None  # None: each picture's own
 STUDY = "study"
 FIRST, LATER = "unetlib, first epoch", "unetlib, later epochs"
+MEANS = {"unetlib, mean of the study's 3 epochs": 3, "unetlib, mean of 10 epochs": 10}  # of one first and the later ones
 FIRST_BYTES, LATER_BYTES = "unetlib, bytes for the device, first epoch", "unetlib, bytes for the device, later epochs"
 
 
@@ -113,10 +114,12 @@ def time_epoch(datasets: dict[str, Dataset], workers: int) -> dict[str, tuple[fl
 def compare(carvana: CarvanaDataset, size: Size, repeats: int, workers: int) -> list[dict[str, Any]]:
     epochs = []
     for _ in range(repeats):
-        datasets = contestants(carvana, size)
-        epochs.append(time_epoch(datasets, workers))
+        spent = time_epoch(contestants(carvana, size), workers)
+        for name, count in MEANS.items():
+            spent[name] = tuple((first + (count - 1) * later) / count for first, later in zip(spent[FIRST], spent[LATER]))
+        epochs.append(spent)
     rows = []
-    for name in datasets:
+    for name in (STUDY, FIRST, LATER, *MEANS, FIRST_BYTES, LATER_BYTES):
         row: dict[str, Any] = {"size": "full" if size is None else f"{size[0]}x{size[1]}", "data": name}
         for number, clock in enumerate(("wall", "cpu")):
             row[f"{clock}_seconds"] = [epoch[name][number] for epoch in epochs]

@@ -28,12 +28,16 @@ def test_table_and_json(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     results = json.loads((tmp_path / "figures.json").read_text())
     rows = results["rows"]
-    names = [data.STUDY, data.FIRST, data.LATER, data.FIRST_BYTES, data.LATER_BYTES]
+    names = [data.STUDY, data.FIRST, data.LATER, *data.MEANS, data.FIRST_BYTES, data.LATER_BYTES]
     assert [(row["size"], row["data"]) for row in rows] == [(size, name) for size in ("32x48", "full") for name in names]
-    for row, study in zip(rows, [rows[0]] * 5 + [rows[5]] * 5):
+    for row, study in zip(rows, [rows[0]] * 7 + [rows[7]] * 7, strict=True):
         assert len(row["cpu_seconds"]) == 2
         ratios = [a / b for a, b in zip(study["wall_seconds"], row["wall_seconds"])]
         assert row["wall_ratio"] == pytest.approx(sum(ratios) / 2)  # the median of two
+    for first, later, *means in (rows[1:5], rows[8:12]):
+        for row, count in zip(means, (3, 10), strict=True):
+            expected = [(a + (count - 1) * b) / count for a, b in zip(first["cpu_seconds"], later["cpu_seconds"])]
+            assert row["cpu_seconds"] == pytest.approx(expected)
     printed = capsys.readouterr().out
     assert "3 photographs, 2 repeats, 0 workers" in printed
     assert printed.count("unetlib, later epochs") == 2

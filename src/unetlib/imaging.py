@@ -254,10 +254,8 @@ def _load(source: Source, min_size: tuple[int, int] | None = None) -> tuple[Imag
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
-            if image is source:
-                return ImageOps.exif_transpose(image), image.format
-            ImageOps.exif_transpose(image, in_place=True)
-            return image, image.format
+            # What was opened here need not be copied; an open picture is the caller's, and stays as it is.
+            return ImageOps.exif_transpose(image, in_place=image is not source) or image, image.format
     raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
 
 
@@ -303,12 +301,13 @@ def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray
     return pixels == found[0] if len(found) == 1 else np.isin(pixels, found.astype(np.uint8))
 
 
-def _palette_codes(image: Image.Image, used: NDArray[Any]) -> NDArray[np.int32]:
+def _palette_codes(image: Image.Image, used: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     """Colour codes of palette entries; those that the file leaves out are black."""
     palette = np.zeros((256, 3), np.uint8)
     entries = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     palette[: len(entries)] = entries
-    return _color_codes(palette)[used]
+    codes: NDArray[np.int32] = _color_codes(palette)[used]
+    return codes
 
 
 def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> ValueError:
