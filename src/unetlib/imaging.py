@@ -254,8 +254,10 @@ def _load(source: Source, min_size: tuple[int, int] | None = None) -> tuple[Imag
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
-            # What was opened here need not be copied; an open picture is the caller's, and stays as it is.
-            return ImageOps.exif_transpose(image, in_place=image is not source) or image, image.format
+            if image is source:  # the caller's, which stays as it is
+                return ImageOps.exif_transpose(image), image.format
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy
+            return image, image.format
     raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
 
 
