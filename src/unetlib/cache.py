@@ -1,6 +1,6 @@
 """Pictures and masks decoded once and kept, as bytes and bits that all workers of a `DataLoader` share.
 
-Decoding is most of what a data set costs: a full-size Carvana pair takes some 15 ms, a random transform at 160x240 1 ms.
+Decoding is most of what a data set costs: a full-size Carvana pair takes some 20 ms, a random transform at 160x240 1 ms.
 """
 
 from __future__ import annotations
