@@ -1,0 +1,101 @@
+"""What a level of a network computes in evaluation mode: tensors, with batch norm folded into the convolution before it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import DoubleConv, Up
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and what follows it.
+
+    Args:
+        weight: of the convolution, (out, in, 3, 3).
+        bias: (out,).
+        after: what is left to do with the result: a norm that cannot be folded, and the activation.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    after: tuple[nn.Module, ...]
+
+    @property
+    def relu(self) -> bool:
+        """Whether a ReLU, and nothing else, follows."""
+        return len(self.after) == 1 and isinstance(self.after[0], nn.ReLU)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A level of the network: an encoder block, or the bottleneck, with the decoder's block at the same size.
+
+    Args:
+        convs: the two convolutions on the way down.
+        up_convs: the two on the way up, of the concatenated maps; none for the bottleneck.
+        upsample: the modules that double the deeper map.
+        match: the rule that brings it to the skip's size.
+        skip_first: the skip comes first in the concatenation.
+    """
+
+    convs: tuple[Layer, ...]
+    up_convs: tuple[Layer, ...] = ()
+    upsample: tuple[nn.Module | Layer, ...] = ()
+    match: str = "resize"
+    skip_first: bool = True
+
+    @property
+    def width(self) -> int:
+        """Channels of the skip."""
+        return len(self.convs[-1].weight)
+
+    @classmethod
+    def of(cls, block: DoubleConv, up: Up | None = None) -> Parts:
+        """A copy of what the modules of a level hold now; they may change afterwards."""
+        convs = tuple(layers(block))
+        if up is None:
+            return cls(convs)
+        upsample: tuple[nn.Module | Layer, ...] = (copy.deepcopy(up.upsample).eval().requires_grad_(False),)
+        if isinstance(up.upsample, nn.Sequential):  # "nearest_conv"
+            upsample = (up.upsample[0], *layers(up.upsample))
+        return cls(convs, tuple(layers(up.conv)), upsample, up.match, up.skip_first)
+
+
+def layers(block: DoubleConv | nn.Sequential) -> list[Layer]:
+    """The convolutions of a block, each with its batch norm folded in.
+
+    `bn(conv(x)) = (conv(x) + b - mean) * g + beta` with `g = gamma / sqrt(variance + eps)` is a convolution with the weights
+    `w * g` and the bias `(b - mean) * g + beta`; the arithmetic is in float64. Dropout does nothing in evaluation mode and is
+    left out, as are identities.
+
+    Args:
+        block: a `DoubleConv`, or any sequence of convolutions, norms and activations.
+
+    Example:
+        >>> first, second = layers(DoubleConv(3, 8))
+        >>> first.weight.shape, first.relu
+        (torch.Size([8, 3, 3, 3]), True)
+    """
+    modules = [module for module in block if not isinstance(module, (nn.Identity, nn.Dropout2d, nn.Upsample))]
+    starts = [place for place, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
+    return [_layer(*modules[start:end]) for start, end in pairwise([*starts, len(modules)])]
+
+
+def _layer(conv: nn.Module, *after: nn.Module) -> Layer:
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.weight.detach()
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.detach()
+    if after and isinstance(norm := after[0], (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        after = after[1:]
+        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+        wide = (bias.double() - norm.running_mean.double()) * scale + norm.bias.detach().double()
+        weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), wide.to(bias.dtype)
+    return Layer(weight.clone(), bias.clone(), tuple(copy.deepcopy(module).eval().requires_grad_(False) for module in after))

@@ -1,0 +1,180 @@
+"""The fast copy: the U-Net's own forward pass over levels that are picked for the device."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import DoubleConv
+from .folding import Parts
+from .levels import CudnnLevel, Level, PlainLevel, PrepackedLevel, WinogradLevel
+from .memory import Pool, pooled
+from .winograd import available
+
+if TYPE_CHECKING:
+    from ..unet import UNet
+
+Way = Callable[[Parts, torch.dtype], Level]
+
+_WIDTHS = (16, 32, 64, 128, 256)  # of levels, at which the ways of the CPU are compared
+_FEWEST_TILES = 6  # of 6x6 pixels: on smaller maps reading the transformed weights takes longer than a direct convolution
+_GAIN = 1.15  # by which Winograd must win on a small map: on large ones it waits for memory more
+
+
+def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, compile: bool = False) -> FastUNet:
+    """A copy of a network that computes the same logits faster, for prediction only.
+
+    Batch norm is folded into the convolutions. On a CPU each level then takes direct convolutions of oneDNN, or, where a short
+    trial on the machine finds them faster, Winograd's in float32 (`unetlib.fast.winograd`); also with `dtype` bfloat16, where
+    they are more exact too. On CUDA a convolution, its bias and its ReLU are one kernel of cuDNN. The copy does not follow
+    later changes of the model, and stays on its device.
+
+    Args:
+        model: the network, in training or evaluation mode; it stays as it is.
+        dtype: torch.float32, float64, bfloat16 or float16 to compute in; None for the type of the weights.
+        compile: by `torch.compile`, for each input shape anew, instead; needs what that needs, a C++ compiler for one.
+
+    Returns:
+        A module from (N, in_channels, H, W) of any float type to logits (N, out_channels, H, W) of the same type, without
+        gradients. In float32 the norm of the difference from the model's logits is some 1e-5 of their norm or less.
+
+    Raises:
+        TypeError: for something else than a `UNet`.
+        ValueError: for a type that the device has no fast convolutions for.
+
+    Example:
+        >>> from unetlib import UNet
+        >>> model, x = UNet(features=(8, 16)).eval(), torch.rand(1, 3, 40, 56)
+        >>> torch.allclose(optimize_for_inference(model)(x), model(x), atol=1e-4)
+        True
+    """
+    from ..unet import UNet
+
+    if not isinstance(model, UNet):
+        raise TypeError(f"expected a UNet, got {type(model).__name__}; take it out of its wrapper, as in model.module")
+    dtype = dtype or model.head.weight.dtype
+    _check_dtype(dtype, model.head.weight.device)
+    return FastUNet(model, dtype, compile=compile).eval()
+
+
+class FastUNet(nn.Module):
+    """What `optimize_for_inference` returns; `unetlib.inference.predict` takes it as it takes a `UNet`.
+
+    Attributes:
+        config: of the network.
+        preprocessing: of the network.
+        device: of the weights.
+        dtype: that it computes in.
+    """
+
+    def __init__(self, model: UNet, dtype: torch.dtype, *, compile: bool) -> None:
+        super().__init__()
+        self.config, self.preprocessing = model.config, model.preprocessing
+        self.dtype, self.device = dtype, model.head.weight.device
+        self._check_input = model._check_input
+        self._head = copy.deepcopy(model.head).to(dtype).requires_grad_(False)
+        blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
+        self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
+        self._way = (lambda *_: PlainLevel) if compile else _way(self.device, dtype)
+        self._levels: dict[tuple[int, Way], Level] = {}
+        self._memory = threading.local()  # a pool for each thread
+        self._run = torch.compile(self._logits, dynamic=False) if compile else self._logits
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for a batch of pictures, as `UNet.forward`."""
+        self._check_input(x)
+        if not hasattr(self._memory, "pool"):
+            self._memory.pool = Pool()
+        with pooled(self._memory.pool):
+            return self._run(x).to(x.dtype)
+
+    def free_memory(self) -> None:
+        """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
+        self._memory.pool = Pool()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        *levels, bottom = self._levels_for(*x.shape[-2:])
+        skips = []
+        for level in levels:
+            skip, x = level.encode(x)
+            skips.append(skip)
+        x = bottom.convolve(x)
+        for level, skip in zip(reversed(levels), reversed(skips)):
+            x = level.decode(x, skip)
+        logits: Tensor = self._head(x.to(self.dtype))
+        return logits
+
+    def _levels_for(self, height: int, width: int) -> list[Level]:
+        """The levels, each in the way that suits its map's size; made when first wanted, and kept."""
+        found = []
+        for depth, parts in enumerate(self._parts):
+            way = self._way(parts.width, height >> depth, width >> depth)
+            if (depth, way) not in self._levels:
+                self._levels[depth, way] = way(parts, self.dtype)
+            found.append(self._levels[depth, way])
+        return found
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if dtype not in known:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}")
+    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query)():
+        raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
+
+
+def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], Way]:
+    """A function from a level's channels, height and width to the way in which the device runs it fastest."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return lambda *_: CudnnLevel
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
+        return lambda *_: PlainLevel
+    narrowest = narrowest_winograd(dtype)
+
+    def way(channels: int, height: int, width: int) -> Way:
+        tiles = -(-height // 6) * -(-width // 6)
+        return WinogradLevel if channels >= narrowest and tiles >= _FEWEST_TILES else PrepackedLevel
+
+    return way
+
+
+def _has_onednn() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+@functools.cache
+def narrowest_winograd(dtype: torch.dtype) -> float:
+    """The least width of a level at which this CPU is faster by Winograd's method than by direct convolutions in `dtype`.
+
+    Found once in a process, on small maps, in some hundredths of a second; infinite where there is no such width.
+    """
+    return next((width for width in _WIDTHS if available() and _winograd_wins(width, dtype)), float("inf"))
+
+
+@torch.inference_mode()
+def _winograd_wins(width: int, dtype: torch.dtype) -> bool:
+    x = torch.rand(1, width, 48, 48)
+    parts = Parts.of(DoubleConv(width, width).eval())
+    winograd, direct = WinogradLevel(parts, dtype), PrepackedLevel(parts, dtype)
+    with pooled(Pool()):
+        return _GAIN * _seconds(winograd.convolve, x) < _seconds(direct.convolve, direct.enter(x))
+
+
+def _seconds(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The least of a few times, after two calls in which memory is taken and weights are transformed."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        function(x)
+        times.append(time.perf_counter() - began)
+    return min(times[2:])

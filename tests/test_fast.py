@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from unetlib import DoubleConv, Preprocessing, UNet
+from unetlib.fast import network, optimize_for_inference
+from unetlib.fast.folding import Parts, layers
+from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
+from unetlib.fast.winograd import available
+
+OPTIONS = [
+    {},
+    {"norm": "instance"},
+    {"norm": "instance", "affine": False},
+    {"norm": "group"},
+    {"norm": "none"},
+    {"activation": "leaky_relu", "negative_slope": 0.2},
+    {"activation": "elu"},
+    {"activation": "gelu"},
+    {"activation": "silu"},
+    {"dropout": 0.5},
+    {"upsample": "bilinear"},
+    {"upsample": "bilinear", "align_corners": True},
+    {"upsample": "nearest"},
+    {"upsample": "nearest_conv"},
+    {"match": "zeros"},
+    {"match": "replicate"},
+    {"skip_first": False},
+    {"conv_bias": True},
+    {"first_norm": False},
+    {"bottleneck": 12, "up_features": (9, 10), "mid_features": (11, 7), "decoder_features": (6, 13)},
+    {"in_channels": 1, "out_channels": 4},
+]
+WAYS = {"plain": PlainLevel, "direct": PrepackedLevel, "winograd": WinogradLevel, "mixed": None}
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+fast_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no fast bfloat16 convolutions"
+)
+
+
+def trained(**options) -> UNet:
+    """A network with statistics and weights as training leaves them, that is none of them 0 or 1."""
+    torch.manual_seed(0)
+    model = UNet(**{"features": (8, 16), **options})
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def pictures(model: UNet, height: int, width: int, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, model.config.in_channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Every level in the way of this name; mixed: the first one direct, the second Winograd's, the bottleneck direct."""
+    if request.param in ("winograd", "mixed") and not available():
+        pytest.skip("this PyTorch or CPU has no NNPACK")
+    kinds = {8: PrepackedLevel, 16: WinogradLevel}
+    monkeypatch.setattr(
+        network, "_way", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, PrepackedLevel)
+    )
+    return request.param
+
+
+@pytest.mark.parametrize("size", [(40, 56), (37, 51), (4, 4)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gives_the_logits_of_the_model(way, options, size):
+    model = trained(**options)
+    x = pictures(model, *size)
+    expected = model(x)
+    fast = optimize_for_inference(model)
+    for _ in range(2):  # the second call finds memory and transformed weights
+        found = fast(x)
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_any_depth(depth):
+    model = trained(features=(4,) * depth)
+    x = pictures(model, 2**depth * 2 + 1, 2**depth * 3)
+    assert error(optimize_for_inference(model)(x), model(x)) <= 1e-5
+
+
+def test_sizes_may_change_from_call_to_call():
+    model = trained(features=(32, 64))
+    fast = optimize_for_inference(model)
+    for height, width in ((64, 64), (4, 4), (37, 51), (64, 64), (8, 100)):
+        x = pictures(model, height, width, count=1)
+        assert error(fast(x), model(x)) <= 1e-5
+
+
+def test_float64_is_exact_to_rounding():
+    model = trained().double()
+    x = pictures(model, 40, 56).double()
+    fast = optimize_for_inference(model)
+    assert fast.dtype == torch.float64
+    assert error(fast(x), model(x)) <= 1e-14
+
+
+@fast_bfloat16
+def test_bfloat16_computes_in_bfloat16_or_better_and_keeps_the_type_of_the_pictures(way):
+    model = trained()
+    x = pictures(model, 40, 56)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert fast.dtype == torch.bfloat16
+    found = fast(x)
+    assert found.dtype == torch.float32
+    assert 1e-5 < error(found, model(x)) <= 3e-2
+    assert fast(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_compiled():
+    model = trained(features=(4,))  # compiling takes seconds for each level
+    x = pictures(model, 16, 24)
+    fast = optimize_for_inference(model, compile=True)
+    for _ in range(2):
+        assert error(fast(x), model(x)) <= 1e-5
+
+
+def test_the_model_stays_as_it_is_and_the_copy_does_not_follow_it():
+    model = trained().train()
+    before = copy.deepcopy(model.state_dict())
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    first = fast(x)
+    assert model.training
+    assert model.encoder[0].act1.inplace
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(fast(x), first)
+
+
+def test_needs_no_gradients_and_gives_results_that_stay():
+    model = trained(features=(32,))
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56).requires_grad_()
+    first = fast(x)
+    kept = first.clone()
+    fast(torch.zeros_like(x))  # takes the same memory for its maps
+    assert not first.requires_grad
+    assert torch.equal(first, kept)
+
+
+def test_memory_is_kept_until_it_is_freed():
+    fast = optimize_for_inference(trained())
+    x = pictures(trained(), 40, 56)
+    first = fast(x)
+    fast.free_memory()
+    assert not fast._memory.pool._free
+    assert torch.equal(fast(x), first)
+
+
+def test_knows_what_predict_needs():
+    model = trained()
+    model.preprocessing = Preprocessing(size=(32, 48), threshold=0.3)
+    fast = optimize_for_inference(model)
+    assert fast.config == model.config
+    assert fast.preprocessing == model.preprocessing
+    assert fast.device == torch.device("cpu")
+    assert not fast.training
+
+
+def test_shapes_that_the_model_refuses_are_refused_with_its_words():
+    fast = optimize_for_inference(trained())
+    with pytest.raises(ValueError, match="at least 4x4 pixels, got 3x9"):
+        fast(torch.zeros(1, 3, 3, 9))
+    with pytest.raises(ValueError, match=r"add the batch dimension with x\[None\]"):
+        fast(torch.zeros(3, 40, 40))
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(TypeError, match=r"expected a UNet, got DataParallel; take it out of its wrapper, as in model\.module"):
+        optimize_for_inference(nn.DataParallel(trained()))
+
+
+def test_types_that_the_cpu_is_slow_in_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got torch\.int8"):
+        optimize_for_inference(trained(), dtype=torch.int8)
+
+    class NoUnits:
+        def __getattr__(self, name):
+            return lambda: False
+
+    monkeypatch.setattr(torch.ops, "mkldnn", NoUnits())
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"this CPU has no fast convolutions in {dtype}; leave dtype out"):
+            optimize_for_inference(trained(), dtype=dtype)
+
+
+def test_without_onednn_and_nnpack_there_is_the_plain_way(monkeypatch):
+    monkeypatch.setattr(network, "_has_onednn", lambda: False)
+    model = trained()
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    assert error(fast(x), model(x)) <= 1e-5
+    assert {type(level) for level in fast._levels.values()} == {PlainLevel}
+
+
+def test_wide_levels_with_large_maps_are_winograds(monkeypatch):
+    monkeypatch.setattr(network, "narrowest_winograd", lambda dtype: 16)
+    fast = optimize_for_inference(trained())
+    kinds = [type(level) for level in fast._levels_for(40, 56)]
+    assert kinds == [PrepackedLevel, WinogradLevel, PrepackedLevel if 10 * 14 < 6 * 6 else WinogradLevel]
+    assert [type(level) for level in fast._levels_for(16, 16)] == [PrepackedLevel] * 3
+    monkeypatch.setattr(network, "narrowest_winograd", lambda dtype: float("inf"))
+    assert {type(level) for level in optimize_for_inference(trained())._levels_for(400, 400)} == {PrepackedLevel}
+
+
+def test_the_trial_finds_a_width_or_none(monkeypatch):
+    assert network.narrowest_winograd(torch.float32) in (*network._WIDTHS, float("inf"))
+    monkeypatch.setattr(network, "_winograd_wins", lambda width, dtype: width >= 64)
+    assert network.narrowest_winograd.__wrapped__(torch.float32) == (64 if available() else float("inf"))
+    monkeypatch.setattr(network, "available", lambda: False)
+    assert network.narrowest_winograd.__wrapped__(torch.float32) == float("inf")
+
+
+# --- folding
+
+
+def test_folded_weights_are_the_formula():
+    block = trained().encoder[0]
+    folded, norm = layers(block)[0], block.norm1
+    for channel in range(8):
+        scale = float(norm.weight[channel]) / (float(norm.running_var[channel]) + norm.eps) ** 0.5
+        torch.testing.assert_close(folded.weight[channel], block.conv1.weight[channel] * scale, rtol=1e-6, atol=1e-6)
+        shift = float(norm.bias[channel]) - float(norm.running_mean[channel]) * scale
+        assert float(folded.bias[channel]) == pytest.approx(shift, rel=1e-5, abs=1e-6)
+
+
+def test_what_cannot_be_folded_is_left():
+    first, second = layers(DoubleConv(3, 8, norm="group", activation="silu"))
+    assert [type(module) for module in first.after] == [nn.GroupNorm, nn.SiLU]
+    assert not second.relu
+    assert layers(DoubleConv(3, 8))[0].relu
+
+
+def test_parts_are_a_copy():
+    model = trained()
+    parts = Parts.of(model.encoder[0], model.decoder[-1])
+    before = parts.convs[0].weight.clone()
+    with torch.no_grad():
+        model.encoder[0].conv1.weight.zero_()
+    assert torch.equal(parts.convs[0].weight, before)
+    assert parts.width == 8
+
+
+# --- CUDA
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gives_the_logits_of_the_model_on_cuda(options, dtype, compile):
+    model = trained(**options).cuda()
+    x = pictures(model, 37, 51).cuda()
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    fast = optimize_for_inference(model, dtype=dtype, compile=compile)
+    poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
+    del poison
+    assert error(fast(x), model(x)) <= tolerance
