@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import sys
 import uuid
 from collections import deque
@@ -47,13 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     model = UNet.from_pretrained(args.model)
     if model.config.in_channels not in (1, 3):
         sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
-    names, present, failed = find_pictures(args.pictures, args.masks, args.overwrite)
-    if not (names or present or failed):
-        sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
-
     predict = predict_with_ray if args.ray else predict_files
     written = 0
     try:
+        names, present, failed = find_pictures(args.pictures, args.masks, args.overwrite)
+        if not (names or present or failed):
+            sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
         write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
         for name, reason in tqdm(predict(model, names, args), total=len(names), unit=" pictures"):
             if reason:
@@ -91,9 +91,9 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
         below = os.path.relpath(folder, pictures)
         of_mask: dict[str, list[str]] = {}
         for file in sorted(files):
-            if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
-                name = os.path.normpath(os.path.join(below, file))
-                of_mask.setdefault(mask_path(masks, name).name, []).append(name)
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
+                of_mask.setdefault(f"{stem}.png", []).append(os.path.normpath(os.path.join(below, file)))
         whole = finished(masks / below)
         for mask, sharing in of_mask.items():
             if len(sharing) > 1:
@@ -118,7 +118,7 @@ def finished(folder: Path) -> set[str]:
 
 
 def mask_path(masks: Path, name: str) -> Path:
-    return (masks / name).with_suffix(".png")
+    return masks / f"{os.path.splitext(name)[0]}.png"
 
 
 def predict_files(model: UNet, names: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -221,12 +221,15 @@ def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) ->
     if not names:
         return
     if not ray.is_initialized():
-        ray.init(args.ray_address)
-    gpus = int(torch.device(args.device).type == "cuda")
-    resources = ray.cluster_resources()
-    room = int(resources.get("GPU", 0) if gpus else resources["CPU"] // args.threads)
+        try:
+            ray.init(args.ray_address)
+        except ConnectionError as error:
+            sys.exit(f"no Ray cluster answers: {error}. `ray start --head` starts one")
+    needed = {"CPU": args.threads, "GPU": int(torch.device(args.device).type == "cuda")}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(kind, 0) // count) for kind, count in needed.items() if count) for node in nodes)
     if not room:
-        sys.exit(f"the cluster has no room: an actor takes {args.threads} cores (--threads) and {gpus} GPUs (--device)")
+        sys.exit(f"no machine of the cluster has what an actor needs: {needed} (--threads, --device)")
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Every block is one task of an actor. Ray starts an actor that dies again, on another machine if need be, and its task too.
     blocks = -(-len(names) // (BATCHES * args.batch_size))
@@ -235,9 +238,9 @@ def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) ->
         RayActor,
         fn_constructor_args=(model, args),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(room, args.actors or room)),
-        num_cpus=args.threads,
-        num_gpus=gpus,
+        compute=ray.data.ActorPoolStrategy(size=min(room, blocks, args.actors or room)),
+        num_cpus=needed["CPU"],
+        num_gpus=needed["GPU"],
     )
     for row in outcomes.iter_rows():
         if not row["name"]:
@@ -253,6 +256,8 @@ class RayActor:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         try:
+            if not (self.args.pictures.is_dir() and (self.args.masks / FAILED).is_file()):
+                raise FileNotFoundError(f"{platform.node()} does not see both folders; share them, at one path on each machine")
             outcomes = self.predict([os.fsdecode(name) for name in rows["name"].tolist()])
         except OSError as error:
             outcomes = [("", str(error))]
