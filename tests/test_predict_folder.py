@@ -355,7 +355,7 @@ def test_ray_is_asked_for_where_it_is_missing(script, pictures, model, tmp_path,
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray", reason='Ray is not installed; `pip install ".[ray]"` has it')
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
 
