@@ -21,6 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -169,13 +170,13 @@ def segment(
 
 def predict_within_memory(model: UNet, pictures: list[np.ndarray]) -> list[np.ndarray | str]:
     """Masks of one batch, of its pictures apart if it is too much for the GPU, and a reason for one that alone is."""
-    try:
+    with suppress(torch.OutOfMemoryError):
         return model.predict(pictures, batch_size=max(1, len(pictures)))
-    except torch.OutOfMemoryError:
-        if len(pictures) == 1:
-            height, width = pictures[0].shape[:2]
-            return [f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
-        return [predict_within_memory(model, [picture])[0] for picture in pictures]
+    # Only out here, without the error and its stack, is the memory of the attempt free.
+    if len(pictures) == 1:
+        height, width = pictures[0].shape[:2]
+        return [f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
+    return [predict_within_memory(model, [picture])[0] for picture in pictures]
 
 
 def write(masks: Path, classes: int, item: tuple[str, np.ndarray | str]) -> tuple[str, str]:
@@ -304,7 +305,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4, help="pictures in one forward pass")
     add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that read and write; the cores of a Ray actor")
     add("--ray", action="store_true", help="work in the actors of a Ray cluster, or of this machine where there is none")
-    add("--ray-address", metavar="HOST:PORT", help="of the cluster, where this machine is not part of it")
+    add("--ray-address", metavar="HOST:PORT", help="of the cluster, where this machine is part of several")
     add(
         "--actors", type=int, metavar="N", help="at most so many; otherwise one for each GPU, or as many as there are cores for"
     )

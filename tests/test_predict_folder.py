@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,13 @@ def test_a_folder_without_pictures_and_a_model_for_other_channels(script, pictur
     with pytest.raises(SystemExit, match="takes 5 channels, but a picture has 1"):
         script.main([str(pictures), str(tmp_path / "masks"), "--model", five])
     assert not (tmp_path / "masks").exists()
+
+
+def test_the_page_in_the_documentation_has_every_option():
+    page = (SCRIPT.parents[1] / "docs" / "folders.md").read_text(encoding="utf-8")
+    options = re.findall(r'^ +add\(\s*"(--[a-z-]+)"', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(options) > 5
+    assert re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE) == options
 
 
 # ---- Ray ---------------------------------------------------------------------------------------------------------------
