@@ -239,7 +239,8 @@ def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) ->
         RayActor,
         fn_constructor_args=(model, args),
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(room, blocks, args.actors or room)),
+        # One block at a time for each, so that none queues at one actor while another has nothing to do.
+        compute=ray.data.ActorPoolStrategy(size=min(room, blocks, args.actors or room), max_tasks_in_flight_per_actor=1),
         num_cpus=needed["CPU"],
         num_gpus=needed["GPU"],
     )

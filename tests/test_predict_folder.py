@@ -146,6 +146,7 @@ def test_a_killed_run_leaves_only_whole_masks_and_the_next_one_writes_the_rest(s
     arguments = [str(pictures), str(masks), "--model", model, "--device", "cpu", "--batch-size", "1", "--threads", "2"]
     killed = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while killed.poll() is None:
+        time.sleep(0.01)
         if len(list(masks.rglob("*.png"))) >= 5:
             killed.send_signal(signal.SIGKILL)
             killed.wait()
@@ -373,11 +374,13 @@ def test_two_actors_of_which_one_is_killed_write_all_masks(cluster, script, mode
     for seed in range(24):
         draw(pictures / f"{seed % 2}" / f"{seed}.png", seed)
     (pictures / "text.png").write_text("no picture")
-    read = script.read
+    read, end = script.read, time.time() + 120
     seen.mkdir()
 
     def slow(folder, mode, name):
         (seen / str(os.getpid())).touch()
+        while len(list(seen.iterdir())) < 2 and time.time() < end:  # both work before one is killed
+            time.sleep(0.05)
         time.sleep(0.1)
         return read(folder, mode, name)
 
@@ -392,7 +395,7 @@ def test_two_actors_of_which_one_is_killed_write_all_masks(cluster, script, mode
     killer.start()
     arguments = [str(pictures), str(masks), "--model", model, "--device", "cpu", "--threads", "1", "--batch-size", "2", "--ray"]
     assert script.main(arguments) == 1
-    killer.join()
+    killer.join(timeout=10)
     assert len(list(seen.iterdir())) == 3
     assert list(json.loads((masks / "failed.json").read_text())) == ["text.png"]
     assert files(masks) == sorted([*(name for name in files(pictures) if name != "text.png"), "failed.json"])
