@@ -374,7 +374,7 @@ def test_two_actors_of_which_one_is_killed_write_all_masks(cluster, script, mode
     for seed in range(24):
         draw(pictures / f"{seed % 2}" / f"{seed}.png", seed)
     (pictures / "text.png").write_text("no picture")
-    read, end = script.read, time.time() + 120
+    read, end = script.read, time.time() + 300
     seen.mkdir()
 
     def slow(folder, mode, name):
