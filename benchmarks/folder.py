@@ -1,0 +1,112 @@
+"""Pictures a second, from files to masks in files: `examples/predict_folder.py` against a plain loop, in one run.
+
+    UNETLIB_DATA=... python benchmarks/folder.py            # its folder carvana/val; without it scenes are rendered
+    python benchmarks/folder.py --pictures photos --model ./my_model --threads 8 --batch-size 8 --json folder.json
+    python benchmarks/folder.py --files 2 --rounds 1        # does it run?
+
+The loop reads a picture, predicts, saves the mask, and goes on to the next. Both take turns on the same files, round by round,
+and the masks must be equal. A ratio above 1 says that the script is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unetlib import UNet
+from unetlib.synthetic import write_carvana
+from unetlib.visualize import mask_to_image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import predict_folder
+
+
+def plain_loop(model: UNet, names: Sequence[str], pictures: Path, masks: Path) -> None:
+    masks.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        mask = model.predict(pictures / name)
+        image = mask_to_image(mask) if model.config.out_channels == 1 else mask
+        Image.fromarray(image).save(predict_folder.mask_path(masks, name))
+
+
+def measure(model: UNet, names: Sequence[str], args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Seconds of both on the same files; the one that begins has no warmer files than the other."""
+    for name in names:
+        (args.pictures / name).read_bytes()
+    start = time.perf_counter()
+    plain_loop(model, names, args.pictures, folder / "loop")
+    middle = time.perf_counter()
+    settings = argparse.Namespace(**{**vars(args), "masks": folder / "script"})
+    outcomes = list(predict_folder.predict_files(model, names, settings))
+    end = time.perf_counter()
+    if wrong := [reason for _, reason in outcomes if reason]:
+        sys.exit(wrong[0])
+    for name in names:
+        loop, script = (np.asarray(Image.open(predict_folder.mask_path(folder / side, name))) for side in ("loop", "script"))
+        if (different := (loop != script).mean()) > 1e-4:  # batches may round the last bits otherwise
+            sys.exit(f"{different:.2%} of the pixels of {name} have another mask; nothing is compared")
+    return {"loop": middle - start, "predict_folder.py": end - middle}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, help="one folder; UNETLIB_DATA's carvana/val, or rendered scenes")
+    parser.add_argument("--model", default="carvana")
+    parser.add_argument("--files", type=int, default=90, help="pictures in a round, at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    args = parser.parse_args(argv)
+    if args.files < 1 or args.rounds < 1:
+        parser.error("--files and --rounds must be at least 1")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
+    if args.pictures is None and "UNETLIB_DATA" in os.environ:
+        args.pictures = Path(os.environ["UNETLIB_DATA"]) / "carvana" / "val"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    machine = {"device": args.device, "cores": os.cpu_count(), "torch threads": torch.get_num_threads()}
+    machine |= {"python": platform.python_version(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.pictures is None:
+            write_carvana(folder, cars=1, views=min(args.files, 16))
+            args.pictures = folder / "train"
+        names, _, _ = predict_folder.find_pictures(args.pictures, folder / "none", overwrite=False)
+        if not names:
+            sys.exit(f"there is no picture in {args.pictures}")
+        names = names[: args.files]
+        model = UNet.from_pretrained(args.model, device=args.device)
+        measure(model, names[:1], args, folder)  # warms up
+        rounds = [measure(model, names, args, folder) for _ in range(args.rounds)]
+    ratios = [seconds["loop"] / seconds["predict_folder.py"] for seconds in rounds]
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{len(names)} pictures, {args.rounds} rounds, batches of {args.batch_size}, {args.threads} threads")
+    for side in rounds[0]:
+        print(f"{side:<18}{len(names) / statistics.median(seconds[side] for seconds in rounds):8.2f} pictures/s")
+    print(f"{'times as fast':<18}{statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    if args.json:
+        beside = args.json.with_suffix(".tmp")
+        beside.write_text(json.dumps({"machine": machine, "files": len(names), "seconds": rounds, "ratio": ratios}, indent=2))
+        beside.replace(args.json)
+
+
+if __name__ == "__main__":
+    main()

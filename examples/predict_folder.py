@@ -1,0 +1,326 @@
+"""Segment a whole folder of pictures: a mask for each, at the same place in another folder.
+
+    python examples/predict_folder.py pictures/ masks/ --model carvana           # pictures/a/b.jpg -> masks/a/b.png
+    python examples/predict_folder.py pictures/ masks/ --model carvana           # stopped half-way? Again: it goes on
+    python examples/predict_folder.py pictures/ masks/ --model carvana --ray     # on all machines of a Ray cluster
+
+A mask holds 0 and 255 for a model of one output channel, and the index of the class for one of several.
+Pictures that cannot be read do not stop the run: `masks/failed.json` has the reason for each, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from unetlib import UNet, list_pretrained
+from unetlib.datasets import IMAGE_SUFFIXES
+from unetlib.imaging import read_image
+from unetlib.visualize import mask_to_image
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+PARTIAL = ".unetlib-partial-"  # how the names of files begin that are being written
+FAILED = "failed.json"
+BATCHES = 16  # in a block, the piece of work for a Ray actor: many hide its overhead, few are lost with an actor
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the masks that are missing; 0 where every picture has one now, 1 where some failed."""
+    args = parse_args(argv)
+    model = UNet.from_pretrained(args.model)
+    if model.config.in_channels not in (1, 3):
+        sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
+    predict = predict_with_ray if args.ray else predict_files
+    written = 0
+    try:
+        names, present, failed = find_pictures(args.pictures, args.masks, args.overwrite)
+        if not (names or present or failed):
+            sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
+        write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
+        for name, reason in tqdm(predict(model, names, args), total=len(names), unit=" pictures"):
+            if reason:
+                failed[name] = reason
+            else:
+                written += 1
+        write_failed(args.masks, failed)
+    except OSError as error:
+        sys.exit(f"cannot write to {args.masks}: {error}. Make room, or name another folder; the same command then goes on.")
+
+    print(f"{written} masks written to {args.masks}, {present} were there, {len(failed)} pictures failed")
+    for name, reason in islice(failed.items(), 10):
+        print(printable(f"  {name}: {reason}"), file=sys.stderr)
+    if not failed:
+        (args.masks / FAILED).unlink()
+        return 0
+    print(f"the reasons are in {args.masks / FAILED}", file=sys.stderr)
+    return 1
+
+
+def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[str], int, dict[str, str]]:
+    """Names below `pictures` that need a mask, the number of those that have one, and what fails before it is read.
+
+    Each folder is listed once, and its masks' folder once. What a killed run was just writing is removed there.
+    """
+    names: list[str] = []
+    present = 0
+    failed: dict[str, str] = {}
+
+    def unreadable(error: OSError) -> None:
+        failed[os.path.relpath(error.filename, pictures)] = f"the folder cannot be read: {error.strerror}"
+
+    for folder, subfolders, files in os.walk(pictures, onerror=unreadable):
+        subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
+        below = os.path.relpath(folder, pictures)
+        of_mask: dict[str, list[str]] = {}
+        for file in sorted(files):
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
+                of_mask.setdefault(f"{stem}.png", []).append(os.path.normpath(os.path.join(below, file)))
+        whole = finished(masks / below)
+        for mask, sharing in of_mask.items():
+            if len(sharing) > 1:
+                failed |= dict.fromkeys(sharing, f"{' and '.join(sharing)} would share the mask {mask}; rename all but one")
+            elif mask in whole and not overwrite:
+                present += 1
+            else:
+                names += sharing
+    return names, present, failed
+
+
+def finished(folder: Path) -> set[str]:
+    """Names of the files in a folder of masks, cleared of what a killed run left."""
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        files = {entry.name for entry in entries if entry.is_file()}
+    for name in files:
+        if name.startswith(PARTIAL):
+            (folder / name).unlink(missing_ok=True)
+    return files
+
+
+def mask_path(masks: Path, name: str) -> Path:
+    return masks / f"{os.path.splitext(name)[0]}.png"
+
+
+def predict_files(model: UNet, names: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Write the masks of pictures; yields each name with the reason why it has none, or "".
+
+    Threads read pictures ahead of the model and write masks behind it. Only `ahead` of each are under way, so that memory
+    does not grow with the number of pictures.
+    """
+    model.to(args.device)
+    ahead = args.threads + args.batch_size
+    mode = "L" if model.config.in_channels == 1 else "RGB"
+    classes = model.config.out_channels
+    with ThreadPoolExecutor(args.threads) as pool:
+        pictures = in_turn(pool, partial(read, args.pictures, mode), names, ahead)
+        masks = segment(model, pictures, args.batch_size)
+        yield from in_turn(pool, partial(write, args.masks, classes), masks, ahead)
+
+
+def in_turn(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """`map(work, items)`, of which the pool does the next `ahead` while the caller is busy."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | str]:
+    """A picture, or the reason why there is none."""
+    try:
+        return name, read_image(pictures / name, mode)
+    except (ValueError, OSError, MemoryError) as error:
+        return name, str(error) or type(error).__name__
+
+
+def segment(
+    model: UNet, pictures: Iterator[tuple[str, np.ndarray | str]], batch_size: int
+) -> Iterator[tuple[str, np.ndarray | str]]:
+    """The masks of pictures, in batches; reasons pass through."""
+    while batch := list(islice(pictures, batch_size)):
+        arrays = [picture for _, picture in batch if not isinstance(picture, str)]
+        masks = iter(predict_within_memory(model, arrays))
+        for name, picture in batch:
+            yield name, picture if isinstance(picture, str) else next(masks)
+
+
+def predict_within_memory(model: UNet, pictures: list[np.ndarray]) -> list[np.ndarray | str]:
+    """Masks of one batch, of its pictures apart if it is too much for the GPU, and a reason for one that alone is."""
+    with suppress(torch.OutOfMemoryError):
+        return model.predict(pictures, batch_size=max(1, len(pictures)))
+    # Only out here, without the error and its stack, is the memory of the attempt free.
+    if len(pictures) == 1:
+        height, width = pictures[0].shape[:2]
+        return [f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
+    return [predict_within_memory(model, [picture])[0] for picture in pictures]
+
+
+def write(masks: Path, classes: int, item: tuple[str, np.ndarray | str]) -> tuple[str, str]:
+    """Write a mask; the outcome."""
+    name, mask = item
+    if isinstance(mask, str):
+        return name, mask
+    image = Image.fromarray(mask_to_image(mask) if classes == 1 else mask)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    try:
+        write_whole(mask_path(masks, name), encoded.getvalue())
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:  # a/b.jpg beside a folder a/b.png/
+        return name, f"its mask cannot be written: {error}"
+    return name, ""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under another name and then rename it, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_failed(masks: Path, failed: dict[str, str]) -> None:
+    write_whole(masks / FAILED, json.dumps(failed, indent=2).encode())
+
+
+def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """As `predict_files`, on the machines of a Ray cluster, to which the model travels."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    try:
+        import ray.data
+    except ImportError:
+        sys.exit('--ray needs Ray: pip install "unetlib[ray]"')
+    if not names:
+        return
+    if not ray.is_initialized():
+        try:
+            ray.init(args.ray_address)
+        except ConnectionError as error:
+            sys.exit(f"no Ray cluster answers: {error}. `ray start --head` starts one")
+    needed = {"CPU": args.threads, "GPU": int(torch.device(args.device).type == "cuda")}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(kind, 0) // count) for kind, count in needed.items() if count) for node in nodes)
+    if not room:
+        sys.exit(f"no machine of the cluster has what an actor needs: {needed} (--threads, --device)")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # Every block is one task of an actor. Ray starts an actor that dies again, on another machine if need be, and its task too.
+    blocks = -(-len(names) // (BATCHES * args.batch_size))
+    rows = ray.data.from_items([{"name": os.fsencode(name)} for name in names], override_num_blocks=blocks)
+    outcomes = rows.map_batches(
+        RayActor,
+        fn_constructor_args=(model, args),
+        batch_size=None,
+        # One block at a time for each, so that none queues at one actor while another has nothing to do.
+        compute=ray.data.ActorPoolStrategy(size=min(room, blocks, args.actors or room), max_tasks_in_flight_per_actor=1),
+        num_cpus=needed["CPU"],
+        num_gpus=needed["GPU"],
+    )
+    for row in outcomes.iter_rows():
+        if not row["name"]:
+            raise OSError(row["reason"])
+        yield os.fsdecode(row["name"]), row["reason"]
+
+
+class RayActor:
+    """The model in a process of its own, on any machine that sees the folders."""
+
+    def __init__(self, model: UNet, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
+        try:
+            if not (self.args.pictures.is_dir() and (self.args.masks / FAILED).is_file()):
+                raise FileNotFoundError(f"{platform.node()} does not see both folders; share them, at one path on each machine")
+            outcomes = self.predict([os.fsdecode(name) for name in rows["name"].tolist()])
+        except OSError as error:
+            outcomes = [("", str(error))]
+        return {"name": [os.fsencode(name) for name, _ in outcomes], "reason": [printable(reason) for _, reason in outcomes]}
+
+    def predict(self, names: list[str]) -> list[tuple[str, str]]:
+        """The outcomes of one block.
+
+        Ray starts a block again whenever its actor dies. From the second time on the pictures go one by one, and a file
+        beside the masks says which was the last: one that kills its actor twice fails, and the others still get their masks.
+        """
+        journal = self.args.masks / f"{PARTIAL}{hashlib.sha256(repr(names).encode()).hexdigest()}"
+        if not journal.is_file():
+            write_whole(journal, b"")
+            outcomes = list(predict_files(self.model, names, self.args))
+        else:
+            deadly = set(journal.read_bytes().split(b"\0"))
+            outcomes = []
+            for name in names:
+                if not self.args.overwrite and mask_path(self.args.masks, name).is_file():
+                    outcomes.append((name, ""))
+                elif os.fsencode(name) in deadly:
+                    outcomes.append((name, "the worker that had it died, twice"))
+                else:
+                    write_whole(journal, b"\0".join([*deadly, os.fsencode(name)]))
+                    outcomes += predict_files(self.model, [name], self.args)
+        journal.unlink()
+        return outcomes
+
+
+def printable(text: str) -> str:
+    """Text that any terminal and Arrow take, though a file's name need not be text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("pictures", type=Path, help="folder of pictures, with folders in it if you like")
+    add("masks", type=Path, help="folder for the masks; made where there is none")
+    add("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository")
+    add("--overwrite", action="store_true", help="segment again what has a mask")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch-size", type=int, default=4, help="pictures in one forward pass")
+    add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that read and write; the cores of a Ray actor")
+    add("--ray", action="store_true", help="work in the actors of a Ray cluster, or of this machine where there is none")
+    add("--ray-address", metavar="HOST:PORT", help="of the cluster, where this machine is part of several")
+    add(
+        "--actors", type=int, metavar="N", help="at most so many; otherwise one for each GPU, or as many as there are cores for"
+    )
+    args = parser.parse_args(argv)
+    for option in ("batch_size", "threads", "actors"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if not args.pictures.is_dir():
+        parser.error(f"there is no folder {str(args.pictures)!r}")
+    args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere
+    if args.pictures.is_relative_to(args.masks) or args.masks.is_relative_to(args.pictures):
+        parser.error(f"{args.pictures} and {args.masks} lie in one another; keep masks in a folder apart")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
