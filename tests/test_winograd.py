@@ -157,7 +157,8 @@ def test_a_pool_is_used_within_its_context_and_in_its_thread():
         worker = threading.Thread(target=lambda: taken.append(empty(10)))
         worker.start()
         worker.join()
-    del kept, taken
+    del kept
+    taken.clear()
     gc.collect()
     outside = empty(10)
     assert len(pool._free) == 1
