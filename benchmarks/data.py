@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import check, machine, wait, write_json
+from harness import check, command, machine, wait, write_json
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -214,7 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     about = machine(args.device, ("pillow", "albumentations"))
-    results: dict[str, Any] = {"machine": about, "workers": args.workers, "rows": [], "busy": []}
+    results: dict[str, Any] = {"command": command(argv), "machine": about, "workers": args.workers, "rows": [], "busy": []}
     with tempfile.TemporaryDirectory() as temporary:
         carvana, results["files"] = find_files(args, Path(temporary))
         print(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -23,6 +23,7 @@ from harness import (
     PRECISIONS,
     WARM_UP,
     check,
+    command,
     flop,
     free,
     in_fresh_process,
@@ -213,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     skipped = {precision: reason for precision in args.precisions if (reason := unsupported(precision, args.device))}
     usable = [precision for precision in args.precisions if precision not in skipped]
-    results: dict[str, Any] = {"machine": machine(args.device, PACKAGES), "roofs": roofs(args.device, usable)}
-    results |= {"skipped": skipped, "rows": [], "best": []}
+    results: dict[str, Any] = {"command": command(argv), "machine": machine(args.device, PACKAGES)}
+    results |= {"roofs": roofs(args.device, usable), "skipped": skipped, "rows": [], "best": []}
     print(*(f"{name}: {value}" for name, value in results["machine"].items()), sep="\n")
     for precision, speed in results["roofs"]["flop_per_second"].items():
         print(f"roof, {precision} matrix product: {speed / 1e9:.1f} GFLOP/s")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -267,6 +268,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
 
 
+def command(arguments: Sequence[str] | None = None) -> str:
+    """The command that runs this, to stand beside its figures."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def print_row(name: str, *cells: str, first: int = 22, width: int = 11) -> None:
     """One line of a table, flushed: the name to the left, the cells to the right of their columns."""
     print(f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
@@ -285,16 +291,17 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
         os.replace(beside, path)
 
 
-def new_plot(title: str, x: str, y: str) -> tuple[Any, Any]:
-    """A small figure and its axes, both logarithmic; it needs matplotlib, and no display."""
+def new_plot(x: str, y: str, panels: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure and its axes, one for each title, side by side, all logarithmic; it needs matplotlib, and no display."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise SystemExit("plots need matplotlib: pip install unetlib[bench]") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
-    axes.grid(True, which="both", alpha=0.2)
+    figure = Figure(figsize=(2 + 4 * len(panels), 4), layout="constrained")
+    axes = [*figure.subplots(1, len(panels), squeeze=False)[0]]
+    for panel, title in zip(axes, panels):
+        panel.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        panel.grid(True, which="both", alpha=0.2)
     return figure, axes
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import check, in_fresh_process, machine, ratios, resident, resident_peak, spread, time_turns, write_json
+from harness import check, command, in_fresh_process, machine, ratios, resident, resident_peak, spread, time_turns, write_json
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         for model in args.models:
             rows.append(measure(model, args.rounds, warm / "prepared"))
             print(table(rows[-1]), flush=True)
-    write_json(args.json, {"machine": about, "rows": rows})
+    write_json(args.json, {"command": command(arguments), "machine": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import check, machine, peak_allocated, spread, time_turns, write_json
+from harness import check, command, machine, peak_allocated, spread, time_turns, write_json
 from torch import Tensor
 
 from unetlib import losses
@@ -152,7 +152,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n| loss | unetlib, ms | smp, times as long | MONAI | unetlib, MiB | smp, times as much | MONAI |")
     print("|---|---|---|---|---|---|---|")
-    write_json(args.json, {"about": about, "rows": compare(args)})
+    write_json(args.json, {"command": command(), "about": about, "rows": compare(args)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import check, machine, print_row, ratios, spread, time_turns, wait, write_json
+from harness import check, command, machine, print_row, ratios, spread, time_turns, wait, write_json
 from peers import Network, load_network, milesial_module
 from PIL import Image, ImageFile
 from torch import nn
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preparation = network.ours.preprocessing
     if preparation.size is None or any(preparation.mean) or any(std != 1 for std in preparation.std):
         parser.error(
-            f"the study's way needs a model with a size, and without mean and standard deviation; {args.model!r} is not"
+            f"the study's way needs a model with a size and without mean and standard deviation, {args.model!r} is none"
         )
     about = machine(args.device, ("pillow",))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -163,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = [*spread(row["seconds"]), *(spread(row["stages"][stage]).median for stage in STAGES)]
         figures = [f"{1e3 * value:.1f}" for value in times] + [f"{value:.3f}" for value in spread(row["ratio"])]
         print_row(row["way"], *figures, f"{row['different']:.2%}")
-    write_json(args.json, {"machine": about, "picture": [*size], "seen": [*preparation.size], "rows": rows})
+    write_json(
+        args.json, {"command": command(argv), "machine": about, "picture": [*size], "seen": [*preparation.size], "rows": rows}
+    )
 
 
 if __name__ == "__main__":

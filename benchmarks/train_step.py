@@ -20,6 +20,7 @@ import torch
 from harness import (
     LAYOUTS,
     check,
+    command,
     is_cuda,
     machine,
     mebibytes,
@@ -146,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         row["ratio"] = ratio.median
         figures = f"{1e3 * middle:10.1f}{shape[0] / middle:12.1f}{ratio.median:8.2f}{ratio.low:8.2f}{ratio.high:6.2f}"
         print(f"{name:34}{figures}{mebibytes(row.get('peak_bytes')):>10}")
-    write_json(args.json, {"machine": machine(args.device), "shape": args.shape, "features": args.features, "rows": rows})
+    results = {"command": command(argv), "machine": machine(args.device), "shape": args.shape, "features": args.features}
+    write_json(args.json, results | {"rows": rows})
 
 
 if __name__ == "__main__":

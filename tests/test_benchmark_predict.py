@@ -22,8 +22,18 @@ def picture(tmp_path):
     return tmp_path / "scene.jpg"
 
 
-def test_table_and_json(picture, tmp_path, capsys):
-    predict.main(["--device", "cpu", "--picture", str(picture), "--rounds", "2", "--json", str(tmp_path / "figures.json")])
+@pytest.fixture
+def model(tmp_path):
+    """A tiny network that finds car everywhere, however its picture was resized."""
+    network = UNet(features=(4, 8))
+    torch.nn.init.constant_(network.head.bias, 100.0)
+    network.preprocessing = Preprocessing(size=(16, 24))
+    return str(network.save_pretrained(tmp_path / "model"))
+
+
+def test_table_and_json(picture, model, tmp_path, capsys):
+    options = ["--device", "cpu", "--model", model, "--picture", str(picture), "--rounds", "2"]
+    predict.main([*options, "--json", str(tmp_path / "figures.json")])
     results = json.loads((tmp_path / "figures.json").read_text())
     assert results["picture"] == [240, 160]
     assert [row["way"] for row in results["rows"]] == ["study", "milesial", "unetlib"]
@@ -33,12 +43,12 @@ def test_table_and_json(picture, tmp_path, capsys):
     for row in results["rows"]:
         assert len(row["seconds"]) == 2
         assert row["ratio"] == pytest.approx([a / b for a, b in zip(row["seconds"], ours["seconds"])])
-        assert row["different"] < predict.MOST_DIFFERENT
+        assert row["different"] == 0
         stages = np.array([row["stages"][stage] for stage in predict.STAGES])
         assert stages.shape == (4, 2)
         assert (stages > 0).all()
         assert (stages.sum(0) <= row["seconds"]).all()
-        assert stages.sum(0) == pytest.approx(row["seconds"], rel=0.2)
+        assert stages.sum(0) == pytest.approx(row["seconds"], rel=0.5)
         assert float(lines[row["way"]][1]) == pytest.approx(1e3 * np.median(row["seconds"]), abs=0.06)
 
 
@@ -64,7 +74,7 @@ def test_stages_are_told_apart(picture, monkeypatch):
     assert len(module._forward_hooks) == 1  # ours is gone
 
 
-def test_nothing_is_timed_when_masks_differ(picture, monkeypatch):
+def test_nothing_is_timed_when_masks_differ(picture, model, monkeypatch):
     ways = predict.ways
 
     def wrong(*arguments):
@@ -75,18 +85,15 @@ def test_nothing_is_timed_when_masks_differ(picture, monkeypatch):
     monkeypatch.setattr(predict, "ways", wrong)
     monkeypatch.setattr(predict, "time_turns", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="the masks are not those of one network"):
-        predict.main(["--device", "cpu", "--picture", str(picture)])
+        predict.main(["--device", "cpu", "--model", model, "--picture", str(picture)])
 
 
-def test_each_way_gives_a_mask_of_the_pictures_size(picture, tmp_path):
-    model = UNet(features=(4, 8))
-    model.preprocessing = Preprocessing(size=(16, 24))
-    network = load_network(str(model.save_pretrained(tmp_path / "model")))
-    for _, way in predict.ways(network, (16, 24), "cpu").values():
+def test_each_way_gives_a_mask_of_the_pictures_size(picture, model):
+    for _, way in predict.ways(load_network(model), (16, 24), "cpu").values():
         mask = way(picture)
         assert mask.shape == (160, 240)
         assert mask.dtype == np.uint8
-        assert set(np.unique(mask)) <= {0, 1}
+        assert (mask == 1).all()
 
 
 def test_a_picture_is_found(monkeypatch, tmp_path):
