@@ -69,10 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="the contestants beside study (default: all)")
     parser.add_argument("--rounds", type=int, help="timed passes of each contestant")
-    parser.add_argument(
-        "--memory", action=argparse.BooleanOptionalAction, help="measure peak memory (default: all but --quick)"
-    )
-    parser.add_argument("--quick", action="store_true", help="one shape, few rounds, nothing compiled, no memory")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory on a CPU too, a process for each row")
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, after each case")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures there (pip install unetlib[bench])")
     parser.add_argument("--peak-of", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
@@ -82,8 +80,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, option, value.split() if isinstance(value, str) else value)
     if args.peers is None:
         args.peers = [peer for peer in PEERS if not (args.quick and peer in SLOW_TO_BUILD)]
-    if args.memory is None:
-        args.memory = not args.quick
     check(parser, args)
     if args.plot and not args.plot.is_dir():
         parser.error(f"there is no folder {str(args.plot)!r} for --plot: make it first")

@@ -37,7 +37,7 @@ class SmallUNet(UNet):
 
 
 def run(*arguments):
-    options = ["--device", "cpu", "--precisions", "float32", "--rounds", "3", "--no-memory", "--networks", "study"]
+    options = ["--device", "cpu", "--precisions", "float32", "--rounds", "3", "--networks", "study"]
     forward.main([*options, *map(str, arguments)])
 
 
@@ -254,11 +254,11 @@ def test_an_interrupted_run_leaves_what_it_measured(small, monkeypatch, tmp_path
     assert {row["shape"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"1x16x16"}
 
 
-def test_quick_compiles_nothing_and_measures_no_memory():
+def test_quick_compiles_nothing():
     args = forward.parse(["--quick", "--device", "cpu"])
     assert set(forward.PEERS) - set(args.peers) == {"compiled", "optimized_compiled"}
-    assert not args.memory
-    assert forward.parse(["--device", "cpu"]).memory
+    assert (args.shapes, args.rounds) == (["1x160x240"], 3)
+    assert forward.parse(["--quick", "--device", "cpu", "--rounds", "9"]).rounds == 9
 
 
 @pytest.mark.parametrize(
