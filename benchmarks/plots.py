@@ -35,6 +35,12 @@ def in_order(rows: Iterable[Row], field: str) -> list[str]:
     return list(dict.fromkeys(row[field] for row in rows))
 
 
+def add_legend(figure: Any, panels: Sequence[Any]) -> None:
+    """One for all panels, outside them; a contestant may be missing in some."""
+    lines = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
+
+
 def draw_time(rows: Sequence[Row], file: Path) -> None:
     """Milliseconds of a pass against the pixels in it: a panel for each precision, a line for each contestant.
 
@@ -50,7 +56,7 @@ def draw_time(rows: Sequence[Row], file: Path) -> None:
             for row in own:
                 batched = sizes(row["shape"])[0] > 1
                 panel.plot(pixels(row), 1e3 * median(row), color=f"C{colour}", marker="s" if batched else "o", markersize=4)
-    panels[-1].legend(fontsize="small")
+    add_legend(figure, panels)
     save_plot(figure, file)
 
 
@@ -73,7 +79,7 @@ def draw_roofline(rows: Sequence[Row], roofs: dict[str, Any], file: Path) -> Non
             if speeds:
                 points = [intensity[shape] for shape in speeds], [*speeds.values()]
                 panel.plot(*points, color=f"C{colour}", marker="o", markersize=4, linestyle="", label=peer)
-    panels[-1].legend(fontsize="small")
+    add_legend(figure, panels)
     save_plot(figure, file)
 
 
@@ -99,18 +105,17 @@ def read_scores() -> list[Row]:
 
 
 def draw_scores(file: Path) -> None:
-    """What a network misses of a Dice of 1 against the cost of one picture; a line where the cost is not known."""
-    figure, (panel,) = new_plot("GFLOP of a forward pass", "1 - mean Dice", ["Carvana"])
+    """Mean Dice against the cost of one picture; a line where the cost is not known."""
+    figure, (panel,) = new_plot("GFLOP of a forward pass", "mean Dice", ["Carvana"])
+    panel.set(xlim=(10, 3000), yscale="linear")
     for row in read_scores():
-        missed = 1 - row["dice"]
         if row["gflop"] is None:
-            panel.axhline(missed, color="grey", linestyle=":")
-            note, where = f"{row['name']}, cost not stated", (20, missed)
+            panel.axhline(row["dice"], color="grey", linestyle=":")
+            note, where = f"{row['name']}, cost not stated", (20, row["dice"])
         else:
-            panel.plot(row["gflop"], missed, "o", color="C0" if row["name"].startswith("unetlib") else "grey")
-            note, where = row["name"], (row["gflop"], missed)
+            note, where = row["name"], (row["gflop"], row["dice"])
+            panel.plot(*where, "o", color="C0" if note.startswith("unetlib") else "grey")
         panel.annotate(note, where, (5, 3), textcoords="offset points", fontsize="small")
-    panel.set(xlim=(10, 3000))
     save_plot(figure, file)
 
 

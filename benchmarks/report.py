@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from harness import mebibytes, sizes, spread
-from plots import PLOTS, RESULTS, Row, in_order, median, pixels
+from plots import PLOTS, RESULTS, Row, in_order, median, pixels, read_scores
 from predict import STAGES
 
 PAGE = plots.HERE.parent / "docs" / "benchmarks.md"
@@ -108,9 +108,20 @@ def predict_section(results: dict[str, Any], stem: str) -> str:
     return "\n\n".join([f"### {stem}", about(results), f"A picture of {width}x{height}, seen at {seen}.", table(header, lines)])
 
 
+def scores_section() -> str:
+    """What others published, and what their networks cost."""
+    lines = []
+    for row in sorted(read_scores(), key=lambda row: row["dice"]):
+        gflop = "-" if row["gflop"] is None else f"{row['gflop']:.1f}"
+        lines.append([row["name"], f"{row['dice']:.4g}", row["measured_on"], gflop, row["cost_of"], row["source"]])
+    header = ["", "mean Dice", "measured on", "GFLOP of a pass", "of what", "source"]
+    plot = "![Mean Dice against GFLOP of a forward pass](plots/scores.svg)"
+    return "\n\n".join(["### Quality against cost", plot, table(header, lines)])
+
+
 def write_page(results: Path, page: Path) -> None:
     """Replace what stands between the marks of the page."""
-    sections = []
+    sections = [scores_section()]
     for kind, section in (("forward", forward_section), ("predict", predict_section)):
         for file in sorted(results.glob(f"{kind}-*.json")):
             sections.append(section(json.loads(file.read_text(encoding="utf-8")), file.stem))
