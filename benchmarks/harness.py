@@ -238,7 +238,8 @@ def in_fresh_process(*command: str, **environment: str) -> Any:
 
 def free(device: str) -> None:
     """Give back what nobody holds any more, compiled code included."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and asking would load the compiler
+        torch.compiler.reset()
     gc.collect()
     if is_cuda(device):
         torch.cuda.empty_cache()

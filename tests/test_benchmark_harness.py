@@ -47,6 +47,33 @@ def test_each_call_has_its_own_time(monkeypatch):
     assert seconds.tolist() == [[1, 3], [2, 7]]
 
 
+class FakeEvent:
+    """Stands in for a CUDA event: it writes down when it was recorded, in turns of a counter."""
+
+    order = []  # noqa: RUF012  # shared on purpose
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.order.append(self)
+
+    def elapsed_time(self, end):
+        assert self.order[-1] == "waited"
+        return 1e3 * (self.order.index(end) - self.order.index(self))
+
+
+def test_on_cuda_all_is_queued_before_any_is_waited_for(monkeypatch):
+    """Without a GPU: its events are stood in for."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: FakeEvent.order.append("waited"))
+    calls = [lambda name=name: FakeEvent.order.append(name) for name in "AB"]
+    seconds = harness.time_turns(calls, 2, "cuda", warm_up=1)
+    names = [entry for entry in FakeEvent.order if isinstance(entry, str)]
+    assert names == ["A", "B", "A", "B", "A", "B", "waited"]
+    assert seconds.tolist() == [[2, 2], [2, 2]]  # start, the call, end
+
+
 def test_spread_and_ratios():
     values = [5.0, 1.0, 3.0, 2.0, 4.0]
     found = harness.spread(values)

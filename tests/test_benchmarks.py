@@ -254,6 +254,12 @@ def test_an_interrupted_run_leaves_what_it_measured(small, monkeypatch, tmp_path
     assert {row["shape"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]} == {"1x16x16"}
 
 
+def test_figures_are_drawn_where_asked(small, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib; `pip install .[test]` has it")
+    run("--shapes", "1x16x16", "--peers", "unetlib", "--plot", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"forward-study-time.svg", "forward-study-roofline.svg"}
+
+
 def test_quick_compiles_nothing():
     args = forward.parse(["--quick", "--device", "cpu"])
     assert set(forward.PEERS) - set(args.peers) == {"compiled", "optimized_compiled"}
