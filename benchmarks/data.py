@@ -14,21 +14,18 @@ docs/data.md says how to read the table.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import check, command, machine, wait, write_json
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -160,8 +157,7 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
         optimizer.step()
 
     def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(args.device)
         return time.perf_counter()
 
     batches = iter(loader)
@@ -207,8 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.files < 1 or args.repeats < 1:
         parser.error("--files and --repeats must be at least 1")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
+    check(parser, args)
     asked = " ".join(args.sizes)
     try:
         args.sizes = [None if size == "full" else tuple(map(int, size.split("x", 1))) for size in args.sizes]
@@ -221,13 +216,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    packages = ("torch", "torchvision", "pillow", "albumentations", "unetlib")
-    machine = {"python": platform.python_version(), "system": sys.platform, "threads": torch.get_num_threads()}
-    machine |= {package: version(package) for package in packages}
-    results: dict[str, Any] = {"machine": machine, "workers": args.workers, "rows": [], "busy": []}
+    about = machine(args.device, ("pillow", "albumentations"))
+    results: dict[str, Any] = {"command": command(argv), "machine": about, "workers": args.workers, "rows": [], "busy": []}
     with tempfile.TemporaryDirectory() as temporary:
         carvana, results["files"] = find_files(args, Path(temporary))
-        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
         print(f"{len(carvana)} {results['files']}, {args.repeats} repeats, {args.workers} workers")
         print(f"{'size':<9}{'data':<46}{'ms CPU':>9}{'ms wall':>9}{'samples/s':>11}{'x CPU':>8}{'x wall':>8}")
         for size in args.sizes:
@@ -244,10 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"the network computes {share:.0%} of the time at {size or 'full size'}, augmentation in: {place}")
         else:
             print("no training steps: there is no CUDA device here, or --steps 0")
-    if args.json:
-        beside = args.json.with_name(f".{args.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(beside, args.json)
+    write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Time forward passes of the study's module, of unetlib's UNet with the same weights, and of pretrained models, in one run.
+"""Time forward passes: the study's network in every way to run it that is installed, and unetlib's, with the same weights.
 
     python benchmarks/forward.py                                         # the GPU, or the CPU where there is none
-    python benchmarks/forward.py --shapes 16x640x960 --precisions bfloat16 --layouts channels_last --json forward.json
+    python benchmarks/forward.py --quick                                 # one or two minutes on a CPU
+    python benchmarks/forward.py --shapes 16x640x960 --precisions bfloat16 --peers compiled optimized --json forward.json
 
 README.md beside this file says what is measured, and how to read the table.
 """
@@ -9,255 +10,239 @@ README.md beside this file says what is measured, and how to read the table.
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
 import itertools
-import json
-import os
-import platform
-import re
-import subprocess
-import sys
-import time
+import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from study import StudyUNet, randomize
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from harness import (
+    PRECISIONS,
+    WARM_UP,
+    check,
+    command,
+    flop,
+    free,
+    in_fresh_process,
+    is_cuda,
+    machine,
+    mebibytes,
+    print_row,
+    ratios,
+    resident,
+    resident_peak,
+    roofs,
+    set_precision,
+    sizes,
+    spread,
+    time_turns,
+    traffic,
+    unsupported,
+    write_json,
+)
+from peers import OTHER_FUNCTION, OURS, PEERS, STUDY, Case, Forward, Network, NotHere, example, load_network
+from torch import Tensor
 
-from unetlib import UNet, list_pretrained
-from unetlib.convert import convert
-
-STUDY, OURS = "study", "unetlib"  # the same network with the same weights: the study's module, and UNet()
-PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-TOLERANCES = {"float32": 1e-3, "tf32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # of OURS from STUDY, relative; usually 0
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"shapes": "1x160x240 2x160x240 1x320x480", "precisions": "float32 bfloat16", "rounds": 5},
+    "cpu": {"shapes": "1x160x240 1x320x480 1x640x960", "precisions": "float32 bfloat16", "rounds": 5},
     "cuda": {
-        "shapes": "1x320x480 1x640x960 16x640x960 1x1280x1918",
+        "shapes": "1x160x240 1x320x480 1x640x960 1x1280x1918 4x640x960 16x640x960",
         "precisions": "float32 tf32 bfloat16 float16",
         "rounds": 50,
     },
 }
-WARM_UP = {"cpu": 1, "cuda": 5}  # passes of each network
-ENVIRONMENT = ("OMP_NUM_THREADS", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE", "NVIDIA_TF32_OVERRIDE")  # what changes the figures
-
-
-class Case(NamedTuple):
-    """What a pass is timed with."""
-
-    shape: str
-    precision: str
-    layout: str
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Batch, height and width."""
-        batch, height, width = map(int, self.shape.split("x"))
-        return batch, height, width
+QUICK: dict[str, Any] = {"shapes": "1x160x240", "precisions": "float32", "rounds": 3}
+SLOW_TO_BUILD = ("compiled", "optimized_compiled")  # left out of --quick
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1, "float16": 2e-2}  # relative; a wrong connection gives about 1
+PACKAGES = ("monai", "onnx", "onnxruntime", "openvino", "triton")
+COLUMNS = ("GFLOP", "ms", "25%", "75%", "pictures/s", "GFLOP/s", "of roof", "error", "peak MiB", "speed-up", "25%", "75%")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--networks", nargs="+", default=[STUDY, "carvana"], help="study, or what UNet.from_pretrained takes")
     parser.add_argument("--shapes", nargs="+", metavar="BATCHxHEIGHTxWIDTH", help="such as 4x320x480")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="dtype of weights and pictures; no autocast")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--models", nargs="*", help="what UNet.from_pretrained takes (default: carvana)")
-    parser.add_argument("--rounds", type=int, help="timed passes of each network")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="the contestants beside study (default: all)")
+    parser.add_argument("--rounds", type=int, help="timed passes of each contestant")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory on a CPU too, a process for each row")
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, after each case")
-    parser.add_argument("--peak-of", metavar="NETWORK", help="only print the peak memory of one pass on the CPU, in bytes")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures there (pip install unetlib[bench])")
+    parser.add_argument("--peak-of", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for option, value in DEFAULTS[args.device].items():
+    for option, value in (DEFAULTS[args.device] | (QUICK if args.quick else {})).items():
         if getattr(args, option) is None:
             setattr(args, option, value.split() if isinstance(value, str) else value)
-    for shape in args.shapes:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", shape):
-            parser.error(f"expected a shape BATCHxHEIGHTxWIDTH such as 4x320x480, got {shape!r}")
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
+    if args.peers is None:
+        args.peers = [peer for peer in PEERS if not (args.quick and peer in SLOW_TO_BUILD)]
+    check(parser, args)
+    if args.plot and not args.plot.is_dir():
+        parser.error(f"there is no folder {str(args.plot)!r} for --plot: make it first")
     return args
 
 
-def build(network: str) -> nn.Module:
-    if network == STUDY:
-        return randomize(StudyUNet())
-    return UNet().eval() if network == OURS else UNet.from_pretrained(network)
+def relative_error(logits: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float((logits.double() - reference.double()).norm() / reference.double().norm())
 
 
-def prepare(model: nn.Module, case: Case, device: str) -> tuple[nn.Module, Tensor]:
-    """A copy of the model and a batch of noise, in the case's shape, precision and layout."""
-    batch, height, width = case.sizes
-    noise = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-    to: dict[str, Any] = {"dtype": PRECISIONS[case.precision], "memory_format": LAYOUTS[case.layout]}
-    return copy.deepcopy(model).to(device, **to), noise.to(device, **to)
+def build(
+    peers: Sequence[str], network: Network, case: Case, device: str, folder: Path, skipped: dict[str, str]
+) -> dict[str, tuple[Forward, float | None, int | None]]:
+    """Each contestant that computes the right logits, its relative error, and on CUDA the most memory that it needs."""
+    x = example(case).to(device)
+    set_precision("float32")
+    reference = PEERS[STUDY](network, case._replace(precision="float32"), device, folder)(x)
+    set_precision(case.precision)
+    found = {}
+    for peer in peers:
+        where = " ".join((*case, peer))
+        before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if is_cuda(device) else (0, 0)
+        try:
+            forward = PEERS[peer](network, case, device, folder)
+            logits = forward(x)
+        except NotHere as reason:
+            skipped[where] = str(reason)
+            continue
+        except torch.OutOfMemoryError:
+            skipped[where] = "out of memory"
+            continue
+        error = None if peer in OTHER_FUNCTION else relative_error(logits, reference)
+        del logits
+        if error is not None and not error <= TOLERANCES[case.precision]:  # so written, NaN does not pass
+            skipped[where] = f"refused: its logits are {error:.1e} from the study's in float32"
+            continue
+        found[peer] = (forward, error, peak_on_cuda(forward, x, *before) if is_cuda(device) else None)
+    return found
 
 
-def unsupported(precision: str, device: str) -> str | None:
-    """Why this machine cannot show this precision; None where it can."""
-    if device == "cuda":
-        old = torch.cuda.get_device_capability() < (8, 0) and precision in ("tf32", "bfloat16")
-        return f"this GPU has no {precision} units" if old else None
-    if precision == "tf32":
-        return "tf32 is a mode of GPUs"
-    query = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}.get(precision)
-    if query is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, query)()):
-        return None
-    return f"PyTorch has no fast {precision} convolution on this CPU: one pass would take minutes"
+def peak_on_cuda(forward: Forward, x: Tensor, allocated: int, reserved: int) -> int:
+    """Bytes beyond what was held before the contestant was built: its weights, and the most that one pass needs at a time.
 
-
-def flop(model: nn.Module, height: int, width: int) -> int:
-    """Floating-point operations of one picture's convolutions, two for a multiply-add; nothing else is counted."""
-    with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).to("meta")(torch.empty(1, 3, height, width, device="meta"))
-    return counter.get_total_flops()
-
-
-def time_passes(passes: Sequence[tuple[nn.Module, Tensor]], rounds: int, device: str) -> np.ndarray:
-    """Seconds of each pass, (rounds, networks). Taken A B C A B C ..., so that a machine's drift falls on all alike."""
-    for model, x in [*passes] * WARM_UP[device]:
-        model(x)
-    if device == "cuda":  # all is queued before any is waited for, so that the GPU waits for Python only where it must
-        events = []
-        for model, x in [*passes] * rounds:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            model(x)
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        seconds = [start.elapsed_time(end) / 1e3 for start, end in events]
-    else:
-        seconds = []
-        for model, x in [*passes] * rounds:
-            began = time.perf_counter()
-            model(x)
-            seconds.append(time.perf_counter() - began)
-    return np.array(seconds).reshape(rounds, len(passes))
-
-
-def peak_on_cuda(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the weights, the pictures and the most that one pass holds at a time."""
-    held = torch.cuda.memory_allocated()
+    What CUDA graphs keep for themselves is reserved but not allocated, hence both.
+    """
+    for _ in range(WARM_UP["cuda"]):
+        forward(x)
+    gc.collect()
+    torch.cuda.empty_cache()
+    kept = torch.cuda.memory_reserved() - reserved
     torch.cuda.reset_peak_memory_stats()
-    model(x)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return torch.cuda.max_memory_allocated() - held + weights + x.nbytes
-
-
-def peak_on_cpu(network: str, case: Case) -> int | None:
-    """The same, as resident memory of a fresh process beyond what its imports took; Linux only."""
-    if sys.platform != "linux":
-        return None
-    command = [sys.executable, __file__, "--device", "cpu", "--peak-of", network]
-    command += ["--shapes", case.shape, "--precisions", case.precision, "--layouts", case.layout]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    forward(x)
+    return max(kept, torch.cuda.max_memory_allocated() - allocated)
 
 
 @torch.inference_mode()
-def resident_peak(network: str, case: Case) -> int:
-    def resident(field: str) -> int:
-        return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
-
+def resident_peak_of(peer: str, folder: Path, case: Case) -> int:
+    """The same on a CPU, as resident memory of this process beyond what its imports took."""
     imported = resident("VmRSS")
-    model, x = prepare(build(network), case, "cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS: loading and converting is not the pass
-    model(x)
-    return resident("VmHWM") - imported  # and not ru_maxrss, which begins at the size of the process that started this one
+    forward = PEERS[peer](load_network(case.network), case, "cpu", folder)
+    x = example(case)
+    forward(x)
+    return resident_peak(lambda: forward(x)) - imported
+
+
+def peak_on_cpu(peer: str, folder: Path, case: Case) -> int | None:
+    command = [__file__, "--device", "cpu", "--peak-of", peer, str(folder)]
+    return in_fresh_process(*command, "--networks", case.network, "--shapes", case.shape, "--precisions", case.precision)
 
 
 @torch.inference_mode()
-def measure(models: dict[str, nn.Module], case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
-    """A row for each network, after a check that STUDY and OURS compute the same."""
-    torch.backends.cudnn.allow_tf32 = case.precision == "tf32"
-    passes = [prepare(model, case, device) for model in models.values()]
-    study, ours = (model(x).double() for model, x in passes[:2])
-    difference = float((ours - study).norm() / study.norm())
-    if not difference <= TOLERANCES[case.precision]:  # so written, NaN does not pass
-        raise SystemExit(f"{' '.join(case)}: the logits of {OURS} and {STUDY} differ by {difference:.1e}; nothing is timed")
-    seconds = time_passes(passes, rounds, device)
+def measure(
+    network: Network, case: Case, args: argparse.Namespace, folder: Path, skipped: dict[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each contestant, the study's module first."""
+    peers = [STUDY, *(peer for peer in args.peers if peer != STUDY)]
+    found = build(peers, network, case, args.device, folder, skipped)
+    if STUDY not in found:
+        return []
+    x = example(case).to(args.device)
+    seconds = time_turns([lambda forward=forward: forward(x) for forward, _, _ in found.values()], args.rounds, args.device)
+    peaks = {peer: (error, peak) for peer, (_, error, peak) in found.items()}
+    del found
+    free(args.device)
     rows = []
-    for (name, model), (copied, x), own in zip(models.items(), passes, seconds.T):
-        row = {"network": name, **case._asdict(), "difference": difference, "flop_per_picture": flop(model, *case.sizes[1:])}
-        row["peak_bytes"] = peak_on_cuda(copied, x) if device == "cuda" else peak_on_cpu(name, case)
-        rows.append(row | {"seconds": own.tolist(), "speedup": (seconds[:, 0] / own).tolist()})
+    for (peer, (error, peak)), own in zip(peaks.items(), seconds.T.tolist()):
+        module = OTHER_FUNCTION[peer](network) if peer in OTHER_FUNCTION else network.study
+        row: dict[str, Any] = {**case._asdict(), "peer": peer, "error": error}
+        row["flop_per_picture"] = flop(module, *sizes(case.shape)[1:])
+        row["bytes_per_pass"] = traffic(module, *sizes(case.shape)) * PRECISIONS[case.precision].itemsize
+        row["peak_bytes"] = peak_on_cpu(peer, folder, case) if args.memory and not is_cuda(args.device) else peak
+        rows.append(row | {"seconds": own, "speedup": ratios(seconds[:, 0].tolist(), own)})
     return rows
 
 
-def show(row: dict[str, Any]) -> None:
-    low, middle, high = 1e3 * np.percentile(row["seconds"], (25, 50, 75))
-    pictures = 1e3 * int(row["shape"].split("x")[0]) / middle
-    gflop = row["flop_per_picture"] / 1e9
-    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-    speedup = (f"{ratio:.3f}" for ratio in np.percentile(row["speedup"], (50, 25, 75)))
-    times = (f"{value:.2f}" for value in (middle, low, high, pictures))
-    print_line(row["network"], f"{gflop:.3f}", *times, f"{gflop * pictures:.1f}", peak, *speedup)
+def best_against_best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of unetlib's against the fastest other that computes the same; None where one of the two is missing."""
+
+    def fastest(peers: Sequence[str]) -> dict[str, Any] | None:
+        own = [row for row in rows if row["peer"] in peers and row["peer"] not in OTHER_FUNCTION]
+        return min(own, key=lambda row: np.median(row["seconds"]), default=None)
+
+    ours, other = fastest([*OURS]), fastest([row["peer"] for row in rows if row["peer"] not in OURS])
+    if ours is None or other is None:
+        return None
+    case = {name: ours[name] for name in Case._fields}
+    return case | {"ours": ours["peer"], "peer": other["peer"], "ratio": ratios(other["seconds"], ours["seconds"])}
 
 
-def print_line(name: str, *cells: str) -> None:
-    print(f"  {name:<20}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
-    found: dict[str, Any] = {"device": device, "python": platform.python_version()}
-    found |= {package: version(package) for package in ("unetlib", "torch", "torchvision")}
-    if device == "cuda":
-        found |= {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    else:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        found |= {"name": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
-        found |= {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
-    return found | {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-
-
-def write_json(path: Path | None, results: dict[str, Any]) -> None:
-    if path is not None:
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(beside, path)
+def show(row: dict[str, Any], roof: dict[str, Any]) -> None:
+    time = spread(row["seconds"])
+    pictures = sizes(row["shape"])[0] / time.median
+    speed = pictures * row["flop_per_picture"]
+    cells = [f"{row['flop_per_picture'] / 1e9:.3f}", *(f"{1e3 * value:.2f}" for value in time), f"{pictures:.2f}"]
+    cells += [f"{speed / 1e9:.1f}", f"{speed / roof['flop_per_second'][row['precision']]:.2f}"]
+    cells += ["-" if row["error"] is None else f"{row['error']:.1e}", mebibytes(row["peak_bytes"])]
+    print_row(row["peer"], *cells, *(f"{value:.3f}" for value in spread(row["speedup"])))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    cases = [Case(*case) for case in itertools.product(args.shapes, args.precisions, args.layouts)]
+    cases = [Case(*case) for case in itertools.product(args.networks, args.shapes, args.precisions)]
     if args.peak_of:
-        print(resident_peak(args.peak_of, cases[0]))
+        peer, folder = args.peak_of
+        print(resident_peak_of(peer, Path(folder), cases[0]))
         return
     torch.backends.cudnn.benchmark = True
     skipped = {precision: reason for precision in args.precisions if (reason := unsupported(precision, args.device))}
-    if args.models is None:
-        args.models = ["carvana"]
-        if "carvana" not in list_pretrained():
-            args.models, skipped["carvana"] = [], "not in the zoo of this version; --models takes a folder or file"
-    models = {name: build(name) for name in (STUDY, OURS, *args.models)}
-    models[OURS].load_state_dict(convert(models[STUDY].state_dict()).state_dict)
-    results: dict[str, Any] = {"machine": machine(args.device), "skipped": skipped, "rows": []}
+    usable = [precision for precision in args.precisions if precision not in skipped]
+    results: dict[str, Any] = {"command": command(argv), "machine": machine(args.device, PACKAGES)}
+    results |= {"roofs": roofs(args.device, usable), "skipped": skipped, "rows": [], "best": []}
     print(*(f"{name}: {value}" for name, value in results["machine"].items()), sep="\n")
-    print_line("", "GFLOP", "ms", "25%", "75%", "pictures/s", "GFLOP/s", "peak MiB", "speed-up", "25%", "75%")
-    for case in cases:
-        if case.precision in skipped:
-            continue
-        try:
-            rows = measure(models, case, args.rounds, args.device)
-        except torch.OutOfMemoryError:
-            skipped[" ".join(case)] = "out of memory"
-            continue
-        print(f"{' '.join(case)}, logits of {OURS} and {STUDY} differ by {rows[0]['difference']:.1g}")
-        for row in rows:
-            show(row)
-        results["rows"] += rows
-        write_json(args.json, results)  # after each case, so that an interrupted run keeps what it has
+    for precision, speed in results["roofs"]["flop_per_second"].items():
+        print(f"roof, {precision} matrix product: {speed / 1e9:.1f} GFLOP/s")
+    print(f"roof, copy: {results['roofs']['bytes_per_second'] / 1e9:.2f} GB/s")
+    print_row("", *COLUMNS)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, group in itertools.groupby(cases, key=lambda case: case.network):
+            network = load_network(name)
+            for case in group:
+                if case.precision in skipped:
+                    continue
+                rows = measure(network, case, args, Path(folder), skipped)
+                free(args.device)
+                print(" ".join(case), flush=True)
+                for row in rows:
+                    show(row, results["roofs"])
+                if best := best_against_best(rows):
+                    results["best"].append(best)
+                    ratio = "{:.3f} ({:.3f} to {:.3f})".format(*spread(best["ratio"]))
+                    print(f"  {best['ours']} runs {ratio} times as fast as {best['peer']}, the best peer")
+                results["rows"] += rows
+                write_json(args.json, results)  # after each case, so that an interrupted run keeps what it has
     for what, reason in skipped.items():
         print(f"skipped {what}: {reason}")
     write_json(args.json, results)
+    if args.plot:
+        from plots import draw_forward
+
+        draw_forward(results, args.plot)
+    if refused := [what for what, reason in skipped.items() if reason.startswith("refused")]:
+        raise SystemExit(f"wrong logits, so not timed: {', '.join(refused)}")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ networks in evaluation mode; a ratio above 1 says that unetlib is faster, or nee
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, __version__ as hub_version
+from harness import check, command, in_fresh_process, machine, ratios, resident, resident_peak, spread, time_turns, write_json
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 
 from unetlib import UNet, UNetConfig
@@ -89,13 +87,8 @@ def check_equal(folder: Path) -> None:
 
 def time_loads(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of each load; the contestants take turns."""
-    times: dict[str, list[float]] = {name: [] for name in LOADERS}
-    for _ in range(rounds):
-        for name, load in CONTESTANTS.items():
-            start = time.perf_counter()
-            load(folder)
-            times[name].append(time.perf_counter() - start)
-    return times
+    seconds = time_turns([functools.partial(load, folder) for load in CONTESTANTS.values()], rounds, "cpu", warm_up=0)
+    return dict(zip(CONTESTANTS, seconds.T.tolist()))
 
 
 def peak_bytes(loader: str, folder: Path, warm: Path) -> dict[str, int] | None:
@@ -109,29 +102,16 @@ def peak_bytes(loader: str, folder: Path, warm: Path) -> dict[str, int] | None:
     Returns:
         "peak": the most at any time, pages of mapped files included; "private": what stays afterwards without those pages.
     """
-    if not Path("/proc/self/status").exists():
-        return None
-    command = [sys.executable, __file__, "--peak-of", loader, str(warm), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_fresh_process(__file__, "--peak-of", loader, str(warm), str(folder), OMP_NUM_THREADS="1")
 
 
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {field}")
-
-
-def measure_peak(loader: str, warm: Path, folder: Path) -> None:
-    """Print the memory of one load as JSON; runs in a process of its own."""
+def measure_peak(loader: str, warm: Path, folder: Path) -> dict[str, int]:
+    """Memory of one load in this process."""
     CONTESTANTS[loader](warm)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    loaded: list[UNet] = []
     before, private = resident("VmRSS"), resident("RssAnon")
-    model = CONTESTANTS[loader](folder)
-    figures = {"peak": resident("VmHWM") - before, "private": resident("RssAnon") - private}
-    del model
-    print(json.dumps(figures))
+    peak = resident_peak(lambda: loaded.append(CONTESTANTS[loader](folder)))
+    return {"peak": peak - before, "private": resident("RssAnon") - private}
 
 
 def measure(model: str, rounds: int, warm: Path) -> dict[str, object]:
@@ -146,10 +126,7 @@ def measure(model: str, rounds: int, warm: Path) -> dict[str, object]:
             "stored_bytes": (folder / "unetlib" / "model.safetensors").stat().st_size,
             "float32_bytes": numbers,
             "seconds": seconds,
-            "ratio": {
-                name: statistics.median(theirs / ours for theirs, ours in zip(times, seconds["unetlib"]))
-                for name, times in seconds.items()
-            },
+            "ratio": {name: spread(ratios(times, seconds["unetlib"])).median for name, times in seconds.items()},
             "memory": {name: peak_bytes(name, folder, warm) for name in LOADERS},
         }
 
@@ -158,7 +135,7 @@ def table(row: dict) -> str:
     lines = []
     for name in LOADERS:
         memory, ours = row["memory"][name], row["memory"]["unetlib"]
-        cells = [row["model"], name, f"{1e3 * statistics.median(row['seconds'][name]):.1f}", f"{row['ratio'][name]:.2f}"]
+        cells = [row["model"], name, f"{1e3 * spread(row['seconds'][name]).median:.1f}", f"{row['ratio'][name]:.2f}"]
         if memory is None:
             cells += ["-"] * 4
         else:
@@ -177,20 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.peak_of:
         loader, warm, folder = args.peak_of
-        return measure_peak(loader, Path(warm), Path(folder))
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"there is no folder {str(args.json.parent)!r} for --json")
-
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "huggingface_hub": hub_version,
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        print(json.dumps(measure_peak(loader, Path(warm), Path(folder))))
+        return
+    check(parser, args)
+    about = machine("cpu", ("huggingface-hub",))
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n| model | loader | ms | times as long | peak MiB | times as much | private MiB | times as much |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -202,10 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         for model in args.models:
             rows.append(measure(model, args.rounds, warm / "prepared"))
             print(table(rows[-1]), flush=True)
-    if args.json:
-        beside = args.json.with_suffix(".tmp")
-        beside.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2), encoding="utf-8")
-        beside.replace(args.json)
+    write_json(args.json, {"command": command(arguments), "machine": about, "rows": rows})
 
 
 if __name__ == "__main__":

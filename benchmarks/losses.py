@@ -12,16 +12,12 @@ unetlib is faster, or needs less memory.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import tempfile
-import time
+import functools
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from harness import check, command, machine, peak_allocated, spread, time_turns, write_json
 from torch import Tensor
 
 from unetlib import losses
@@ -106,37 +102,6 @@ def step(loss: Loss, logits: Tensor, target: Tensor) -> None:
     loss(logits, target).backward()
 
 
-def seconds(loss: Loss, logits: Tensor, target: Tensor) -> float:
-    """Time of one forward and backward pass."""
-    wait = torch.cuda.synchronize if logits.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    step(loss, logits, target)
-    wait()
-    return time.perf_counter() - start
-
-
-def peak_bytes(loss: Loss, logits: Tensor, target: Tensor) -> int:
-    """Most memory held at a time by a pass, beyond logits and mask and with the logits' gradient."""
-    logits.grad = None
-    if logits.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(loss, logits, target)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(loss, logits, target)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
 def compare(args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     shape = (args.size, args.size)
@@ -147,14 +112,14 @@ def compare(args: argparse.Namespace) -> list[dict[str, object]]:
         channels = 1 if kind == "binary" else args.classes
         logits = torch.randn(args.batch, channels, *shape, device=device, requires_grad=True)
         target = torch.randint(0, max(channels, 2), (args.batch, *shape), device=device)
-        for loss in entries.values():
-            step(loss, logits, target)  # warm up
-        times: dict[str, list[float]] = {library: [] for library in entries}
-        for _ in range(args.repeats):
-            for library, loss in entries.items():
-                times[library].append(seconds(loss, logits, target))
-        memory = {library: peak_bytes(loss, logits, target) for library, loss in entries.items()}
-        median = {library: statistics.median(values) for library, values in times.items()}
+        calls = {library: functools.partial(step, loss, logits, target) for library, loss in entries.items()}
+        seconds = time_turns([*calls.values()], args.repeats, args.device, warm_up=1, queued=False)
+        times = dict(zip(calls, seconds.T.tolist()))
+        memory = {}
+        for library, call in calls.items():
+            logits.grad = None  # so that the pass makes it, and it counts
+            memory[library] = peak_allocated(call, args.device)
+        median = {library: spread(values).median for library, values in times.items()}
         rows.append({"loss": name, "kind": kind, "seconds": median, "all_seconds": times, "peak_bytes": memory})
         print(line(rows[-1]), flush=True)
     return rows
@@ -169,13 +134,6 @@ def line(row: dict[str, object]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "from source"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -186,21 +144,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of losses, such as dice")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args()
+    check(parser, args)
     torch.manual_seed(0)
 
-    about = {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: installed(name) for name in ("torch", "unetlib", "segmentation-models-pytorch", "monai")},
-        **{name: getattr(args, name) for name in ("batch", "size", "classes", "repeats")},
-    }
+    about = machine(args.device, ("segmentation-models-pytorch", "monai"))
+    about |= {name: getattr(args, name) for name in ("batch", "size", "classes", "repeats")}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n| loss | unetlib, ms | smp, times as long | MONAI | unetlib, MiB | smp, times as much | MONAI |")
     print("|---|---|---|---|---|---|---|")
-    rows = compare(args)
-    if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
+    write_json(args.json, {"command": command(), "about": about, "rows": compare(args)})
 
 
 if __name__ == "__main__":

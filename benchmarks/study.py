@@ -39,20 +39,28 @@ class StudyUNet(nn.Module):
     Args:
         in_channels: channels of the picture.
         out_channels: channels of the logits.
-        features: width of each level, the full-size level first; the bottleneck is twice the last.
+        features: width of each level, the full-size level first.
+        bottleneck: width below the last level; None is the study's, twice the last. Others let it hold more weights.
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512)) -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        features: Sequence[int] = (64, 128, 256, 512),
+        bottleneck: int | None = None,
+    ) -> None:
         super().__init__()
+        bottleneck = bottleneck or 2 * features[-1]
         self.ups = nn.ModuleList()
         self.downs = nn.ModuleList()
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
         for before, width in zip((in_channels, *features), features):
             self.downs.append(DoubleConv(before, width))
-        for width in reversed(features):
-            self.ups.append(nn.ConvTranspose2d(2 * width, width, kernel_size=2, stride=2))
+        for below, width in zip((bottleneck, *reversed(features)), reversed(features)):
+            self.ups.append(nn.ConvTranspose2d(below, width, kernel_size=2, stride=2))
             self.ups.append(DoubleConv(2 * width, width))
-        self.bottleneck = DoubleConv(features[-1], 2 * features[-1])
+        self.bottleneck = DoubleConv(features[-1], bottleneck)
         self.final_conv = nn.Conv2d(features[0], out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:

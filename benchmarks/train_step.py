@@ -12,14 +12,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from forward import LAYOUTS, machine, unsupported, write_json
+from harness import (
+    LAYOUTS,
+    check,
+    command,
+    is_cuda,
+    machine,
+    mebibytes,
+    peak_allocated,
+    ratios,
+    sizes,
+    spread,
+    time_turns,
+    unsupported,
+    write_json,
+)
 from study import StudyUNet
 from torch import Tensor, nn
 
@@ -100,20 +112,14 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
         images, masks = images.pin_memory(), masks.pin_memory()
     rows: dict[str, dict[str, Any]] = {}
     for name, step in table.items():  # warm-up, and the memory of a step
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        losses = [step(images, masks) for _ in range(3 if device == "cuda" else 1)]
-        rows[name] = {"seconds": [], "first_loss": next(loss for loss in [*losses, step(images, masks)] if loss == loss)}
-        if device == "cuda":
-            rows[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
-    for _ in range(rounds):
-        for name, step in table.items():
-            began = time.perf_counter()
-            step(images, masks)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            rows[name]["seconds"].append(time.perf_counter() - began)
+        losses = [step(images, masks) for _ in range(2 if is_cuda(device) else 1)]
+        rows[name] = {"first_loss": next(loss for loss in [*losses, step(images, masks)] if loss == loss)}
+        if is_cuda(device):
+            rows[name]["peak_bytes"] = peak_allocated(lambda step=step: step(images, masks), device)
+    steps = [lambda step=step: step(images, masks) for step in table.values()]
+    seconds = time_turns(steps, rounds, device, warm_up=0, queued=False)
+    for row, own in zip(rows.values(), seconds.T.tolist()):
+        row["seconds"] = own
     return rows
 
 
@@ -127,22 +133,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    args.shapes = [args.shape]
+    check(parser, args)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    batch, height, width = map(int, args.shape.split("x"))
-    rows = measure(contestants(args.device, args.features, args.compile), (batch, height, width), args.rounds, args.device)
+    shape = sizes(args.shape)
+    rows = measure(contestants(args.device, args.features, args.compile), shape, args.rounds, args.device)
     print(json.dumps(machine(args.device)))
     print(f"{args.shape}, features {args.features}, {args.rounds} rounds")
     print(f"{'':34}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
-    study = np.array(rows["study"]["seconds"])
     for name, row in rows.items():
-        seconds = np.array(row["seconds"])
-        ratio = row["ratio"] = float(np.median(study / seconds))
-        low, high = np.percentile(study / seconds, (25, 75))
-        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "-"
-        middle = float(np.median(seconds))
-        print(f"{name:34}{1e3 * middle:10.1f}{batch / middle:12.1f}{ratio:8.2f}{low:8.2f}{high:6.2f}{peak:>10}")
-    write_json(args.json, {"machine": machine(args.device), "shape": args.shape, "features": args.features, "rows": rows})
+        middle, ratio = spread(row["seconds"]).median, spread(ratios(rows["study"]["seconds"], row["seconds"]))
+        row["ratio"] = ratio.median
+        figures = f"{1e3 * middle:10.1f}{shape[0] / middle:12.1f}{ratio.median:8.2f}{ratio.low:8.2f}{ratio.high:6.2f}"
+        print(f"{name:34}{figures}{mebibytes(row.get('peak_bytes')):>10}")
+    results = {"command": command(argv), "machine": machine(args.device), "shape": args.shape, "features": args.features}
+    write_json(args.json, results | {"rows": rows})
 
 
 if __name__ == "__main__":

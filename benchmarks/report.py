@@ -1,0 +1,141 @@
+"""Fill docs/benchmarks.md from benchmarks/results/*.json and draw its plots, so that no figure there is typed by hand.
+
+    python benchmarks/forward.py --json benchmarks/results/forward-cpu.json
+    python benchmarks/predict.py --json benchmarks/results/predict-cpu.json
+    python benchmarks/report.py
+
+A file's kind is the word before its first dash: forward or predict. What stands between the page's two marks is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import plots
+from harness import mebibytes, sizes, spread
+from plots import PLOTS, RESULTS, Row, in_order, median, pixels, read_scores
+from predict import STAGES
+
+PAGE = plots.HERE.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- begin: written by benchmarks/report.py -->", "<!-- end -->"
+MACHINE = ("gpu", "cpu", "threads", "python", "torch", "cuda", "cudnn", "onnxruntime", "openvino", "monai")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def about(results: dict[str, Any]) -> str:
+    """The command, and the machine in one line."""
+    machine = results["machine"]
+    facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
+    return f"```bash\n{results['command']}\n```\n\n{facts}."
+
+
+def times(rows: list[Row]) -> str:
+    """A line for each contestant, a column for each shape."""
+    shapes = sorted(in_order(rows, "shape"), key=lambda shape: pixels({"shape": shape}))
+    found = {(row["peer"], row["shape"]): row for row in rows}
+    lines = []
+    for peer in in_order(rows, "peer"):
+        cells = []
+        for shape in shapes:
+            row = found.get((peer, shape))
+            cells.append(f"{1e3 * median(row):.2f} ({spread(row['speedup']).median:.2f})" if row else "-")
+        lines.append([f"`{peer}`", *cells])
+    return table(["ms (times the study's speed)", *shapes], lines)
+
+
+def details(rows: list[Row], roofs: dict[str, Any]) -> str:
+    """All that was measured of the shape with the most pixels."""
+    largest = max(rows, key=pixels)["shape"]
+    lines = []
+    for row in (row for row in rows if row["shape"] == largest):
+        time = spread(row["seconds"])
+        speed = sizes(largest)[0] * row["flop_per_picture"] / time.median
+        lines.append(
+            [
+                f"`{row['peer']}`",
+                f"{1e3 * time.low:.2f} to {1e3 * time.high:.2f}",
+                f"{sizes(largest)[0] / time.median:.2f}",
+                f"{speed / 1e9:.0f}",
+                f"{speed / roofs['flop_per_second'][row['precision']]:.0%}",
+                "-" if row["error"] is None else f"{row['error']:.0e}",
+                mebibytes(row["peak_bytes"]),
+            ]
+        )
+    header = [largest, "ms, quartiles", "pictures/s", "GFLOP/s", "of the roof", "relative error", "peak MiB"]
+    return table(header, lines)
+
+
+def best(results: dict[str, Any]) -> str:
+    """Unetlib's fastest against the fastest peer, case by case."""
+    lines = []
+    for row in results["best"]:
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["ratio"]))
+        lines.append([row["network"], row["shape"], row["precision"], f"`{row['ours']}`", f"`{row['peer']}`", ratio])
+    return table(["network", "shape", "precision", "unetlib's best", "best peer", "times its speed, quartiles"], lines)
+
+
+def forward_section(results: dict[str, Any], stem: str) -> str:
+    roofs = results["roofs"]
+    speeds = ", ".join(f"{1e-9 * speed:.0f} GFLOP/s in {name}" for name, speed in roofs["flop_per_second"].items())
+    parts = [f"### {stem}", about(results), f"Roofs of this machine: {speeds}; {roofs['bytes_per_second'] / 1e9:.1f} GB/s."]
+    parts.append(best(results))
+    for network in in_order(results["rows"], "network"):
+        name = Path(network).name
+        own = [row for row in results["rows"] if row["network"] == network]
+        parts += [f"![Time of a pass of {name} against its pixels](plots/{stem}-{name}-time.svg)"]
+        parts += [f"![Roofline of {name}](plots/{stem}-{name}-roofline.svg)"]
+        for precision in in_order(own, "precision"):
+            rows = [row for row in own if row["precision"] == precision]
+            parts += [f"**{name}, {precision}**", times(rows), details(rows, roofs)]
+    return "\n\n".join(parts)
+
+
+def predict_section(results: dict[str, Any], stem: str) -> str:
+    lines = []
+    for row in results["rows"]:
+        stages = [f"{1e3 * spread(row['stages'][stage]).median:.1f}" for stage in STAGES]
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["ratio"]))
+        lines.append([row["way"], f"{1e3 * median(row):.1f}", *stages, ratio])
+    header = ["way", "ms", *STAGES, "unetlib is times as fast, quartiles"]
+    width, height = results["picture"]
+    seen = "x".join(map(str, results["seen"]))
+    return "\n\n".join([f"### {stem}", about(results), f"A picture of {width}x{height}, seen at {seen}.", table(header, lines)])
+
+
+def scores_section() -> str:
+    """What others published, and what their networks cost."""
+    lines = []
+    for row in sorted(read_scores(), key=lambda row: row["dice"]):
+        gflop = "-" if row["gflop"] is None else f"{row['gflop']:.1f}"
+        lines.append([row["name"], f"{row['dice']:.4g}", row["measured_on"], gflop, row["cost_of"], row["source"]])
+    header = ["", "mean Dice", "measured on", "GFLOP of a pass", "of what", "source"]
+    plot = "![Mean Dice against GFLOP of a forward pass](plots/scores.svg)"
+    return "\n\n".join(["### Quality against cost", plot, table(header, lines)])
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Replace what stands between the marks of the page."""
+    sections = [scores_section()]
+    for kind, section in (("forward", forward_section), ("predict", predict_section)):
+        for file in sorted(results.glob(f"{kind}-*.json")):
+            sections.append(section(json.loads(file.read_text(encoding="utf-8")), file.stem))
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{page} must have the marks {BEGIN} and {END}")
+    page.write_text("\n\n".join([before + BEGIN, *sections, END + after]), encoding="utf-8")
+
+
+def main() -> None:
+    plots.draw_all(RESULTS, PLOTS)
+    write_page(RESULTS, PAGE)
+
+
+if __name__ == "__main__":
+    main()

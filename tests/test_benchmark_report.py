@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+
+import plots
+import pytest
+import report
+
+pytest.importorskip("matplotlib", reason="plots need matplotlib; `pip install .[test]` has it")
+
+PEERS = ("study", "openvino", "unetlib")
+MACHINE = {"cpu": "a CPU", "threads": 2, "python": "3.11", "torch": "2.14", "other": "left out"}
+
+
+def forward_results():
+    rows = []
+    for shape, pixels in (("1x10x10", 100), ("2x10x20", 400)):
+        for precision, times in (("float32", (4.0, 2.0, 3.0)), ("bfloat16", (2.0, 1.0, 1.5))):
+            for peer, time in zip(PEERS, times):
+                seconds = [pixels * 1e-6 * time * noise for noise in (0.9, 1.0, 1.1)]
+                row = {"network": "study", "shape": shape, "precision": precision, "peer": peer, "seconds": seconds}
+                row |= {"flop_per_picture": 10**6, "bytes_per_pass": 10**5 * pixels, "error": 1e-7, "peak_bytes": 3 * 2**20}
+                rows.append(row | {"speedup": [times[0] / time] * 3})
+    best = {"network": "study", "shape": "1x10x10", "precision": "float32", "ours": "unetlib", "peer": "openvino"}
+    roofs = {"flop_per_second": {"float32": 1e10, "bfloat16": 2e10}, "bytes_per_second": 3e9}
+    return {
+        "command": "python benchmarks/forward.py --rounds 3",
+        "machine": MACHINE,
+        "roofs": roofs,
+        "skipped": {},
+        "rows": rows,
+        "best": [best | {"ratio": [0.6, 0.67, 0.7]}],
+    }
+
+
+def predict_results():
+    stages = {stage: [0.01, 0.02, 0.03] for stage in report.STAGES}
+    row = {"seconds": [0.07, 0.08, 0.09], "ratio": [1.1, 1.2, 1.3], "different": 0.001, "stages": stages}
+    rows = [{"way": way, **row} for way in ("study", "milesial", "unetlib")]
+    command = "python benchmarks/predict.py"
+    return {"command": command, "machine": MACHINE, "picture": [1918, 1280], "seen": [640, 960], "rows": rows}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "forward-cpu.json").write_text(json.dumps(forward_results()))
+    (folder / "predict-cpu.json").write_text(json.dumps(predict_results()))
+    return folder
+
+
+def test_the_page_shows_what_was_measured(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Before\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n")
+    report.write_page(results, page)
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("\n\nAfter.\n")
+    assert "old figures" not in text
+    assert "python benchmarks/forward.py --rounds 3" in text
+    assert "cpu a CPU, threads 2, python 3.11, torch 2.14." in text
+    assert "10 GFLOP/s in float32, 20 GFLOP/s in bfloat16; 3.0 GB/s" in text
+    assert "| `study` | 0.40 (1.00) | 1.60 (1.00) |" in text  # milliseconds, times the study's speed
+    assert "| `openvino` | 0.20 (2.00) | 0.80 (2.00) |" in text
+    # 400 pixels of 2 pictures in 0.8 ms: 2500 pictures and 2.5 GFLOP a second, a quarter of the roof
+    assert "| `openvino` | 0.76 to 0.84 | 2500.00 | 2 | 25% | 1e-07 | 3 |" in text
+    assert "| study | 1x10x10 | float32 | `unetlib` | `openvino` | 0.67 (0.64 to 0.69) |" in text
+    assert "A picture of 1918x1280, seen at 640x960." in text
+    assert "| milesial | 80.0 | 20.0 | 20.0 | 20.0 | 20.0 | 1.20 (1.15 to 1.25) |" in text
+    report.write_page(results, page)
+    assert page.read_text() == text  # again is the same
+
+
+def test_a_page_without_results_has_published_scores_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}{report.END}")
+    report.write_page(tmp_path, page)
+    assert re.findall("^### .*", page.read_text(), re.MULTILINE) == ["### Quality against cost"]
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text")
+    with pytest.raises(SystemExit, match="must have the marks"):
+        report.write_page(tmp_path, page)
+    assert page.read_text() == "text"
+
+
+def test_the_documentation_is_what_the_script_writes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    report.write_page(plots.RESULTS, page)
+    assert page.read_text(encoding="utf-8") == report.PAGE.read_text(encoding="utf-8"), "run `python benchmarks/report.py`"
+    named = set(re.findall(r"\]\(plots/([^)]+)\)", page.read_text(encoding="utf-8")))
+    assert named == {path.name for path in plots.PLOTS.iterdir()}
+
+
+def test_plots_show_every_contestant(results, tmp_path):
+    plots.main(["--results", str(results), "--out", str(tmp_path)])
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert set(drawn) == {"scores.svg", "forward-cpu-study-time.svg", "forward-cpu-study-roofline.svg"}
+    for name in ("forward-cpu-study-time.svg", "forward-cpu-study-roofline.svg"):
+        for text in (*PEERS, "float32", "bfloat16"):
+            assert f">{text}<" in drawn[name]
+    assert all(f">{row['name']}" in drawn["scores.svg"] for row in plots.read_scores())
+    assert max(len(text) for text in drawn.values()) < 100_000
+
+
+def test_points_lie_under_the_measured_roof(monkeypatch, tmp_path):
+    """The plot's own numbers, read back from its axes."""
+    figures = []
+    monkeypatch.setattr(plots, "save_plot", lambda figure, file: figures.append(figure))
+    found = forward_results()
+    plots.draw_roofline(found["rows"], found["roofs"], tmp_path / "a.svg")
+    panel = figures[0].axes[0]
+    roof, *points = panel.get_lines()
+    assert max(roof.get_ydata()) == 10  # GFLOP/s
+    assert [line.get_label() for line in points] == list(PEERS)
+    intensities = [1e6 / 1e7, 2e6 / 4e7]  # FLOP of the batch over its bytes
+    assert list(points[1].get_xdata()) == pytest.approx(intensities)
+    assert list(points[1].get_ydata()) == pytest.approx([1e6 / 2e-4 / 1e9, 2e6 / 8e-4 / 1e9])
+
+
+def test_bad_folders(capsys):
+    with pytest.raises(SystemExit):
+        plots.main(["--out", "no/such/folder"])
+    assert "there is no folder 'no/such/folder'" in capsys.readouterr().err
+
+
+# ---- costs of published networks, from their descriptions ----------------------------------------------------------------
+
+
+def conv(before, width, pixels):
+    return 2 * 9 * before * width * pixels
+
+
+def petrosgk(side):
+    """Two convolutions down, three after each concatenation, upsampling without weights; deeper for larger pictures."""
+    widths = [width for width in (8, 16, 32, 64, 128, 256, 512, 1024) if width >= 8 * 1024 // side]
+    total, before = 2 * side**2 * widths[0], 3
+    for level, width in enumerate(widths):
+        pixels = (side >> level) ** 2
+        total += conv(before, width, pixels) + conv(width, width, pixels)
+        if level < len(widths) - 1:
+            total += conv(width + widths[level + 1], width, pixels) + 2 * conv(width, width, pixels)
+        before = width
+    return total
+
+
+def ematvey():
+    """A first convolution of stride 2, blocks of in-in and in-out; the last blocks at full size see the picture again."""
+    widths, full = (16, 32, 64, 128, 256, 512, 1024, 1024), 1280 * 1920
+
+    def block(before, width, pixels):
+        return conv(before, before, pixels) + conv(before, width, pixels)
+
+    half = full // 4
+    total = conv(3, 16, half)
+    for level in range(1, 8):
+        pixels = full >> 2 * level
+        total += block(widths[level - 1], widths[level], pixels)
+        if level < 7:
+            total += block(widths[level + 1] + widths[level], widths[level], pixels)
+    total += conv(32 + 16, 32, half) + conv(32, 32, half) + 2 * 4 * 32 * 32 * half
+    return total + conv(32, 32, full) + block(32 + 3, 32, full) + 2 * 32 * full
+
+
+def test_costs_of_published_networks():
+    from harness import flop
+
+    from unetlib import UNet
+
+    rows = {row["name"]: row for row in plots.read_scores()}
+    expected = {f"petrosgk {side}": petrosgk(side) for side in (128, 256, 512, 1024)} | {"ematvey": ematvey()}
+    expected["unetlib carvana"] = flop(UNet.from_pretrained("carvana"), 640, 960)
+    assert {name for name, row in rows.items() if row["gflop"] is not None} == set(expected)
+    for name, flops in expected.items():
+        assert rows[name]["gflop"] == round(flops / 1e9, 1)
+    assert all(row["source"] for row in rows.values())
