@@ -65,9 +65,9 @@ class Piece(NamedTuple):
 def exact_halo(config: UNetConfig) -> int:
     """Pixels around a tile that decide what the network says inside it.
 
-    The tile's corners are multiples of `2 ** config.depth`, so that poolings fall on the same pixels as in the whole picture. What
-    each layer needs is followed from the output back to the input: a 3x3 convolution one more pixel to each side, a pooling twice
-    as many, an upsampling half, and the bilinear one a neighbour besides.
+    The tile's corners are multiples of `2 ** config.depth`, so that poolings fall on the same pixels as in the whole picture.
+    What each layer needs is followed from the output back to the input: a 3x3 convolution one more pixel to each side, a
+    pooling twice as many, an upsampling half, and the bilinear one a neighbour besides.
 
     Args:
         config: the network's; dropout and batch norm need nothing in evaluation mode.
@@ -81,9 +81,9 @@ def exact_halo(config: UNetConfig) -> int:
     """
     if whole := needs_whole(config):
         raise ValueError(f"tiles cannot give the whole picture's result, because {whole}")
-    side = 2**config.depth
+    side: int = 2**config.depth
     first, last = 0, side - 1  # pixels of the smallest tile
-    skips = []
+    skips: list[tuple[int, int]] = []
     for _ in range(config.depth):  # the decoder, the full-size level first
         first, last = first - 2, last + 2  # the two convolutions
         skips.append((first, last))
@@ -123,9 +123,9 @@ def plan_tiles(
 
     The tiles are the smallest equal ones that are as few as tiles of the given size would be.
 
-    With the exact halo, what is kept equals the network's result for the whole picture, to the border. One case is left where it
-    cannot: `match="resize"`, which stretches whole maps, and sides that are no multiples of `2 ** config.depth`. The result is
-    then that of the picture with its last row and column repeated up to such multiples.
+    With the exact halo, what is kept equals the network's result for the whole picture, to the border. One case is left where
+    it cannot: `match="resize"`, which stretches whole maps, and sides that are no multiples of `2 ** config.depth`. The result
+    is then that of the picture with its last row and column repeated up to such multiples.
 
     Args:
         config: the network's.
@@ -140,9 +140,9 @@ def plan_tiles(
         ValueError: for a tile too small for the overlap, or a network that `exact_halo` refuses, without an `overlap`.
 
     Example:
-        >>> plan = plan_tiles(UNetConfig(features=(8, 16)), (100, 64), (64, 64))
+        >>> plan = plan_tiles(UNetConfig(features=(8, 16)), (100, 64), (96, 96))
         >>> plan.rows
-        (Span(start=0, stop=64, keep_start=0, keep_stop=40), Span(start=36, stop=100, keep_start=60, keep_stop=100))
+        (Span(start=0, stop=76, keep_start=0, keep_stop=48), Span(start=24, stop=100, keep_start=48, keep_stop=100))
         >>> plan.columns
         (Span(start=0, stop=64, keep_start=0, keep_stop=64),)
     """
@@ -160,8 +160,8 @@ def plan_tiles(
     for side, length in zip(tile, size):
         if length > side < 2 * overlap + multiple:
             raise ValueError(
-                f"tile must be at least {2 * overlap + multiple} pixels a side to see {overlap} more at each side than it keeps, "
-                f"got {side}" + (f"; or give a smaller overlap= for an approximate result than the exact {halo}" if exact else "")
+                f"a tile that sees {overlap} pixels more at each side than it keeps must be at least {2 * overlap + multiple} "
+                f"pixels a side, got {side}; give a larger tile=, or a smaller overlap= for an approximate result"
             )
     if not exact:
         reason = whole or f"overlap={overlap} is less than the {halo} pixels that decide the result"
@@ -172,6 +172,31 @@ def plan_tiles(
         for length, side in zip(size, tile)
     )
     return TilePlan(size, rows, columns, overlap, exact)
+
+
+def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple[int, int] | None:
+    """The largest useful tile for a picture, None where it fits whole.
+
+    Beyond 2048 pixels a side, or 16 times the halo, larger tiles save little: the halo is then a fifth of the work or less.
+
+    Args:
+        config: the network's.
+        size: height and width of the picture.
+        pixels: how many fit into one pass, as `unetlib.memory.pixels_in_one_pass` says.
+
+    Returns:
+        Height and width, never less than the exact halo needs, or None.
+
+    Example:
+        >>> choose_tile(UNetConfig(), (20_000, 30_000), pixels=2**20)
+        (1024, 1024)
+    """
+    if size[0] * size[1] <= pixels:
+        return None
+    multiple = 2**config.depth
+    halo = multiple if needs_whole(config) else _round_up(exact_halo(config), multiple)
+    side = min(max(2048, 16 * halo), max(math.isqrt(pixels) // multiple * multiple, 2 * halo + multiple))
+    return side, side
 
 
 def run_tiles(
@@ -216,8 +241,8 @@ def join(pieces: Iterable[Piece], size: tuple[int, int]) -> Tensor:
     return result
 
 
-def iter_bands(pieces: Iterable[Piece], width: int) -> Iterator[Tensor]:
-    """Put together the pieces that stand side by side: (..., h, w) each to (..., h, width), from the top down."""
+def iter_bands(pieces: Iterable[Piece]) -> Iterator[Tensor]:
+    """Put together the pieces that stand side by side: (..., h, w) each to (..., h, W), from the top down."""
     for _, row in groupby(pieces, key=lambda piece: piece.rows.start):
         yield torch.cat([piece.values for piece in row], dim=-1)
 
