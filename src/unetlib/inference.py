@@ -289,9 +289,8 @@ class _Passes:
             read = partial(_region, picture)
         # A mirrored picture has its odd row at the other end; with whole multiples its tiles lie on the same grid.
         plan = plan_tiles(self.model.config, size, window, self.overlap, pad=self.tta)
-        if self.progress:
-            read = _with_bar_of_tiles(read, len(plan))
-        pieces = run_tiles(self.forward, read, plan, batch_size=1 if self.tile is None else self.batch_size)
+        forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
+        pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
         return pieces if size == source.size else [_whole(_resize(join(pieces, size), source.size))]
 
     def _pixels(self) -> int:
@@ -317,18 +316,19 @@ def _region(picture: Tensor, rows: slice, columns: slice) -> Tensor:
     return picture[:, rows, columns]
 
 
-def _with_bar_of_tiles(read: Callable[[slice, slice], Tensor], tiles: int) -> Callable[[slice, slice], Tensor]:
+def _with_bar_of_tiles(forward: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tensor], Tensor]:
     from tqdm.auto import tqdm
 
     bar = tqdm(total=tiles, unit="tile")
 
-    def read_and_count(rows: slice, columns: slice) -> Tensor:
-        bar.update()
+    def forward_and_count(batch: Tensor) -> Tensor:
+        logits = forward(batch)
+        bar.update(len(batch))
         if bar.n == tiles:
             bar.close()
-        return read(rows, columns)
+        return logits
 
-    return read_and_count
+    return forward_and_count
 
 
 def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
