@@ -301,7 +301,7 @@ class _Passes:
 def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if tile is None:
         return None
-    sides = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    sides = tuple(tile) if isinstance(tile, Sequence) else (tile, tile)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"tile must be a side or (height, width) in whole pixels, or None, got {tile!r}")
     height, width = sides
