@@ -177,7 +177,7 @@ def plan_tiles(
 def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple[int, int] | None:
     """The largest useful tile for a picture, None where it fits whole.
 
-    Beyond 2048 pixels a side, or 16 times the halo, larger tiles save little: the halo is then a fifth of the work or less.
+    Beyond 2048 pixels a side, or 16 times the halo, larger tiles save little: the halo is then less than a quarter of the work.
 
     Args:
         config: the network's.
