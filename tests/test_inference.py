@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unetlib import Preprocessing, UNet
+from unetlib import Preprocessing, UNet, inference, rasters
 from unetlib.inference import evaluate, iter_logits
+from unetlib.tiling import plan_tiles
 
 
 @pytest.fixture
@@ -210,3 +212,236 @@ def test_cuda_gives_the_cpu_mask(model, picture):
     on_cpu = model.predict(picture, probabilities=True)
     on_cuda = model.to("cuda").predict(torch.from_numpy(picture).permute(2, 0, 1), probabilities=True)
     np.testing.assert_allclose(on_cuda, on_cpu, atol=1e-2)  # TF32 convolutions
+
+
+# --- huge pictures: tiles, symmetries, files by region
+
+
+@pytest.fixture
+def wide():
+    return np.random.default_rng(3).integers(0, 256, (88, 132, 3), np.uint8)
+
+
+def few_pixels(monkeypatch, pixels):
+    """As if memory were so short."""
+    monkeypatch.setattr(inference, "pixels_in_one_pass", lambda config, **where: pixels)
+
+
+def shapes_seen(model):
+    shapes = []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
+@pytest.mark.parametrize("out_channels", [1, 3])
+@pytest.mark.parametrize("tile", [64, (64, 72), (1000, 64)])
+def test_tiles_give_what_the_whole_picture_gives(wide, out_channels, tile):
+    torch.manual_seed(0)
+    model = UNet(features=(4, 8), out_channels=out_channels).eval()
+    shapes = shapes_seen(model)
+    whole = model.predict(wide, probabilities=True)
+    assert shapes == [(1, 3, 88, 132)]
+    tiles = model.predict(wide, probabilities=True, tile=tile)
+    assert len(shapes) > 1
+    assert max(shape[0] for shape in shapes) > 1  # equal tiles go together
+    assert tiles.shape == whole.shape
+    np.testing.assert_allclose(tiles, whole, rtol=1e-5, atol=1e-6)
+    (logits,) = iter_logits(model, [wide], tile=tile)
+    np.testing.assert_allclose(logits.numpy(), logits_by_hand(model, wide).numpy(), rtol=1e-5, atol=1e-6)
+    classes = model.predict(wide, tile=tile)
+    np.testing.assert_array_equal(classes, tiles >= 0.5 if out_channels == 1 else tiles.argmax(axis=0))
+
+
+def test_a_picture_no_larger_than_a_tile_stays_whole(model, picture):
+    shapes = shapes_seen(model)
+    model.predict([picture, picture], tile=50)
+    assert shapes == [(2, 3, 37, 50)]
+
+
+def test_memory_decides_how_many_pictures_go_together_and_which_in_tiles(model, wide, monkeypatch):
+    shapes = shapes_seen(model)
+    expected = model.predict(wide, probabilities=True)
+    for pixels, seen in ((3 * 88 * 132, [3, 2]), (88 * 132, [1] * 5)):
+        shapes.clear()
+        few_pixels(monkeypatch, pixels)
+        for found in model.predict([wide] * 5, probabilities=True, batch_size=5):
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert [shape[0] for shape in shapes] == seen
+    shapes.clear()
+    few_pixels(monkeypatch, 72 * 72)
+    found = model.predict(wide, probabilities=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(shapes) > 1
+    assert all(shape[0] == 1 and shape[2] * shape[3] <= 72 * 72 for shape in shapes)
+
+
+def test_networks_that_need_the_whole_picture_say_so(wide, monkeypatch):
+    torch.manual_seed(0)
+    model = UNet(features=(4, 8), norm="group").eval()
+    few_pixels(monkeypatch, 72 * 72)
+    with pytest.raises(ValueError, match=r"88x132 pixels does not fit .* norm='group' .* tile=\(88, 132\)"):
+        model.predict(wide)
+    assert model.predict(wide, tile=(88, 132)).shape == (88, 132)
+    with pytest.warns(UserWarning, match="approximate, because norm='group'"):
+        assert model.predict(wide, overlap=8).shape == (88, 132)
+
+
+def test_less_overlap_is_blended_and_warned_of(model, wide):
+    whole = model.predict(wide, probabilities=True)
+    with pytest.warns(UserWarning, match="overlap=8 is less than the 24 pixels"):
+        blended = model.predict(wide, probabilities=True, tile=48, overlap=8)
+    assert 0 < np.abs(blended - whole).max() < 0.1
+
+
+def test_tiles_are_of_the_networks_input(model, wide):
+    for preprocessing in (Preprocessing(size=(112, 96)), Preprocessing(scale=2.0), Preprocessing(size=(88, 132))):
+        model.preprocessing = preprocessing
+        np.testing.assert_allclose(
+            model.predict(wide, probabilities=True, tile=64), model.predict(wide, probabilities=True), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "views"), [(Preprocessing(), 8), (Preprocessing(size=(40, 40)), 8), (Preprocessing(size=(24, 40)), 4)]
+)
+def test_tta_is_the_mean_over_turned_and_mirrored_pictures(model, picture, preprocessing, views):
+    if preprocessing.size is not None:
+        picture = picture[: preprocessing.size[0], : preprocessing.size[1]]
+        picture = np.pad(picture, ((0, preprocessing.size[0] - len(picture)), (0, 0), (0, 0)))
+    plain = model.predict(picture, probabilities=True)
+    expected = []
+    for quarter in range(4) if views == 8 else (0, 2):
+        for mirror in (1, -1):
+            view = np.ascontiguousarray(np.rot90(picture[:, ::mirror], quarter))
+            answer = np.rot90(logits_by_hand(model, view)[0].sigmoid().numpy(), -quarter)
+            expected.append(answer[:, ::mirror])
+    model.preprocessing = preprocessing
+    found = model.predict(picture, probabilities=True, tta=True)
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=1e-6)
+    assert np.abs(found - plain).max() > 1e-4
+    assert (model.predict(picture, tta=True) == (found >= 0.5)).all()
+
+
+def test_tta_in_tiles_is_tta_of_the_whole_picture(model, wide):
+    np.testing.assert_allclose(
+        model.predict(wide, probabilities=True, tta=True, tile=72), model.predict(wide, probabilities=True, tta=True), atol=1e-6
+    )
+    odd = wide[:85, :131]
+    padded = np.pad(odd, ((0, 3), (0, 1), (0, 0)), mode="edge")
+    np.testing.assert_allclose(
+        model.predict(odd, probabilities=True, tta=True, tile=72),
+        model.predict(padded, probabilities=True, tta=True)[:85, :131],
+        atol=1e-6,
+    )
+
+
+def test_evaluate_takes_the_same_options(model, wide):
+    mask = (wide[..., 0] > 127).astype(np.uint8)
+    found = model.predict(wide, tta=True)
+    scores = evaluate(model, [(wide, mask)], tta=True, tile=72)
+    assert scores["dice"] == pytest.approx(2 * (found & mask).sum() / (found.sum() + mask.sum()), abs=1e-4)
+
+
+class Watched:
+    """An array of which only parts may be read."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def __getitem__(self, region):
+        rows, columns = region
+        self.read.append((rows.stop - rows.start) * (columns.stop - columns.start))
+        return self.array[region]
+
+
+def test_what_is_read_by_region_is_never_read_whole(model, wide):
+    watched = Watched(wide)
+    found = model.predict(watched, tile=64)
+    np.testing.assert_array_equal(found, model.predict(wide))
+    assert len(watched.read) > 1
+    assert max(watched.read) <= 64 * 64
+
+
+def test_arrays_and_tiffs_on_disk(model, wide, tmp_path, monkeypatch):
+    expected = model.predict(wide, probabilities=True)
+    np.save(tmp_path / "a.npy", wide)
+    tifffile.imwrite(tmp_path / "a.tif", wide, photometric="rgb", tile=(32, 32), compression="zlib")
+    for form in (tmp_path / "a.npy", str(tmp_path / "a.npy"), np.load(tmp_path / "a.npy", mmap_mode="r"), tmp_path / "a.tif"):
+        np.testing.assert_allclose(model.predict(form, probabilities=True), expected, atol=1e-6)
+    whole = inference.read_image
+    monkeypatch.setattr(inference, "read_image", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(rasters, "_READ_WHOLE", 88 * 132 - 1)
+    np.testing.assert_allclose(model.predict(tmp_path / "a.tif", probabilities=True, tile=64), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(inference, "read_image", whole)
+    monkeypatch.setattr(rasters, "_READ_WHOLE", 88 * 132)
+    model.predict(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 64}, {"tile": 48, "overlap": 8}, {"tile": 72, "tta": True}])
+@pytest.mark.filterwarnings("ignore:tiles are blended")
+def test_results_go_to_a_file_as_they_come(model, wide, tmp_path, options):
+    expected = model.predict(wide, **options)
+    for name in ("mask.npy", "mask.tif"):
+        assert model.predict(wide, out=tmp_path / name, **options) == tmp_path / name
+        np.testing.assert_array_equal(np.asarray(rasters.open_raster(tmp_path / name)[:, :]), expected)
+    model.predict(wide, out=str(tmp_path / "probabilities.npy"), probabilities=True, **options)
+    np.testing.assert_array_equal(np.load(tmp_path / "probabilities.npy"), model.predict(wide, probabilities=True, **options))
+
+
+def test_an_interrupted_prediction_leaves_no_file(model, wide, tmp_path):
+    class Broken(Watched):
+        def __getitem__(self, region):
+            if len(self.read) == 3:
+                raise OSError("the disk is gone")
+            return super().__getitem__(region)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        model.predict(Broken(wide), tile=64, out=tmp_path / "mask.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_tiles(model, wide, capsys):
+    plan = plan_tiles(model.config, (88, 132), (64, 64))
+    model.predict(wide, tile=64, progress=True)
+    shown = capsys.readouterr().err
+    assert f"{len(plan)}/{len(plan)}" in shown
+    assert "tile/s" in shown or "s/tile" in shown
+
+
+def test_bytes_and_floats_are_not_mixed_in_a_batch(model, picture):
+    floats = torch.from_numpy(picture).permute(2, 0, 1) / 255
+    for found in model.predict([picture, floats, picture], probabilities=True):
+        np.testing.assert_allclose(found, model.predict(picture, probabilities=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": 0}, "tile must be a side or .*, got 0"),
+        ({"tile": (64, 64, 3)}, r"tile must be .*, got \(64, 64, 3\)"),
+        ({"tile": 64.0}, "tile must be .*, got 64.0"),
+        ({"tile": 40}, "must be at least 52 pixels a side, got 40"),
+        ({"overlap": -1}, "overlap must be a whole number of pixels from 0 on, or None, got -1"),
+        ({"overlap": 0.5}, "overlap must be .*, got 0.5"),
+        ({"out": "mask.png"}, r"expected a \.npy, \.tif or \.tiff file to write, got 'mask.png'"),
+        ({"out": "mask.tif", "probabilities": True}, r"give a \.npy file for probabilities instead of 'mask.tif'"),
+    ],
+)
+def test_bad_options_are_named(model, wide, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(wide, **options)
+
+
+def test_out_is_for_one_picture(model, picture):
+    with pytest.raises(ValueError, match="out is for one picture, got a list of 2"):
+        model.predict([picture, picture], out="mask.npy")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_tiles_on_cuda(model, wide):
+    model = model.to("cuda")
+    np.testing.assert_allclose(
+        model.predict(wide, probabilities=True, tile=64),
+        model.predict(wide, probabilities=True),
+        atol=1e-2,  # TF32 convolutions
+    )

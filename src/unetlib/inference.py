@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from os import PathLike
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +20,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .imaging import read_image, to_tensor
+from .memory import pixels_in_one_pass
+from .rasters import Raster, check_output, is_huge_tiff, open_raster, write_raster
+from .symmetries import average_symmetries
+from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
 
 if TYPE_CHECKING:
     from .metrics import SegmentationMetrics
     from .unet import UNet
 
-Picture: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor"
+Picture: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor | Raster"
+_Item = TypeVar("_Item")
 
 
 def predict(
@@ -30,11 +38,19 @@ def predict(
     images: Picture | Sequence[Picture],
     *,
     threshold: float | None = None,
+    tile: int | tuple[int, int] | None = None,
+    overlap: int | None = None,
+    tta: bool = False,
     probabilities: bool = False,
     batch_size: int = 4,
     progress: bool = False,
-) -> NDArray[np.uint8] | NDArray[np.float32] | list[NDArray[np.uint8]] | list[NDArray[np.float32]]:
+    out: str | PathLike[str] | None = None,
+) -> Any:
     """Segment pictures of any size; `UNet.predict` calls this.
+
+    A picture that does not fit into half of the free memory goes through the network in tiles, with the same result
+    (`unetlib.tiling`). One that is read by region and is not resized is never in memory as a whole: an array mapped from disk,
+    a `.npy` file, a TIFF file of more than 2**26 pixels, or anything else with `shape`, `dtype` and `[rows, columns]`.
 
     Args:
         model: the network; its `preprocessing` says how a picture becomes its input. Training mode and device stay as they are.
@@ -42,23 +58,35 @@ def predict(
             uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
             into grey for a network of one.
         threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
+        tile: side, or (height, width), of what the network sees at a time, in pixels of its input. None takes the whole picture
+            where that fits into memory, otherwise the largest useful tile that does. A picture no larger than that stays whole.
+        overlap: pixels that a tile sees beyond what it keeps, at each inner side. None takes as many as decide the result, so
+            that it is that of the whole picture. Less is a warning, and tiles are blended.
+        tta: average the probabilities over the picture's eight symmetries; over the four flips alone if the model's
+            `preprocessing.size` is not square. Eight or four times the work.
         probabilities: return probabilities instead of classes.
-        batch_size: pictures in one forward pass.
-        progress: show a progress bar.
+        batch_size: pictures, or tiles of a given size, in one forward pass; fewer where memory is short.
+        progress: show a progress bar of pictures, and one of the tiles of each.
+        out: file to write the result of a single picture to instead of returning it: `.npy`, or for masks `.tif`, tiled. It
+            appears when it is whole.
 
     Returns:
         For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel);
         or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One result for one picture, a
-        list for a list.
+        list for a list. With `out` its path.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
+        ImportError: for a large TIFF file without the extra `tiff`.
         TypeError: for something that is no picture.
-        ValueError: for a file, shape or value that cannot be read, naming it.
+        ValueError: for a file, shape or value that cannot be read, naming it; for a picture that needs tiles and a network
+            whose tiles cannot give the whole picture's result, without an `overlap`.
 
     Example:
         >>> from unetlib import UNet
         >>> UNet(features=(8, 16)).predict(np.zeros((90, 120, 3), np.uint8)).shape
+        (90, 120)
+        >>> UNet(features=(8, 16)).predict(np.zeros((90, 120, 3), np.uint8), tile=64, tta=True).shape
         (90, 120)
     """
     if threshold is None:
@@ -69,19 +97,41 @@ def predict(
         raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
-    logits = iter_logits(model, pictures, batch_size=batch_size)
+    if out is not None:
+        if not one:
+            raise ValueError(f"out is for one picture, got a list of {len(pictures)}; call predict for each")
+        if check_output(out).suffix != ".npy" and probabilities:
+            raise ValueError(f"a TIFF holds masks; give a .npy file for probabilities instead of {str(out)!r}")
+    predictions = _predictions(model, pictures, batch_size, tile, overlap, tta, progress)
     decide = _probabilities if probabilities else _classes
-    results = [decide(one_logits, threshold) for one_logits in (_with_bar(logits, len(pictures)) if progress else logits)]
-    return results[0] if one else results  # type: ignore[return-value]
+    results: list[Any] = []
+    for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
+        decided = (piece._replace(values=decide(piece.values, threshold).cpu()) for piece in pieces)
+        if out is None:
+            results.append(join(decided, size).numpy())
+        else:
+            results.append(write_raster(out, size, (band.numpy() for band in iter_bands(decided))))
+    return results[0] if one else results
 
 
-def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) -> Iterator[Tensor]:
+def iter_logits(
+    model: UNet,
+    images: Iterable[Picture],
+    *,
+    batch_size: int = 4,
+    tile: int | tuple[int, int] | None = None,
+    overlap: int | None = None,
+    tta: bool = False,
+) -> Iterator[Tensor]:
     """Yield each picture's logits at its own size, reading `batch_size` pictures at a time.
 
     Args:
         model: the network, as in `predict`.
         images: pictures, as in `predict`; an iterator is read a batch at a time.
-        batch_size: pictures in one forward pass.
+        batch_size: pictures in one forward pass, as in `predict`.
+        tile: as in `predict`.
+        overlap: as in `predict`.
+        tta: as in `predict`; these are then logits of the mean probability.
 
     Yields:
         float32 (out_channels, H, W) on the model's device, one for each picture in turn.
@@ -95,23 +145,17 @@ def iter_logits(model: UNet, images: Iterable[Picture], *, batch_size: int = 4) 
         >>> for logits in iter_logits(UNet(features=(8,)), [picture]):
         ...     metrics.update(logits[None], mask[None])
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-    waiting = iter(images)
-    while chunk := [_read(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
-        sizes = [tuple(picture.shape[-2:]) for picture in chunk]
-        inputs = [_resize(picture, _input_size(model, size)) for picture, size in zip(chunk, sizes)]
-        numbered = zip(inputs, sizes)
-        for _, group in groupby(numbered, key=lambda pair: pair[0].shape):
-            batch, own_sizes = zip(*group)
-            for logits, own_size in zip(_forward(model, torch.stack(batch)), own_sizes):
-                yield _resize(logits, own_size)
+    for size, pieces in _predictions(model, images, batch_size, tile, overlap, tta, False):
+        yield join(pieces, size)
 
 
 def evaluate(
     model: UNet,
     dataset: Iterable[tuple[Picture, ArrayLike]],
     *,
+    tile: int | tuple[int, int] | None = None,
+    overlap: int | None = None,
+    tta: bool = False,
     batch_size: int = 4,
     progress: bool = False,
     metrics: SegmentationMetrics | None = None,
@@ -121,7 +165,10 @@ def evaluate(
     Args:
         model: the network; its `preprocessing` applies, as in `predict`.
         dataset: pairs of a picture, as in `predict`, and its mask (H, W): an `ImageMaskDataset` without a transform, for one.
-        batch_size: pictures in one forward pass.
+        tile: as in `predict`.
+        overlap: as in `predict`.
+        tta: as in `predict`.
+        batch_size: pictures in one forward pass, as in `predict`.
         progress: show a progress bar.
         metrics: what counts, if not `SegmentationMetrics` as the model needs it: one with other options, or one that goes on
             counting; it may be merged with those of other processes afterwards.
@@ -147,7 +194,7 @@ def evaluate(
             masks.append(mask)
             yield picture
 
-    logits = iter_logits(model, pictures(), batch_size=batch_size)
+    logits = iter_logits(model, pictures(), batch_size=batch_size, tile=tile, overlap=overlap, tta=tta)
     total = len(dataset) if isinstance(dataset, Sized) else None
     for picture_logits in _with_bar(logits, total) if progress else logits:
         mask = torch.as_tensor(masks.popleft(), device=picture_logits.device)
@@ -155,40 +202,182 @@ def evaluate(
     return metrics.compute()
 
 
-def _with_bar(items: Iterator[Tensor], total: int | None) -> Iterator[Tensor]:
+_ALL = slice(None)
+
+
+class _Source(NamedTuple):
+    """A picture that can be read by region."""
+
+    size: tuple[int, int]
+    dtype: torch.dtype  # uint8, or a floating point one for numbers in [0, 1]
+    read: Callable[[slice, slice], Tensor]  # rows and columns to (C, h, w), of as many channels as the network takes
+
+
+def _predictions(
+    model: UNet,
+    images: Iterable[Picture],
+    batch_size: int,
+    tile: int | tuple[int, int] | None,
+    overlap: int | None,
+    tta: bool,
+    progress: bool,
+) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
+    """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
+    passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
+    waiting = iter(images)
+    while chunk := [_open(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
+        numbered = [(_input_size(model, source.size), source) for source in chunk]
+        for (size, _), group in groupby(numbered, key=lambda pair: (pair[0], pair[1].dtype)):
+            sources = deque(source for _, source in group)
+            window = passes.window(size)
+            while sources and window is not None:
+                source = sources.popleft()
+                yield source.size, passes.in_tiles(source, size, window)
+            while sources:
+                batch = [sources.popleft() for _ in range(min(len(sources), passes.pictures(size)))]
+                inputs = torch.stack([_resize(source.read(_ALL, _ALL), size) for source in batch])
+                for source, logits in zip(batch, passes.forward(inputs)):
+                    yield source.size, [_whole(_resize(logits, source.size))]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How the pictures of one call go through the network."""
+
+    model: UNet
+    tile: tuple[int, int] | None
+    overlap: int | None
+    tta: bool
+    batch_size: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size!r}")
+        if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 0):
+            raise ValueError(f"overlap must be a whole number of pixels from 0 on, or None, got {self.overlap!r}")
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Logits of a batch of pictures or tiles."""
+        if not self.tta:
+            return _forward(self.model, batch)
+        size = self.model.preprocessing.size
+        return average_symmetries(partial(_forward, self.model), batch, turns=size is None or size[0] == size[1])
+
+    def pictures(self, size: tuple[int, int]) -> int:
+        """How many of this size, at the network's input, go through it at a time."""
+        return max(1, min(self.batch_size, self._pixels() // (size[0] * size[1])))
+
+    def window(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of a tile of a picture that has this size at the network's input; None keeps it whole."""
+        if self.tile is not None:
+            return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
+        window = choose_tile(self.model.config, size, self._pixels())
+        whole = needs_whole(self.model.config)
+        if window is not None and whole and self.overlap is None:
+            raise ValueError(
+                f"a picture of {size[0]}x{size[1]} pixels does not fit into half of the free memory, and tiles cannot give its "
+                f"result, because {whole}; give overlap= for an approximate one, or tile={size} to try the whole picture"
+            )
+        return window
+
+    def in_tiles(self, source: _Source, size: tuple[int, int], window: tuple[int, int]) -> Iterable[Piece]:
+        """Logits of a picture, at its own size."""
+        read = source.read
+        if size != source.size:
+            picture = _resize(read(_ALL, _ALL), size)
+            read = partial(_region, picture)
+        # A mirrored picture has its odd row at the other end; with whole multiples its tiles lie on the same grid.
+        plan = plan_tiles(self.model.config, size, window, self.overlap, pad=self.tta)
+        forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
+        pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
+        return pieces if size == source.size else [_whole(_resize(join(pieces, size), source.size))]
+
+    def _pixels(self) -> int:
+        weight = next(self.model.parameters())
+        return pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device) // (4 if self.tta else 1)
+
+
+def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if tile is None:
+        return None
+    sides = tuple(tile) if isinstance(tile, Sequence) else (tile, tile)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"tile must be a side or (height, width) in whole pixels, or None, got {tile!r}")
+    height, width = sides
+    return height, width
+
+
+def _whole(values: Tensor) -> Piece:
+    return Piece(slice(0, values.shape[-2]), slice(0, values.shape[-1]), values)
+
+
+def _region(picture: Tensor, rows: slice, columns: slice) -> Tensor:
+    return picture[:, rows, columns]
+
+
+def _with_bar_of_tiles(forward: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tensor], Tensor]:
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=tiles, unit="tile")
+
+    def forward_and_count(batch: Tensor) -> Tensor:
+        logits = forward(batch)
+        bar.update(len(batch))
+        if bar.n == tiles:
+            bar.close()
+        return logits
+
+    return forward_and_count
+
+
+def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
     from tqdm.auto import tqdm
 
     yield from tqdm(items, total=total, unit="picture")
 
 
-def _read(picture: Picture, channels: int) -> Tensor:
-    """The picture as (channels, H, W), uint8 or float in [0, 1]."""
+def _open(picture: Picture, channels: int) -> _Source:
+    """The picture, in memory or to be read by region."""
+    if isinstance(picture, (str, PathLike)) and (Path(picture).suffix.lower() == ".npy" or is_huge_tiff(picture)):
+        picture = open_raster(picture)
+    if isinstance(picture, Tensor) or not isinstance(picture, Raster):
+        tensor = _match_channels(_read(picture, channels), channels)
+        return _Source((tensor.shape[1], tensor.shape[2]), tensor.dtype, partial(_region, tensor))
+    if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):
+        raise ValueError(
+            f"a picture as an array must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
+            "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
+        )
+    if 0 in picture.shape:
+        raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
+    return _Source((picture.shape[0], picture.shape[1]), torch.uint8, partial(_raster_region, picture, channels))
+
+
+def _raster_region(raster: Raster, channels: int, rows: slice, columns: slice) -> Tensor:
+    return _match_channels(to_tensor(np.asarray(raster[rows, columns])), channels)
+
+
+def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) -> Tensor:
+    """A file, PIL picture or tensor as (C, H, W), uint8 or float in [0, 1]."""
     if isinstance(picture, (str, PathLike, Image.Image)):
         return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise ValueError(
-                f"a picture as an array must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {picture.shape}; "
-                "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
-            )
-        tensor = to_tensor(picture)
-    elif isinstance(picture, Tensor):
-        tensor = picture.detach()
-        if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
-            raise ValueError(
-                f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
-                + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
-            )
-        if tensor.is_floating_point() and tensor.numel() > 0 and not (tensor.amin() >= 0 and tensor.amax() <= 1):
-            raise ValueError(
-                f"a picture of floats must lie in [0, 1], got {tensor.amin():.6g} to {tensor.amax():.6g}; "
-                "divide by 255, and leave mean and std to the model's preprocessing"
-            )
-    else:
+    if not isinstance(picture, Tensor):
         raise TypeError(f"expected a path, PIL picture, array or tensor, got {type(picture).__name__}")
+    tensor = picture.detach()
+    if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
+        raise ValueError(
+            f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
+            + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
+        )
+    if tensor.is_floating_point() and tensor.numel() > 0 and not (tensor.amin() >= 0 and tensor.amax() <= 1):
+        raise ValueError(
+            f"a picture of floats must lie in [0, 1], got {tensor.amin():.6g} to {tensor.amax():.6g}; "
+            "divide by 255, and leave mean and std to the model's preprocessing"
+        )
     if 0 in tensor.shape:
         raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
-    return _match_channels(tensor, channels)
+    return tensor
 
 
 def _match_channels(picture: Tensor, channels: int) -> Tensor:
@@ -256,12 +445,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _probabilities(logits: Tensor, threshold: float) -> NDArray[np.float32]:
-    probabilities = logits[0].sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
-    return probabilities.cpu().numpy()
+def _probabilities(logits: Tensor, threshold: float) -> Tensor:
+    return logits[0].sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
 
 
-def _classes(logits: Tensor, threshold: float) -> NDArray[np.uint8]:
+def _classes(logits: Tensor, threshold: float) -> Tensor:
     # The threshold is moved to the logits, so that no sigmoid is needed.
     classes = logits[0] >= math.log(threshold / (1 - threshold)) if len(logits) == 1 else logits.argmax(dim=0)
-    return classes.to(torch.uint8).cpu().numpy()
+    return classes.to(torch.uint8)

@@ -258,23 +258,32 @@ class UNet(nn.Module):
         images: Picture | Sequence[Picture],
         *,
         threshold: float | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: int | None = None,
+        tta: bool = False,
         probabilities: bool = False,
         batch_size: int = 4,
         progress: bool = False,
+        out: str | PathLike[str] | None = None,
     ) -> Any:
         """Segment one picture or a list of them; see `unetlib.inference.predict`.
 
         Args:
             images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1];
-                or a list of these, of any sizes.
+                or a list of these, of any sizes. Arrays may lie on disk, and be larger than memory.
             threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
+            tile: side, or (height, width), of what the network sees at a time; None: the whole picture where memory suffices.
+            overlap: pixels that a tile sees beyond what it keeps; None: as many as it takes for the whole picture's result.
+            tta: average over the picture turned and mirrored.
             probabilities: return float32 probabilities instead of classes.
-            batch_size: pictures in one forward pass.
+            batch_size: pictures, or tiles of a given size, in one forward pass.
             progress: show a progress bar.
+            out: file to write the result of a single picture to instead of returning it: `.npy`, or for masks `.tif`.
 
         Returns:
             For each picture, at its own height and width: a uint8 array (H, W) of class indices; or, with `probabilities`,
-            float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list.
+            float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list. With
+            `out` its path.
 
         Example:
             >>> import numpy as np
@@ -283,7 +292,18 @@ class UNet(nn.Module):
         """
         from .inference import predict
 
-        return predict(self, images, threshold=threshold, probabilities=probabilities, batch_size=batch_size, progress=progress)
+        return predict(
+            self,
+            images,
+            threshold=threshold,
+            tile=tile,
+            overlap=overlap,
+            tta=tta,
+            probabilities=probabilities,
+            batch_size=batch_size,
+            progress=progress,
+            out=out,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures.

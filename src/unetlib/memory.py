@@ -1,0 +1,102 @@
+"""How large a picture may be for the memory there is: what decides between the whole picture and tiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .config import UNetConfig
+
+_SHARE = 2  # half of what is free: it is an estimate, and others live here too
+_LIBRARY = 1.75  # what convolution libraries hold besides: measured on a CPU, 0.9 to 1.75 times the maps alone
+_MOST_NUMBERS = 2**31 - 1  # in one map; kernels that count in 32 bits fail or slow down beyond
+_UNKNOWN = 4 * 2**30  # bytes; taken for the memory of a system that does not say
+_UNLIMITED = 2**63
+# Files of a control group: its limit, what it uses, and the field of memory.stat that says how much of that can be dropped.
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def pixels_in_one_pass(config: UNetConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> int:
+    """Pixels, of one picture or of several, that go through the network in half of the memory that is free.
+
+    Args:
+        config: the network's.
+        dtype: of its weights.
+        device: where it is.
+
+    Example:
+        >>> pixels_in_one_pass(UNetConfig(features=(8, 16))) > 160 * 240
+        True
+    """
+    widest = config.features[0] + config.up_features[0]
+    return min(available_memory(device) // _SHARE // bytes_per_pixel(config, dtype), _MOST_NUMBERS // widest)
+
+
+def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Memory of a forward pass for each pixel of the picture, an estimate on the high side.
+
+    The most is held at the decoder's last level: all skips, the map below, the concatenation, and the outputs of a convolution
+    and its norm.
+
+    Example:
+        >>> bytes_per_pixel(UNetConfig()), bytes_per_pixel(UNetConfig(), torch.bfloat16)
+        (2856, 1428)
+    """
+    skips = sum(width / 4**level for level, width in enumerate(config.features))
+    below = (*config.decoder_features[1:], config.bottleneck)[0] / 4
+    concatenation = config.features[0] + config.up_features[0]
+    outputs = 2 * max(config.mid_features[0], config.decoder_features[0])
+    return int(_LIBRARY * (skips + below + concatenation + outputs) * dtype.itemsize)
+
+
+def available_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that can be asked for now.
+
+    On CUDA what the driver has free and PyTorch keeps unused. On the CPU what the system calls available, or less, where a
+    container's limit is nearer.
+
+    Example:
+        >>> available_memory() > 0
+        True
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")))
+
+
+def _system_memory(meminfo: Path) -> int:
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            return 1024 * int(fields["MemAvailable"].split()[0])
+    try:  # macOS: all there is, since it does not say what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _UNKNOWN
+
+
+def _container_room(root: Path) -> Iterator[int]:
+    """What the limit of each control group around this process leaves; file pages that can be dropped do not count as used."""
+    yield _UNLIMITED
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        limit, usage, droppable = _VERSION_1 if controllers else _VERSION_2
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = top / path.lstrip("/")
+        # In a container the path may be one that only the machine outside has; the top is then the container's own group.
+        for folder in {top, group, *(parent for parent in group.parents if parent.is_relative_to(top))}:
+            try:
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat.get(droppable, 0))
+                yield max(0, int((folder / limit).read_text()) - used)
+            except (OSError, ValueError):  # no such group, or its limit is "max"
+                continue

@@ -1,0 +1,260 @@
+"""Pictures too large for memory: read from a file by region, results written to one as they come."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TIFF = (".tif", ".tiff")
+_READ_WHOLE = 2**26  # pixels of a TIFF up to which imaging.read_image has it
+_TILE = 512  # pixels a side of a tile in TIFF files written here
+_NEEDS_TIFF = "to read and write large TIFF files, `pip install unetlib[tiff]`"
+
+
+@runtime_checkable
+class Raster(Protocol):
+    """What can be read by region: `raster[rows, columns]` with two slices, as of NumPy, zarr and h5py arrays."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) or (H, W, C)."""
+
+    @property
+    def dtype(self) -> Any:
+        """A NumPy dtype."""
+
+    def __getitem__(self, region: Any, /) -> Any:
+        """The region as an array."""
+
+
+def open_raster(path: str | PathLike[str]) -> Raster:
+    """Open a picture without reading its pixels.
+
+    Args:
+        path: a `.npy` file, mapped into memory; or a TIFF file, best a tiled one. Of a TIFF it is the first picture, at its
+            full resolution: the label and the smaller copies that a slide has are left out. Its transparency is dropped, and
+            16-bit values are scaled from 0..65535 to 0..255, as `read_image` does.
+
+    Returns:
+        An object with `shape` (H, W) or (H, W, C), `dtype`, and `[rows, columns]` for slices; uint8 from a TIFF.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: for a TIFF, without the extra `tiff`.
+        ValueError: for another suffix, or a file that cannot be read as one picture.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder) / "slide.npy", np.zeros((400, 300, 3), np.uint8))
+        ...     open_raster(Path(folder) / "slide.npy")[100:120, 30:40].shape
+        (20, 10, 3)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    if path.suffix.lower() == ".npy":
+        try:
+            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read as an array ({error}). Save it again with numpy.save.") from error
+        return array
+    if path.suffix.lower() in _TIFF:
+        return _TiffRaster(path)
+    raise ValueError(f"expected a .npy, .tif or .tiff file to read by region, got {str(path)!r}")
+
+
+def is_huge_tiff(path: str | PathLike[str]) -> bool:
+    """Whether a file is a TIFF of more than 2**26 pixels, which `predict` reads by region.
+
+    Without the extra `tiff` it is the file's bytes that are counted.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _TIFF or not path.is_file():
+        return False
+    try:
+        import tifffile
+    except ImportError:
+        return path.stat().st_size > _READ_WHOLE
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            return bool(page.imagelength * page.imagewidth > _READ_WHOLE)
+    except Exception:  # whatever a broken file raises: that it cannot be read is for read_image to say
+        return False
+
+
+def check_output(path: str | PathLike[str]) -> Path:
+    """Check that `write_raster` can write there, before any work is done.
+
+    Raises:
+        FileNotFoundError: for a folder that does not exist.
+        ImportError: for a TIFF, without the extra `tiff`.
+        ValueError: for another suffix than .npy, .tif and .tiff.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".npy", *_TIFF):
+        raise ValueError(f"expected a .npy, .tif or .tiff file to write, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name} in: make it first")
+    if path.suffix.lower() in _TIFF:
+        _import_tifffile()
+    return path
+
+
+def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterable[NDArray[Any]]) -> Path:
+    """Write an array to a file, band by band from the top; the file appears when it is whole.
+
+    Args:
+        path: a `.npy` file, or a `.tif` one: tiled, compressed without loss, BigTIFF from 4 GiB on. One that is there is
+            replaced.
+        size: height and width of the whole.
+        bands: arrays (h, W), or (C, h, W) for `.npy`, whose heights add up to H.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for bands that do not add up to `size`, or have channels and go into a TIFF.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_raster(Path(folder) / "mask.npy", (4, 3), [np.zeros((2, 3)), np.ones((2, 3))])
+        ...     np.load(path)[:, 0].tolist()
+        [0.0, 0.0, 1.0, 1.0]
+    """
+    path = check_output(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write = _write_npy if path.suffix.lower() == ".npy" else _write_tiff
+    try:
+        first, bands = _peek(bands)
+        write(partial, first, (*first.shape[:-2], *size), _counted(bands, size))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+class _TiffRaster:
+    """The first picture of a TIFF file, as uint8 (H, W) or (H, W, C)."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: Path) -> None:
+        tifffile = _import_tifffile()
+        try:
+            import zarr
+        except ImportError:
+            raise ImportError(_NEEDS_TIFF) from None
+        try:
+            file = tifffile.TiffFile(path)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a TIFF ({error}). Replace or remove it.") from error
+        weakref.finalize(self, file.close)
+        series = file.series[0]
+        page = series.keyframe
+        orientation = page.tags.valueof("Orientation", 1)
+        understood = (
+            series.axes in ("YX", "YXS", "SYX", "CYX")
+            and page.dtype in (np.uint8, np.uint16)
+            and page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+            and orientation == 1
+        )
+        if not understood:
+            raise ValueError(
+                f"{path} holds {page.dtype} pixels with axes {series.axes}, photometric {page.photometric.name} and "
+                f"orientation {orientation}; save one picture, grey or RGB, of 8 or 16 bits, upright"
+            )
+        self._array: Any = zarr.open_array(series.aszarr(level=0), mode="r")
+        self._channels_first = series.axes in ("SYX", "CYX")
+        shape: tuple[int, ...] = self._array.shape
+        shape = (*shape[1:], shape[0]) if self._channels_first else shape
+        transparent = [kind for kind in page.extrasamples if kind in (1, 2)]  # the two kinds of alpha, which come last
+        self.shape: tuple[int, ...] = (*shape[:2], *(channels - len(transparent) for channels in shape[2:]))
+
+    def __getitem__(self, region: tuple[slice, ...]) -> NDArray[np.uint8]:
+        region = (slice(None), *region) if self._channels_first else region
+        pixels: NDArray[Any] = self._array[region]
+        pixels = np.moveaxis(pixels, 0, -1) if self._channels_first else pixels
+        if pixels.dtype == np.uint16:
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # round(v / 257), exactly
+        return pixels[..., : self.shape[2]] if pixels.ndim == 3 else pixels
+
+
+def _import_tifffile() -> Any:
+    try:
+        import tifffile
+    except ImportError:
+        raise ImportError(_NEEDS_TIFF) from None
+    return tifffile
+
+
+def _peek(bands: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], Iterator[NDArray[Any]]]:
+    waiting = iter(bands)
+    first = next(waiting, None)
+    if first is None:
+        raise ValueError("there are no bands to write")
+    return first, chain([first], waiting)
+
+
+def _counted(bands: Iterable[NDArray[Any]], size: tuple[int, int]) -> Iterator[NDArray[Any]]:
+    """The bands, which must add up."""
+    height = 0
+    for band in bands:
+        height += band.shape[-2]
+        if band.shape[-1] != size[1] or height > size[0]:
+            raise ValueError(f"a band of shape {band.shape} does not fit into the rest of {size[0]}x{size[1]} pixels")
+        yield band
+    if height != size[0]:
+        raise ValueError(f"the bands have {height} rows in all, and {size[0]} are to be written")
+
+
+def _write_npy(path: Path, first: NDArray[Any], shape: tuple[int, ...], bands: Iterable[NDArray[Any]]) -> None:
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        start, top = file.tell(), 0
+        row_bytes = shape[-1] * first.itemsize
+        for band in bands:
+            for channel, rows in enumerate(band.reshape(-1, *band.shape[-2:])):
+                file.seek(start + (channel * shape[-2] + top) * row_bytes)
+                file.write(np.ascontiguousarray(rows).data)
+            top += band.shape[-2]
+
+
+def _write_tiff(path: Path, first: NDArray[Any], shape: tuple[int, ...], bands: Iterable[NDArray[Any]]) -> None:
+    if first.ndim != 2:
+        raise ValueError(f"a TIFF takes one value a pixel, got bands of shape {first.shape}; write a .npy file")
+    size = int(np.prod(shape)) * first.itemsize
+    with _import_tifffile().TiffWriter(path, bigtiff=size >= 2**32 - 2**25) as file:
+        file.write(
+            _tiles(bands), shape=shape, dtype=first.dtype, tile=(_TILE, _TILE), compression="zlib", photometric="minisblack",
+            metadata=None, maxworkers=1,
+        )  # fmt: skip
+
+
+def _tiles(bands: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Bands of any heights as the tiles of a TIFF file, those at the right and bottom edges smaller."""
+    rows: NDArray[Any] | None = None
+    for band in bands:
+        rows = band if rows is None else np.concatenate([rows, band])
+        whole = len(rows) // _TILE * _TILE
+        for top in range(0, whole, _TILE):
+            yield from _split(rows[top : top + _TILE])
+        rows = rows[whole:]
+    if rows is not None and len(rows):
+        yield from _split(rows)
+
+
+def _split(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for left in range(0, rows.shape[1], _TILE):
+        yield np.ascontiguousarray(rows[:, left : left + _TILE])

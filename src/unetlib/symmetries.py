@@ -1,0 +1,56 @@
+"""Test-time augmentation: a network's mean opinion of a picture, turned and mirrored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLIPS = ((), (-1,), (-2,), (-2, -1))
+
+
+def average_symmetries(forward: Callable[[Tensor], Tensor], batch: Tensor, *, turns: bool = True) -> Tensor:
+    """Logits of the mean probability over a picture's symmetries.
+
+    The picture as it is, mirrored left to right, mirrored top to bottom and both; with `turns` the same four of the transposed
+    picture, so that these are the four quarter turns and their mirror images. Each answer is turned back before the mean.
+
+    Args:
+        forward: the network: (N, C, h, w) to logits (N, K, h, w), K = 1 for one sigmoid, more for a softmax. It is given four
+            views of each picture at once.
+        batch: (N, C, h, w).
+        turns: all eight symmetries instead of four.
+
+    Returns:
+        (N, K, h, w): logits whose sigmoid or softmax is the mean of the views'.
+
+    Example:
+        >>> picture = torch.rand(1, 3, 20, 30)
+        >>> torch.allclose(average_symmetries(lambda views: views[:, :1], picture), picture[:, :1], atol=1e-6)
+        True
+    """
+    # Sums of probabilities as sums of exponentials, so that no probability is rounded to 0 or 1.
+    sums: list[Tensor] = []
+    for turned in (False, True) if turns else (False,):
+        views = _transpose(batch, turned)
+        logits = forward(torch.cat([views.flip(dims) for dims in _FLIPS]))
+        answers = [_transpose(part.flip(dims), turned) for part, dims in zip(logits.chunk(len(_FLIPS)), _FLIPS)]
+        sums.append(_log_probabilities(torch.stack(answers)).logsumexp(dim=0))
+    log_sum = torch.stack(sums).logsumexp(dim=0)  # (N, 2, h, w) for one sigmoid: of foreground and of background
+    if logits.shape[1] == 1:
+        return log_sum[:, :1] - log_sum[:, 1:]
+    return log_sum - math.log(len(_FLIPS) * len(sums))
+
+
+def _transpose(maps: Tensor, turned: bool) -> Tensor:
+    return maps.transpose(-2, -1) if turned else maps
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Along the channels, dimension 2 of (views, N, K, h, w)."""
+    if logits.shape[2] == 1:
+        return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=2)
+    return F.log_softmax(logits, dim=2)

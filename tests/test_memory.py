@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unetlib import UNetConfig, memory
+from unetlib.memory import available_memory, bytes_per_pixel, pixels_in_one_pass
+
+
+def container(root: Path, line: str, folder: str, **files: str) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"3:cpu:/a\n{line}\n")
+    (root / folder).mkdir(parents=True)
+    for name, text in files.items():
+        (root / folder / name.replace("__", ".")).write_text(text + "\n")
+    return root
+
+
+def test_what_linux_calls_available_counts(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal:  64 kB\nMemFree:  1 kB\nMemAvailable:   48 kB\n")
+    assert memory._system_memory(tmp_path / "meminfo") == 48 * 1024
+    assert memory._system_memory(tmp_path / "nowhere") > 2**20  # asked of the system instead
+
+
+def test_the_limit_of_a_container_less_what_is_used(tmp_path):
+    root = container(
+        tmp_path,
+        "0::/mine",
+        "sys/fs/cgroup/mine",
+        memory__max="1000",
+        memory__current="600",
+        memory__stat="anon 5\ninactive_file 100",
+    )
+    assert min(memory._container_room(root)) == 500
+
+
+def test_the_nearest_limit_of_nested_groups_counts(tmp_path):
+    root = container(
+        tmp_path, "0::/outer/mine", "sys/fs/cgroup/outer", memory__max="1000", memory__current="990", memory__stat="anon 5"
+    )
+    (root / "sys/fs/cgroup/outer/mine").mkdir()
+    for name, text in {"memory.max": "max", "memory.current": "3", "memory.stat": "anon 3"}.items():
+        (root / "sys/fs/cgroup/outer/mine" / name).write_text(text)
+    assert min(memory._container_room(root)) == 10
+
+
+def test_version_1_and_a_path_of_the_machine_outside(tmp_path):
+    root = container(
+        tmp_path,
+        "4:memory:/docker/abc",
+        "sys/fs/cgroup/memory",
+        memory__limit_in_bytes="2000",
+        memory__usage_in_bytes="2100",
+        memory__stat="total_inactive_file 200",
+    )
+    assert min(memory._container_room(root)) == 100
+    assert list(memory._container_room(tmp_path / "no linux")) == [2**63]
+
+
+def test_the_least_of_all_limits_decides(monkeypatch):
+    monkeypatch.setattr(memory, "_system_memory", lambda path: 5000)
+    monkeypatch.setattr(memory, "_container_room", lambda root: iter([7000, 4000]))
+    assert available_memory() == 4000
+
+
+def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
+    config = UNetConfig(features=(8, 16))
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**9)
+    assert pixels_in_one_pass(config) == 10**9 // 2 // bytes_per_pixel(config)
+    assert pixels_in_one_pass(config, dtype=torch.bfloat16) == 10**9 // 2 // bytes_per_pixel(config, torch.bfloat16)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 10**15)
+    assert pixels_in_one_pass(config) * 16 < 2**31 <= (pixels_in_one_pass(config) + 1) * 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_the_estimate_is_above_what_a_pass_takes_and_not_far():
+    """The pass is in a process of its own, whose high-water mark is set back before it."""
+    code = """
+import re, torch
+from pathlib import Path
+from unetlib import UNet
+def resident(field): return 1024 * int(re.findall(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
+model, picture = UNet(features=(16, 32)).eval(), torch.rand(1, 3, 768, 768)
+with torch.inference_mode():
+    model(picture[..., :64, :64])
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    model(picture)
+print((resident("VmHWM") - before) / 768**2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    taken = float(re.findall(r"[\d.]+", done.stdout)[0])
+    assert taken / 1.15 < bytes_per_pixel(UNetConfig(features=(16, 32))) < 3 * taken
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_what_pytorch_keeps_is_free():
+    before = available_memory("cuda")
+    block = torch.zeros(2**28, device="cuda")
+    assert before - available_memory("cuda") >= 2**30
+    del block
+    assert abs(available_memory("cuda") - before) < 2**28

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from unetlib import UNet, UNetConfig
+from unetlib.tiling import Piece, choose_tile, exact_halo, iter_bands, join, needs_whole, plan_tiles, run_tiles
+
+
+def small(depth: int = 2, **options) -> UNet:
+    torch.manual_seed(0)
+    return UNet(features=(4,) * depth, bottleneck=4, **options).eval()
+
+
+@torch.no_grad()
+def with_exact_sums(depth: int = 2, **options) -> UNet:
+    """A network in float64 with few weights, all 1 or -1: no sum is rounded, so that its order does not matter."""
+    model = small(depth, activation="leaky_relu", negative_slope=0.5, **options).double()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randint(-1, 2, parameter.shape, generator=generator))
+        if name.endswith("weight") and parameter.ndim == 4 and parameter[0, 0].numel() == 9:
+            parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+            module.weight.fill_(1.0)
+            module.running_mean.copy_(torch.randint(-2, 3, module.running_mean.shape, generator=generator))
+    return model
+
+
+def in_tiles(model: UNet, picture: torch.Tensor, tile: int, overlap: int | None = None, **options) -> torch.Tensor:
+    plan = plan_tiles(model.config, picture.shape[1:], (tile, tile), overlap, **options)
+    assert len(plan) > 1
+    with torch.inference_mode():
+        return join(run_tiles(model, lambda rows, columns: picture[:, rows, columns], plan), picture.shape[1:])
+
+
+def whole(model: UNet, picture: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits = model(picture[None])[0]
+    assert len(logits.unique()) > 20  # it says something
+    return logits
+
+
+def smallest_tile(model: UNet) -> int:
+    """What keeps two units of the grid at each side that is inside the picture."""
+    unit = 2**model.config.depth
+    return 2 * (-(-exact_halo(model.config) // unit) * unit) + 2 * unit
+
+
+def integers(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 8, (3, height, width), generator=torch.Generator().manual_seed(2)).double()
+
+
+# --- the halo
+
+
+def test_the_halo_of_the_plain_design():
+    halos = [exact_halo(UNetConfig(features=(8,) * depth)) for depth in range(1, 8)]
+    assert halos == [8, 22, 46, 94, 190, 382, 766]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear", "nearest", "nearest_conv"])
+def test_the_halo_is_where_the_last_pixel_is_that_changes_the_result(depth, upsample):
+    """Positive weights on a black picture: whatever reaches a pixel is seen there, and the last pixel that does is found."""
+    model = UNet(features=(1,) * depth, bottleneck=1, in_channels=1, norm="none", upsample=upsample).double().eval()
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    halo, unit = exact_halo(model.config), 2**depth
+    start = -(-(halo + 2) // unit) * unit  # the tile: one unit of the grid, with room on both sides
+    pixels = [start - halo - 1, start - halo, start + unit - 1 + halo, start + unit + halo]
+    pictures = torch.zeros(4, 1, unit, 2 * start + unit, dtype=torch.float64)
+    pictures[range(4), 0, :, pixels] = 1.0
+    reached = model(pictures)[:, 0, :, start : start + unit].flatten(1).any(dim=1)
+    assert not reached[0]
+    assert not reached[3]
+    assert reached[1] or reached[2]  # the other side may need less
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"norm": "instance"}, "norm='instance' takes its mean"),
+        ({"norm": "group"}, "norm='group' takes its mean"),
+        ({"upsample": "bilinear", "align_corners": True}, "align_corners=True stretches"),
+    ],
+)
+def test_networks_that_need_the_whole_picture_are_refused(options, reason):
+    config = UNetConfig(features=(8, 16), **options)
+    assert needs_whole(UNetConfig()) is None
+    assert needs_whole(config).startswith(reason)
+    with pytest.raises(ValueError, match=reason):
+        exact_halo(config)
+    with pytest.raises(ValueError, match=rf"{reason}.*give overlap=.*or tile=\(200, 300\)"):
+        plan_tiles(config, (200, 300), (64, 64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"norm": "instance"}, {"norm": "group"}, {"upsample": "bilinear", "align_corners": True}])
+def test_they_are_refused_for_a_reason(options):
+    """A pixel in one corner changes the result in the other, however far away."""
+    model = small(1, **options).double()
+    picture = integers(64, 64)
+    other = picture.clone()
+    other[:, :4, :4] += 100.0
+    assert exact_halo(UNetConfig(features=(3,))) < 32
+    if options.get("align_corners"):  # here it is the size that reaches everywhere
+        assert not torch.equal(whole(model, picture)[:, :8, 40:42], whole(model, picture[:, :, :62])[:, :8, 40:42])
+    else:
+        assert not torch.equal(whole(model, picture)[:, 48:, 48:], whole(model, other)[:, 48:, 48:])
+
+
+# --- tiles equal the whole picture
+
+
+@pytest.mark.parametrize(
+    ("depth", "upsample", "match", "norm"),
+    [
+        *itertools.product((1, 2), ("transpose", "bilinear", "nearest", "nearest_conv"), ("zeros", "replicate"), ("batch",)),
+        (3, "transpose", "zeros", "none"),
+        (3, "bilinear", "replicate", "batch"),
+        (3, "nearest_conv", "zeros", "batch"),
+        (4, "transpose", "replicate", "batch"),
+    ],
+)
+def test_tiles_are_the_whole_picture_to_the_last_bit_at_any_size(depth, upsample, match, norm):
+    model = with_exact_sums(depth, upsample=upsample, match=match, norm=norm)
+    tile, unit = smallest_tile(model), 2**depth
+    # Taller than one tile, and wider; then odd at every level.
+    for size in ((tile + unit, tile + 2 * unit), (tile + 2 * unit - 1, unit), (unit + 1, tile + 3 * unit - 1)):
+        picture = integers(*size)
+        assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear", "nearest"])
+def test_with_resize_too_where_the_sides_are_multiples(depth, upsample):
+    model = with_exact_sums(depth, upsample=upsample, match="resize")
+    tile, unit = smallest_tile(model), 2**depth
+    picture = integers(tile + 2 * unit, tile + unit)
+    assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))
+
+
+@pytest.mark.parametrize(("match", "pad"), [("resize", False), ("zeros", True)])
+def test_other_sizes_with_resize_are_those_of_the_padded_picture(match, pad):
+    model = with_exact_sums(2, match=match)
+    height, width = smallest_tile(model) + 5, smallest_tile(model) + 3
+    picture = integers(height, width)
+    padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (0, -height % 4), (0, -width % 4)), mode="edge"))
+    expected = whole(model, padded)[:, :height, :width]
+    assert torch.equal(in_tiles(model, picture, smallest_tile(model), pad=pad), expected)
+    assert not torch.equal(expected, whole(model, picture))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "gelu", "silu"])
+def test_activations_and_float32(activation):
+    model = small(2, activation=activation)
+    picture = torch.rand(3, 90, 117)
+    with_tiles, expected = (
+        in_tiles(model, picture, 80, pad=True),
+        whole(model, nn.functional.pad(picture, (0, 3, 0, 2), "replicate")),
+    )
+    torch.testing.assert_close(with_tiles, expected[:, :90, :117], rtol=1e-5, atol=1e-6)
+
+
+def test_less_than_the_halo_is_not_the_whole_picture():
+    model = with_exact_sums(2)
+    picture = integers(120, 120)
+    assert exact_halo(model.config) == 22
+    with pytest.warns(UserWarning, match="approximate, because overlap=20 is less than the 24 pixels"):
+        blended = in_tiles(model, picture, 80, overlap=20)
+    assert not torch.equal(blended, whole(model, picture))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(in_tiles(model, picture, 80, overlap=24), whole(model, picture))
+        assert torch.equal(in_tiles(model, picture, 80, overlap=21), whole(model, picture))  # rounded up to 24
+
+
+# --- the plan
+
+
+@pytest.mark.parametrize("match", ["zeros", "resize"])
+@pytest.mark.parametrize("length", [20, 64, 65, 66, 67, 100, 119, 120, 333, 1000])
+def test_spans_cover_the_picture_once_and_see_the_halo(length, match):
+    config = UNetConfig(features=(8, 16), match=match)
+    plan = plan_tiles(config, (length, 8), (66, 66))
+    padded = -(-length // 4) * 4 if match == "resize" else length
+    assert plan.exact
+    kept = [pixel for span in plan.rows for pixel in range(span.keep_start, span.keep_stop)]
+    assert kept == list(range(length))
+    for span in plan.rows:
+        assert span.start % 4 == 0
+        assert span.keep_start < span.keep_stop
+        assert span.stop - span.start <= 66
+        assert span.keep_start == 0 if span.start == 0 else span.keep_start - span.start >= 24
+        assert span.stop == padded if span.keep_stop == length else span.stop - span.keep_stop >= 24
+    assert (len(plan.rows) == 1) == (padded <= 64)
+    assert len(plan) == len(plan.rows)
+
+
+def test_tiles_are_the_smallest_that_are_as_few():
+    plan = plan_tiles(UNetConfig(), (3000, 100), (2048, 2048))
+    assert [(span.start, span.stop) for span in plan.rows] == [(0, 1600), (1400 // 16 * 16 + 16 * (1400 % 16 > 0), 3008)]
+
+
+def test_a_tile_too_small_for_the_halo_is_named():
+    with pytest.raises(ValueError, match="must be at least 208 pixels a side, got 192; give a larger tile="):
+        plan_tiles(UNetConfig(), (1000, 1000), (200, 2000))
+    plan = plan_tiles(UNetConfig(), (150, 1000), (160, 512))  # a side that one tile covers needs no halo
+    assert len(plan.rows) == 1
+
+
+# --- blending
+
+
+@pytest.mark.parametrize("overlap", [0, 4, 8, 20])
+@pytest.mark.parametrize("size", [(100, 120), (57, 203), (41, 40)])
+def test_blending_is_the_weighted_mean_of_all_tiles(overlap, size):
+    """Against a NumPy loop, with a network that says something else in every tile."""
+    config = UNetConfig(features=(8, 16))
+    with pytest.warns(UserWarning, match="approximate"):
+        plan = plan_tiles(config, size, (48, 48), overlap)
+    assert not plan.exact
+    seen = [np.random.default_rng(tile).random((2, 48, 48)) for tile in range(len(plan))]
+    total, weights = np.zeros((2, *size)), np.zeros(size)
+    for (rows, columns), values in zip(itertools.product(plan.rows, plan.columns), seen):
+        ramps = []
+        for span, spans in ((rows, plan.rows), (columns, plan.columns)):
+            ramp = np.ones(span.stop - span.start)
+            for pixel in range(len(ramp)):
+                if span != spans[0]:
+                    ramp[pixel] = min(ramp[pixel], (pixel + 0.5) / max(1, 2 * overlap))
+                if span != spans[-1]:
+                    ramp[pixel] = min(ramp[pixel], (len(ramp) - pixel - 0.5) / max(1, 2 * overlap))
+            ramps.append(ramp)
+        weight = np.outer(*ramps)
+        assert (weight > 0).all()
+        height, width = min(rows.stop, size[0]) - rows.start, min(columns.stop, size[1]) - columns.start
+        region = np.s_[rows.start : rows.start + height, columns.start : columns.start + width]
+        total[(slice(None), *region)] += (weight * values[:, : len(weight), : weight.shape[1]])[:, :height, :width]
+        weights[region] += weight[:height, :width]
+    answers = iter(seen)
+
+    def forward(batch):
+        return torch.stack([torch.from_numpy(next(answers)[:, : batch.shape[2], : batch.shape[3]]) for _ in batch])
+
+    picture = torch.zeros(3, *size)
+    pieces = list(run_tiles(forward, lambda rows, columns: picture[:, rows, columns], plan, batch_size=2))
+    np.testing.assert_allclose(join(pieces, size).numpy(), total / weights, atol=1e-12)
+    assert [piece.rows.start for piece in pieces[1:]] == [piece.rows.stop for piece in pieces[:-1]]
+
+
+def test_blending_is_near_the_whole_picture_and_nearer_with_more_overlap():
+    model = small(2, norm="instance")
+    picture = torch.rand(3, 160, 160)
+    errors = []
+    for overlap in (0, 8, 24):
+        with pytest.warns(UserWarning, match="norm='instance' takes its mean"):
+            errors.append((in_tiles(model, picture, 80, overlap) - whole(model, picture)).square().mean())
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+# --- running
+
+
+def test_tiles_go_through_in_batches_of_equal_ones_and_are_read_once():
+    plan = plan_tiles(UNetConfig(features=(8, 16), match="zeros"), (150, 302), (64, 64))
+    seen, read = [], []
+
+    def forward(batch):
+        seen.append(tuple(batch.shape))
+        return batch
+
+    def region(rows, columns):
+        assert 0 <= rows.start < rows.stop <= 150
+        assert 0 <= columns.start < columns.stop <= 302
+        read.append((rows.start, columns.start))
+        return picture[:, rows, columns]
+
+    picture = torch.rand(3, 150, 302)
+    assert torch.equal(join(run_tiles(forward, region, plan, batch_size=4), (150, 302)), picture)
+    assert len(set(read)) == len(read) == len(plan)
+    assert max(shape[0] for shape in seen) == 4
+    assert len(seen) < len(plan)
+
+
+def test_nothing_is_run_before_it_is_asked_for():
+    plan = plan_tiles(UNetConfig(features=(8,)), (200, 100), (64, 64))
+    run = []
+    pieces = run_tiles(
+        lambda batch: run.append(1) or batch, lambda rows, columns: torch.zeros(3, 200, 100)[:, rows, columns], plan
+    )
+    assert not run
+    next(pieces)
+    assert len(run) == 1
+
+
+def test_bands_are_the_pieces_side_by_side():
+    values = torch.arange(24.0).reshape(1, 4, 6)
+    cuts = [(slice(0, 3), slice(0, 2)), (slice(0, 3), slice(2, 6)), (slice(3, 4), slice(0, 5)), (slice(3, 4), slice(5, 6))]
+    pieces = [Piece(rows, columns, values[:, rows, columns]) for rows, columns in cuts]
+    bands = list(iter_bands(pieces))
+    assert [tuple(band.shape) for band in bands] == [(1, 3, 6), (1, 1, 6)]
+    assert torch.equal(torch.cat(bands, dim=1), values)
+    assert torch.equal(join(pieces, (4, 6)), values)
+
+
+# --- the choice
+
+
+def test_the_tile_is_the_whole_picture_then_what_fits_then_what_is_useful():
+    config = UNetConfig()
+    assert choose_tile(config, (1000, 1000), 1_000_000) is None
+    assert choose_tile(config, (1000, 1001), 1_000_000) == (992, 992)
+    assert choose_tile(config, (10**6, 10**6), 10**9) == (2048, 2048)
+    assert choose_tile(UNetConfig(features=(8,) * 5), (10**6, 10**6), 10**9) == (3072, 3072)
+    assert choose_tile(config, (1000, 1000), 10) == (208, 208)  # the least that works
+    plan_tiles(config, (1000, 1000), (208, 208))
