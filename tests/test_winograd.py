@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from unetlib.fast import winograd
-from unetlib.fast.memory import Pool, empty, pooled
+from unetlib.fast.pool import Pool, empty, pooled
 from unetlib.fast.winograd import WinogradConv, available
 
 needs_nnpack = pytest.mark.skipif(not available(), reason="this PyTorch or CPU has no NNPACK")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..blocks import match_size
 from .folding import Layer, Parts
-from .memory import empty
+from .pool import empty
 from .winograd import WinogradConv
 
 Step = Callable[[Tensor], Tensor]

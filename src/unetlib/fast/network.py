@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..blocks import DoubleConv
 from .folding import Parts
 from .levels import CudnnLevel, Level, PlainLevel, PrepackedLevel, WinogradLevel
-from .memory import Pool, pooled
+from .pool import Pool, pooled
 from .winograd import available
 
 if TYPE_CHECKING:

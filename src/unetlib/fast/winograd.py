@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import empty
+from .pool import empty
 
 _F6X6_3X3 = 3  # nnp_convolution_algorithm_wt8x8
 _COMPUTE, _PRECOMPUTE, _REUSE = 1, 2, 3  # nnp_convolution_transform_strategy
