@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from .fast import optimize_for_inference as optimize_for_inference
+from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, open_raster, write_raster
@@ -224,20 +226,13 @@ def _predictions(
 ) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
     """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
     passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
-    waiting = iter(images)
-    while chunk := [_open(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
-        numbered = [(_input_size(model, source.size), source) for source in chunk]
-        for (size, _), group in groupby(numbered, key=lambda pair: (pair[0], pair[1].dtype)):
-            sources = deque(source for _, source in group)
-            window = passes.window(size)
-            while sources and window is not None:
-                source = sources.popleft()
-                yield source.size, passes.in_tiles(source, size, window)
-            while sources:
-                batch = [sources.popleft() for _ in range(min(len(sources), passes.pictures(size)))]
-                inputs = torch.stack([_resize(source.read(_ALL, _ALL), size) for source in batch])
-                for source, logits in zip(batch, passes.forward(inputs)):
-                    yield source.size, [_whole(_resize(logits, source.size))]
+    fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
+    try:
+        waiting = iter(images)
+        while chunk := [_open(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
+            yield from passes.through(chunk)
+    finally:
+        free_memory(model)
 
 
 @dataclass(frozen=True)
@@ -256,6 +251,21 @@ class _Passes:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size!r}")
         if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 0):
             raise ValueError(f"overlap must be a whole number of pixels from 0 on, or None, got {self.overlap!r}")
+
+    def through(self, chunk: Iterable[_Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
+        """What `_predictions` gives, for a few pictures."""
+        numbered = [(_input_size(self.model, source.size), source) for source in chunk]
+        for (size, _), group in groupby(numbered, key=lambda pair: (pair[0], pair[1].dtype)):
+            sources = deque(source for _, source in group)
+            window = self.window(size)
+            while sources and window is not None:
+                source = sources.popleft()
+                yield source.size, self.in_tiles(source, size, window)
+            while sources:
+                batch = [sources.popleft() for _ in range(min(len(sources), self.pictures(size)))]
+                inputs = torch.stack([_resize(source.read(_ALL, _ALL), size) for source in batch])
+                for source, logits in zip(batch, self.forward(inputs)):
+                    yield source.size, [_whole(_resize(logits, source.size))]
 
     def forward(self, batch: Tensor) -> Tensor:
         """Logits of a batch of pictures or tiles."""
@@ -428,8 +438,12 @@ def _forward(model: UNet, batch: Tensor) -> Tensor:
         torch.tensor(values, device=weight.device).view(-1, 1, 1)
         for values in (model.preprocessing.mean, model.preprocessing.std)
     )
+    inputs = ((pixels - mean) / std).to(weight.dtype)
+    if (fast := fast_copy(model)) is not None:
+        logits: Tensor = fast(inputs)
+        return logits.float()
     with _eval_mode(model):
-        logits: Tensor = model(((pixels - mean) / std).to(weight.dtype))
+        logits = model(inputs)
     return logits.float()
 
 

@@ -317,7 +317,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        self._check_input(x)
+        check_input(x, self.config)
         skips = []
         for block in self.encoder:
             x = block(x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
@@ -329,15 +329,25 @@ class UNet(nn.Module):
         x = self.head(x)  # (N, decoder_features[0], H, W) -> (N, out_channels, H, W)
         return x
 
-    def _check_input(self, x: Tensor) -> None:
-        smallest = 2**self.config.depth
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"expected pictures of shape (N, {self.config.in_channels}, H, W), got {tuple(x.shape)}"
-                + ("; add the batch dimension with x[None]" if x.ndim == 3 else "")
-            )
-        if x.shape[-2] < smallest or x.shape[-1] < smallest:
-            raise ValueError(
-                f"a U-Net of {self.config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}; enlarge the picture or use fewer features"
-            )
+
+def check_input(x: Tensor, config: UNetConfig) -> None:
+    """Check that a network of this config takes a batch.
+
+    Args:
+        x: to be (N, in_channels, H, W), H and W at least `2 ** depth`.
+        config: of the network.
+
+    Raises:
+        ValueError: naming the shape, and what was expected.
+    """
+    smallest = 2**config.depth
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(
+            f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}"
+            + ("; add the batch dimension with x[None]" if x.ndim == 3 else "")
+        )
+    if x.shape[-2] < smallest or x.shape[-1] < smallest:
+        raise ValueError(
+            f"a U-Net of {config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "
+            f"got {x.shape[-2]}x{x.shape[-1]}; enlarge the picture or use fewer features"
+        )

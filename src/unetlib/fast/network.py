@@ -7,19 +7,16 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import DoubleConv
+from ..unet import UNet, check_input
 from .folding import Parts
 from .levels import CudnnLevel, Level, PlainLevel, PrepackedLevel, WinogradLevel
 from .pool import Pool, pooled
 from .winograd import available
-
-if TYPE_CHECKING:
-    from ..unet import UNet
 
 Way = Callable[[Parts, torch.dtype], Level]
 
@@ -55,8 +52,6 @@ def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, com
         >>> torch.allclose(optimize_for_inference(model)(x), model(x), atol=1e-4)
         True
     """
-    from ..unet import UNet
-
     if not isinstance(model, UNet):
         raise TypeError(f"expected a UNet, got {type(model).__name__}; take it out of its wrapper, as in model.module")
     dtype = dtype or model.head.weight.dtype
@@ -78,7 +73,6 @@ class FastUNet(nn.Module):
         super().__init__()
         self.config, self.preprocessing = model.config, model.preprocessing
         self.dtype, self.device = dtype, model.head.weight.device
-        self._check_input = model._check_input
         self._head = copy.deepcopy(model.head).to(dtype).requires_grad_(False)
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
@@ -90,7 +84,7 @@ class FastUNet(nn.Module):
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
-        self._check_input(x)
+        check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
             self._memory.pool = Pool()
         with pooled(self._memory.pool):
