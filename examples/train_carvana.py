@@ -49,6 +49,7 @@ from unetlib import (
     dice_score,
     split_by_car,
 )
+from unetlib.adapt import deepen
 from unetlib.cache import CachedDataset
 from unetlib.cards import model_card
 from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
         model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
+        if args.deepen:
+            seen = eval_transform(args.size)
+            model = deepen(model, torch.stack([seen(*train_sets[0][index])[0] for index in range(4)]), args.deepen)
         model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
@@ -430,12 +434,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole recipe; options given beside it win")
     parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="render N scenes and train on them (too)")
+    parser.add_argument(
+        "--deepen", type=int, metavar="WIDTH", help="put a level on top of --init, which then sees half of --size"
+    )
     add_training_options(parser)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     if not args.data and not args.synthetic:
         parser.error("give --data FOLDER, or --synthetic N to train on rendered scenes")
+    if args.deepen and not args.init:
+        parser.error("--deepen is for trained weights; name them with --init")
     return args
 
 

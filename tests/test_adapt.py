@@ -8,7 +8,7 @@ import torch
 from study import randomize
 
 from unetlib import Preprocessing, UNet
-from unetlib.adapt import adapt, adapt_input
+from unetlib.adapt import adapt, adapt_input, deepen
 
 
 @pytest.fixture
@@ -127,3 +127,36 @@ def test_impossible_numbers_are_refused(folder, options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
         UNet.from_pretrained(folder, **options)
+
+
+# --- one more level
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_first": False}, {"out_channels": 3, "conv_bias": True}])
+@pytest.mark.parametrize("width", [None, 11])
+def test_a_deeper_network_gives_the_logits_of_the_half_sized_picture(options, width):
+    torch.manual_seed(0)
+    model = UNet(features=(8, 16), **options)
+    model(torch.rand(4, 3, 32, 48))  # statistics that are not 0 and 1
+    small = torch.rand(2, 3, 16, 24)
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    deeper = deepen(model.eval(), large, width)
+    assert deeper.config.features == (width or 8, 8, 16)
+    expected = model(small).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(deeper(large), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_weight_of_a_deeper_network_learns():
+    model = UNet(features=(4,))
+    deeper = deepen(model, torch.rand(1, 3, 8, 12), width=6).train()
+    deeper(torch.rand(2, 3, 16, 24)).square().mean().backward()
+    silent = [name for name, parameter in deeper.named_parameters() if parameter.grad.abs().sum() == 0]
+    assert not silent
+
+
+def test_networks_that_cannot_be_deepened_are_refused():
+    pictures = torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"only a network with norm 'batch'.*got 'group', 'transpose' and 'relu'"):
+        deepen(UNet(features=(4,), norm="group"), pictures)
+    with pytest.raises(ValueError, match="width must be at least 4, what the new level hands on, got 3"):
+        deepen(UNet(features=(4,)), pictures, width=3)

@@ -151,6 +151,17 @@ def test_training_starts_from_given_weights(script, data, tmp_path):
     np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-3)  # stored in half precision
 
 
+def test_deeper_than_the_weights_it_starts_from(script, data, tmp_path, capsys):
+    torch.manual_seed(0)
+    UNet(features=(4, 8)).save_pretrained(tmp_path / "start")
+    options = ["--data", str(data), *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), "--deepen", "4"]
+    script.main([*options, "--init", str(tmp_path / "start")])
+    assert UNet.from_pretrained(tmp_path / "run" / "model").config.features == (4, 4, 8)
+    with pytest.raises(SystemExit):
+        script.main(options)
+    assert "--deepen is for trained weights; name them with --init" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(script, data, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, float("nan")])
     monkeypatch.setattr(script, "make_loss", lambda args, channels: lambda logits, masks: logits.mean() * 0 + next(losses))
