@@ -89,8 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
         model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
         if args.deepen:
-            seen = eval_transform(args.size)
-            model = deepen(model, torch.stack([seen(*train_sets[0][index])[0] for index in range(4)]), args.deepen)
+            few: Any = train_sets[0].subset(range(4))
+            few.transform = eval_transform(args.size)
+            model = deepen(model, torch.stack([few[index][0] for index in range(len(few))]), args.deepen)
         model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
