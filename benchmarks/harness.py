@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+REST = 0.05  # seconds before a timed call on a CPU: threads of other runtimes go on spinning for a while after their work
 WARM_UP = {"cpu": 1, "cuda": 5}  # calls of each contestant before the clock starts
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE", "NVIDIA_TF32_OVERRIDE")
 Call = Callable[[], object]
@@ -141,6 +142,7 @@ def time_turns(
         seconds = []
         for call in [*calls] * rounds:
             wait(device)
+            time.sleep(REST)
             began = time.perf_counter()
             call()
             wait(device)

@@ -210,12 +210,16 @@ def test_without_onednn_and_nnpack_there_is_the_plain_way(monkeypatch):
     assert {type(level) for level in fast._levels.values()} == {PlainLevel}
 
 
-def test_wide_levels_with_large_maps_are_winograds(monkeypatch):
-    monkeypatch.setattr(network, "narrowest_winograd", lambda dtype: 16)
-    fast = optimize_for_inference(trained())
-    kinds = [type(level) for level in fast._levels_for(40, 56)]
-    assert kinds == [PrepackedLevel, WinogradLevel, PrepackedLevel if 10 * 14 < 6 * 6 else WinogradLevel]
-    assert [type(level) for level in fast._levels_for(16, 16)] == [PrepackedLevel] * 3
+def test_wide_levels_with_large_maps_and_much_work_are_winograds(monkeypatch):
+    monkeypatch.setattr(network, "narrowest_winograd", lambda dtype: 128)
+    fast = optimize_for_inference(UNet(features=(64, 128), bottleneck=512))
+    direct, winograd = PrepackedLevel, WinogradLevel
+    for size, expected in {
+        (160, 240): [direct, winograd, winograd],
+        (60, 80): [direct, direct, direct],  # 0.35 GFLOP; 300 pixels of 4 bytes
+        (80, 80): [direct, direct, winograd],  # 0.47 GFLOP; 400 pixels
+    }.items():
+        assert [type(level) for level in fast._levels_for(*size)] == expected
     monkeypatch.setattr(network, "narrowest_winograd", lambda dtype: float("inf"))
     assert {type(level) for level in optimize_for_inference(trained())._levels_for(400, 400)} == {PrepackedLevel}
 

@@ -124,7 +124,7 @@ class _PackedStep:
         convolution = (self._packed, self.bias, _ONES, _ONES, _ONES, 1)
         relu = "relu" if self.relu else None
         if onto is None:
-            found = torch.ops.mkldnn._convolution_pointwise(x, *convolution, relu or "none", [], "")
+            found = torch.ops.mkldnn._convolution_pointwise.default(x, *convolution, relu or "none", [], "")
         else:
             found = torch.ops.mkldnn._convolution_pointwise_.binary(onto, x, *convolution, "add", 1.0, relu, [], None)
         return _chain(self.after, found)

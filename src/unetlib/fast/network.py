@@ -21,7 +21,8 @@ from .winograd import available
 Way = Callable[[Parts, torch.dtype], Level]
 
 _WIDTHS = (16, 32, 64, 128, 256)  # of levels, at which the ways of the CPU are compared
-_FEWEST_TILES = 6  # of 6x6 pixels: on smaller maps reading the transformed weights takes longer than a direct convolution
+_LEAST_MAP = 1300  # bytes of a channel: for smaller ones, reading the transformed weights takes longer than it saves
+_LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before other threads have taken over
 _GAIN = 1.15  # by which Winograd must win on a small map: on large ones it waits for memory more
 
 
@@ -135,8 +136,8 @@ def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
     narrowest = narrowest_winograd(dtype)
 
     def way(channels: int, height: int, width: int) -> Way:
-        tiles = -(-height // 6) * -(-width // 6)
-        return WinogradLevel if channels >= narrowest and tiles >= _FEWEST_TILES else PrepackedLevel
+        much = 18 * channels**2 * height * width >= _LEAST_WORK and height * width * dtype.itemsize >= _LEAST_MAP
+        return WinogradLevel if channels >= narrowest and much else PrepackedLevel
 
     return way
 
