@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..blocks import match_size
 from .folding import Layer, Parts
 from .pool import empty
-from .winograd import WinogradConv
+from .winograd import WinogradConv, nnpack_threads
 
 Step = Callable[[Tensor], Tensor]
 _ONES = [1, 1]  # padding, stride and dilation
@@ -26,6 +26,9 @@ _ONES = [1, 1]  # padding, stride and dilation
 
 class Level(Protocol):
     """A level of the network: an encoder block with the decoder's at the same size, or the bottleneck."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A map in this level's type and layout."""
 
     def convolve(self, x: Tensor) -> Tensor:
         """The encoder's double convolution alone, (N, in, h, w) to (N, width, h, w)."""
@@ -163,20 +166,25 @@ class WinogradLevel:
 
     def convolve(self, x: Tensor) -> Tensor:
         """The double convolution alone."""
-        return _chain(self.convs, self.enter(x))
+        x = self.enter(x)
+        with nnpack_threads():
+            return _chain(self.convs, x)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve into the skip's place in the concatenation, and pool."""
         first, second = self.convs
-        x = first(self.enter(x))
+        x = self.enter(x)
         both = empty(len(x), self.total, *x.shape[-2:])
-        return both, _max_pool(second(x, self._places(both)[0]))
+        with nnpack_threads():
+            skip = second(first(x), self._places(both)[0])
+        return both, _max_pool(skip)
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample into the place beside the skip, and convolve."""
         assert self.upsample is not None
         self.upsample(self.enter(deeper), self._places(skip)[1], self.match)
-        return _chain(self.up_convs, skip)
+        with nnpack_threads():
+            return _chain(self.up_convs, skip)
 
     def _places(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """The channels of the skip and those of the upsampled map."""

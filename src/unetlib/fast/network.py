@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from .winograd import available
 
 Way = Callable[[Parts, torch.dtype], Level]
 
-_WIDTHS = (16, 32, 64, 128, 256)  # of levels, at which the ways of the CPU are compared
+_WIDTHS = (32, 64, 128, 256)  # of levels, at which the ways of the CPU are compared
 _LEAST_MAP = 1300  # bytes of a channel: for smaller ones, reading the transformed weights takes longer than it saves
 _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before other threads have taken over
 _GAIN = 1.15  # by which Winograd must win on a small map: on large ones it waits for memory more
@@ -133,11 +135,10 @@ def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
         return lambda *_: CudnnLevel
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
         return lambda *_: PlainLevel
-    narrowest = narrowest_winograd(dtype)
 
     def way(channels: int, height: int, width: int) -> Way:
         much = 18 * channels**2 * height * width >= _LEAST_WORK and height * width * dtype.itemsize >= _LEAST_MAP
-        return WinogradLevel if channels >= narrowest and much else PrepackedLevel
+        return WinogradLevel if much and channels >= narrowest_winograd(dtype) else PrepackedLevel
 
     return way
 
@@ -151,25 +152,24 @@ def _has_onednn() -> bool:
 def narrowest_winograd(dtype: torch.dtype) -> float:
     """The least width of a level at which this CPU is faster by Winograd's method than by direct convolutions in `dtype`.
 
-    Found once in a process, on small maps, in some hundredths of a second; infinite where there is no such width.
+    Found once in a process, on small maps, in a tenth of a second; infinite where there is no such width.
     """
-    return next((width for width in _WIDTHS if available() and _winograd_wins(width, dtype)), float("inf"))
+    winning = itertools.takewhile(lambda width: _winograd_wins(width, dtype), reversed(_WIDTHS)) if available() else ()
+    return min(winning, default=math.inf)
 
 
 @torch.inference_mode()
 def _winograd_wins(width: int, dtype: torch.dtype) -> bool:
-    x = torch.rand(1, width, 48, 48)
-    parts = Parts.of(DoubleConv(width, width).eval())
-    winograd, direct = WinogradLevel(parts, dtype), PrepackedLevel(parts, dtype)
+    """Whether it does at this width: by the least of a few times, taken in turn, since other work only makes them longer."""
+    x, parts = torch.rand(1, width, 36, 36), Parts.of(DoubleConv(width, width).eval())
+    ways: tuple[Level, ...] = (WinogradLevel(parts, dtype), PrepackedLevel(parts, dtype))
+    inputs = [level.enter(x) for level in ways]
+    times: list[list[float]] = [[], []]
     with pooled(Pool()):
-        return _GAIN * _seconds(winograd.convolve, x) < _seconds(direct.convolve, direct.enter(x))
-
-
-def _seconds(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The least of a few times, after two calls in which memory is taken and weights are transformed."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        function(x)
-        times.append(time.perf_counter() - began)
-    return min(times[2:])
+        for _ in range(7):
+            for level, own, seconds in zip(ways, inputs, times):
+                began = time.perf_counter()
+                level.convolve(own)
+                seconds.append(time.perf_counter() - began)
+    winograd, direct = (min(seconds[2:]) for seconds in times)  # the first calls take memory and transform weights
+    return _GAIN * winograd < direct

@@ -70,12 +70,11 @@ class WinogradConv:
             out = empty(len(x), self.out_channels, height, width)
         strategy, kernel = self._kernel(height, width)
         needed = self._workspace_size(strategy, kernel, height, width)
-        with _own_threads():
-            for picture, result in zip(x, out):
-                if needed <= _MOST_WORKSPACE:
-                    self._run(strategy, kernel, picture, result, _Padding(1, 1, 1, 1))
-                else:
-                    self._run_in_strips(strategy, kernel, picture, result, parts=-(-needed // _MOST_WORKSPACE))
+        for picture, result in zip(x, out):
+            if needed <= _MOST_WORKSPACE:
+                self._run(strategy, kernel, picture, result, _Padding(1, 1, 1, 1))
+            else:
+                self._run_in_strips(strategy, kernel, picture, result, parts=-(-needed // _MOST_WORKSPACE))
         return out
 
     def _kernel(self, height: int, width: int) -> tuple[int, Tensor]:
@@ -191,8 +190,8 @@ def _pool(threads: int) -> int | None:
 
 
 @contextmanager
-def _own_threads() -> Iterator[None]:
-    """Within it NNPACK's threads compute, and PyTorch's do not hold the cores; outside it is the other way round.
+def nnpack_threads() -> Iterator[None]:
+    """Within it NNPACK's threads have the cores, and after it PyTorch's: for a few convolutions in a row.
 
     Both kinds go on spinning for a while when they have nothing to do, which takes a third of the speed from the other kind.
     OpenMP lets its threads go when asked to; NNPACK's go to sleep after a piece of work that allows it, here of no content.
