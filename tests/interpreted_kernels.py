@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fast import error, pictures, trained
 
+from unetlib.fast import cuda, network, optimize_for_inference
 from unetlib.fast.kernels import Conv3x3, UpConv2x2, place_and_pool
 
 
@@ -67,13 +71,15 @@ def test_transposed_convolution_fills_its_slice_and_nothing_else(size, in_channe
     assert (both[:, -3:] == -7).all()
 
 
+@pytest.mark.parametrize("channels", [5, 24, 136])
 @pytest.mark.parametrize("size", [(1, 1), (9, 17)])
-def test_a_map_is_placed_and_pooled(size):
-    x, both, pooled = drawn(2, 24, *size), buffer(2, 40, *size), buffer(2, 24, size[0] // 2, size[1] // 2)
-    place_and_pool(x, both[:, 8:32], pooled)
-    assert torch.equal(both[:, 8:32], x)
+def test_a_map_is_placed_and_pooled(size, channels):
+    x, both = drawn(2, channels, *size), buffer(2, channels + 11, *size)
+    pooled = buffer(2, channels, size[0] // 2, size[1] // 2)
+    place_and_pool(x, both[:, 8:-3], pooled)
+    assert torch.equal(both[:, 8:-3], x)
     assert (both[:, :8] == -7).all()
-    assert (both[:, 32:] == -7).all()
+    assert (both[:, -3:] == -7).all()
     if min(size) > 1:
         assert torch.equal(pooled, F.max_pool2d(x, 2))
 
@@ -87,3 +93,24 @@ def test_what_is_no_number_is_not_hidden():
     assert pooled.isnan().all()
     place_and_pool(out, out.clone(), pooled.fill_(0))
     assert pooled.isnan().all()
+
+
+@pytest.mark.parametrize(("size", "skip_first"), [((8, 12), False), ((7, 11), True)])
+def test_a_network_all_of_kernels(monkeypatch, size, skip_first):
+    chosen = []
+
+    def milliseconds(function: partial) -> float:
+        chosen.append(type(function.func))
+        return float(chosen[-1] not in (cuda._Kernel, cuda._KernelUp))
+
+    monkeypatch.setattr(cuda, "_TILES", (partial(cuda._Kernel, rows=4, columns=8, warps=4, stages=1),))
+    monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
+    monkeypatch.setattr(cuda, "_winners", {})
+    monkeypatch.setattr(cuda, "_leaders", {})
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: cuda.CudaLevel)
+    monkeypatch.setattr(network, "_check_dtype", lambda *_: None)
+    model = trained(features=(8,), skip_first=skip_first)
+    x = pictures(model, *size)
+    assert error(optimize_for_inference(model, dtype=torch.float16)(x), model(x)) <= 5e-3
+    assert chosen.count(cuda._Kernel) == 5  # right on every layer; the first and the last are of one shape
+    assert chosen.count(cuda._KernelUp) == (size == (8, 12))

@@ -21,6 +21,7 @@ from unetlib.fast.graphs import Graphs
 def _forget(monkeypatch):
     """Every test makes its own trials."""
     monkeypatch.setattr(cuda, "_winners", {})
+    monkeypatch.setattr(cuda, "_leaders", {})
 
 
 @pytest.fixture
@@ -61,7 +62,10 @@ def test_gives_the_logits_of_the_model(cuda_level, stand_ins, monkeypatch, optio
         assert found.dtype == torch.float32
         assert error(found, model(x)) <= 1e-5
     with_relu = options.get("activation", "relu") == "relu" and options.get("norm", "batch") in ("batch", "none")
-    assert bool(stand_ins) == with_relu
+    winners = set(cuda._winners.values())
+    assert (cuda._Cudnn in winners) == bool(stand_ins) == with_relu
+    even = size == (40, 56)
+    assert (cuda._ProductUp in winners) == (even and options.get("upsample", "transpose") == "transpose")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,7 +135,7 @@ class Right(cuda._Plain):
 
 @pytest.mark.parametrize("wrong", [Unfinished, WrongAtTheBorder, Failing])
 def test_a_route_that_is_wrong_is_left_out_however_fast(monkeypatch, wrong):
-    monkeypatch.setattr(cuda, "_milliseconds", lambda function: [cuda._Plain, Right, wrong].index(type(function.func)) * -1.0)
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float([cuda._Plain, Right, wrong].index(type(function.func))))
     assert fastest((cuda._Plain, wrong), layer(), a_map(), None) is cuda._Plain
     assert fastest((cuda._Plain, wrong, Right), layer(), a_map(), None) is Right
 
@@ -153,6 +157,30 @@ def test_the_fastest_wins_and_is_tried_once_for_each_shape(monkeypatch):
     assert len(tried) == 4
     fastest((cuda._Plain, Right), layer(8, 16), a_map(), None)
     assert len(tried) == 6
+
+
+def test_of_shapes_of_one_size_the_first_decides_what_is_tried(monkeypatch):
+    tried, tuned = [], []
+
+    def milliseconds(function):
+        tried.append(type(function.func))
+        tuned.append(torch.backends.cudnn.benchmark)
+        return -float(tried[-1] is Right)
+
+    monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
+    routes, x = (cuda._Plain, Failing, cuda._Cudnn, Right), a_map()
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_relu", lambda x, weight, bias, *_: F.conv2d(x, weight, bias, padding=1).relu()
+    )
+    assert fastest(routes, layer(), x, None) is Right
+    assert tried == [cuda._Plain, cuda._Cudnn, Right]
+    assert fastest(routes, layer(), x[:, :, :, 1:], None) is Right
+    assert tried[3:] == [cuda._Plain, Right]
+    assert tuned == [True] * 3 + [False] * 2
+    fastest(routes, layer(), x[:, :, :4, :4], None)  # a quarter of the size
+    assert len(tried) == 8
+    monkeypatch.setattr(Right, "convolve", Unfinished.convolve)
+    assert fastest(routes, layer(), x[:, :, 1:], None) is cuda._Plain  # what was right once proves itself again
 
 
 def test_a_trial_leaves_no_trace(monkeypatch):
@@ -286,6 +314,37 @@ def test_kernels_by_the_interpreter():
     assert " passed" in done.stdout
 
 
+def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
+    pytest.importorskip("triton", minversion="3.6")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from unetlib.fast import kernels
+
+    def ptx(kernel, warps=4, **constants):
+        pointers = {"x": "*bf16", "out": "*bf16", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in pointers}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, values, aligned)
+        return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+    tile = {"ROWS": 8, "COLUMNS": 16, "DEEP": 32, "WIDE": 32, "POOL": True}
+    for text in (
+        ptx(kernels._conv3x3, UNIT=8, CHANNELS=8, FILTERS=24, **tile),
+        ptx(kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=32),
+    ):
+        assert "wgmma.mma_async" in text
+        assert "cp.async.cg.shared.global" in text
+        assert "st.global.v4" in text
+        assert ".local" not in text
+    text = ptx(kernels._place_and_pool, UNIT=8, CHANNELS=24, WINDOWS=32, WIDE=32)
+    assert "ld.global.v4" in text
+    assert "st.global.v4" in text
+    ptx(kernels._conv3x3, UNIT=1, CHANNELS=3, FILTERS=5, **tile)
+
+
 # --- CUDA
 
 
@@ -298,21 +357,16 @@ def test_every_route_that_wins_is_right_on_cuda(monkeypatch, dtype, size, featur
     model = trained(features=features, skip_first=skip_first).cuda()
     x = pictures(model, *size).cuda()
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
-    makers = [cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, *cuda._TILES]
-    for maker in makers:  # each where it can, not only where it is the fastest
+    for maker in [cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, *cuda._TILES]:  # each where it can, be it slow or fast
+        kind = maker.func if isinstance(maker, partial) else maker
+        monkeypatch.setattr(cuda, "_TILES", (maker,) if kind is cuda._Kernel else ())
         monkeypatch.setattr(cuda, "_winners", {})
-        kind, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
-        wanted = (kind, cuda._KernelUp)
-
-        def milliseconds(function, wanted=wanted, options=options):
-            tile = vars(getattr(function.func, "conv", None)) if hasattr(function.func, "conv") else {}
-            return float(type(function.func) not in wanted or any(tile.get(name, n) != n for name, n in options.items()))
-
-        monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
+        monkeypatch.setattr(cuda, "_leaders", {})
+        prefer(monkeypatch, kind, cuda._KernelUp)
         fast = optimize_for_inference(model, dtype=dtype)
-        poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")
+        poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
         del poison
-        for _ in range(3):
+        for _ in range(3):  # called, captured, replayed
             assert error(fast(x), model(x)) <= tolerance
 
 
@@ -344,16 +398,17 @@ def test_replays_give_what_the_first_call_gives_and_results_stay(dtype):
     xs[2] = 1 - xs[2]
     eager = [fast._logits(x).float() for x in xs]
     kept = [fast(x) for _ in range(4) for x in xs]
-    assert all(torch.equal(found, eager[place % 3]) for place, found in enumerate(kept))
+    assert all(error(found, eager[place % 3]) <= 1e-2 for place, found in enumerate(kept))
     assert len(fast._run._replays) == 2
     assert all(isinstance(replay, graphs.CudaReplay) for replay in fast._run._replays.values())
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         found = [fast(x) for x in xs]
     side.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(found, eager))
+    assert all(error(one, other) <= 1e-2 for one, other in zip(found, eager))
     fast.free_memory()
-    assert torch.equal(fast(xs[0]), eager[0])
+    assert error(fast(xs[0]), eager[0]) <= 1e-2
 
 
 @on_cuda
@@ -365,4 +420,4 @@ def test_within_an_outer_capture_the_work_is_captured_by_it():
     with torch.cuda.graph(graph):
         result = fast(x)
     graph.replay()
-    assert torch.equal(result, expected)
+    assert error(result, expected) <= 1e-2

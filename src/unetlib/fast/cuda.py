@@ -218,25 +218,35 @@ class _Fastest:
         return self._made[maker](x, place)
 
 
-_winners: dict[tuple[Any, ...], Maker] = {}
+_winners: dict[tuple[Any, ...], Maker] = {}  # for each shape
+_leaders: dict[tuple[Any, ...], Maker] = {}  # for each size, by powers of two
 
 
 def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None) -> Maker:
-    """The fastest of the routes that are right, by a trial at the first call in a process with these shapes and strides."""
+    """The fastest of the routes that are right, by a trial at the first call in a process with these shapes and strides.
+
+    Of shapes of about one size the first has a trial of all routes, the others of its winner only: pictures may come in many.
+    """
     if len(makers) == 1:
         return makers[0]
-    where = None if place is None else (place.stride(), place.storage_offset())
-    key = (makers, layer.weight.shape, x.shape, x.stride(), x.dtype, x.device, where)
-    if key not in _winners:
+    kind = (makers, layer.weight.shape, x.dtype, x.device)
+    shape = (x.shape, x.stride(), None if place is None else (place.stride(), place.storage_offset()))
+    if (kind, shape) not in _winners:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return makers[0]  # no trial can run within a capture
-        _winners[key] = _trial(makers, layer, x, place)
-    return _winners[key]
+        size = (kind, len(x), x.numel().bit_length(), place is None)
+        tried = (makers[0], _leaders[size]) if size in _leaders else makers
+        _winners[kind, shape] = winner = _trial(tried, layer, x, place, tune=size not in _leaders)
+        _leaders.setdefault(size, winner)
+    return _winners[kind, shape]
 
 
-def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None) -> Maker:
+def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker:
+    if len(set(makers)) == 1:
+        return makers[0]
     times: dict[Maker, float] = {}
-    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # cuDNN keeps the plans that it finds now
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tuned or tune  # cuDNN looks for its fastest plan now, and keeps it
     try:
         case = _Case(layer, x, place)
         expected = case.run(makers[0](case.layer, x.dtype))

@@ -35,7 +35,6 @@ class CudaReplay:
         with torch.cuda.stream(stream):
             function(self._x)  # libraries take memory for each stream at the first call in it
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.current_stream().wait_event(self._done)
         pool = None if beside is None else beside._graph.pool()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._result = function(self._x)

@@ -28,7 +28,7 @@ class Conv3x3:
 
     def __init__(self, weight: Tensor, bias: Tensor, *, rows: int, columns: int, warps: int, stages: int) -> None:
         self.out_channels, self.channels = weight.shape[:2]
-        self.wide = min(128, max(16, triton.next_power_of_2(self.out_channels)))
+        self.wide = _wide(self.out_channels)
         self.deep = 64 if self.channels % 64 == 0 else 32
         numbers = weight.permute(2, 3, 1, 0).reshape(9 * self.channels, self.out_channels)
         self.weight, self.bias = _padded(numbers, self.deep, self.wide), _padded(bias.float()[None], 1, self.wide)[0]
@@ -57,7 +57,7 @@ class UpConv2x2:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.channels, self.out_channels = weight.shape[:2]
-        self.wide = min(128, max(16, triton.next_power_of_2(self.out_channels)))
+        self.wide = _wide(self.out_channels)
         self.deep = 64 if self.channels % 64 == 0 else 32
         parts = [_padded(part, self.deep, self.wide) for part in weight.permute(2, 3, 0, 1).flatten(0, 1)]
         self.weight, self.bias = torch.stack(parts), _padded(bias.float()[None], 1, self.wide)[0]
@@ -78,9 +78,15 @@ def place_and_pool(x: Tensor, out: Tensor, pooled: Tensor) -> None:
     count, channels, height, width = x.shape
     windows = count * triton.cdiv(height, 2) * triton.cdiv(width, 2)
     unit, strides = _strides(x, out, pooled)
-    _place_and_pool[(triton.cdiv(windows * channels, 1024),)](
-        x, out, pooled, windows, height, width, *strides, UNIT=unit, CHANNELS=channels, NUMBERS=1024
+    wide = _wide(channels)
+    _place_and_pool[(triton.cdiv(windows, 1024 // wide) * triton.cdiv(channels, wide),)](
+        x, out, pooled, windows, height, width, *strides, UNIT=unit, CHANNELS=channels, WINDOWS=1024 // wide, WIDE=wide
     )
+
+
+def _wide(channels: int) -> int:
+    """Channels that a program computes."""
+    return min(128, max(16, 1 << (channels - 1).bit_length()))
 
 
 def _strides(*maps: Tensor) -> tuple[int, list[int]]:
@@ -95,12 +101,17 @@ def _padded(numbers: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(numbers, (0, -numbers.shape[1] % columns, 0, -numbers.shape[0] % rows)).contiguous()
 
 
+# Not compiled anew for sizes that are 1 or multiples of 16: what that would gain is known by UNIT.
+_SIZES = ["pixels", "windows", "height", "width", *(f"{name}_{dim}" for name in ("x", "out", "pooled") for dim in "nhw")]
+_compiled = triton.jit(do_not_specialize=_SIZES)
+
+
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@_compiled
 def _conv3x3(
     x, out, pooled, weight, bias, height, width,
     x_n, x_h, x_w, out_n, out_h, out_w, pooled_n, pooled_h, pooled_w,
@@ -149,7 +160,7 @@ def _conv3x3(
         tl.store(pooled + places, best.to(pooled.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_compiled
 def _up_conv2x2(
     x, out, weight, bias, pixels, height, width, x_n, x_h, x_w, out_n, out_h, out_w,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr,
@@ -180,21 +191,25 @@ def _up_conv2x2(
     tl.store(out + there[:, None] + filter[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_compiled
 def _place_and_pool(
     x, out, pooled, windows, height, width, x_n, x_h, x_w, out_n, out_h, out_w, pooled_n, pooled_h, pooled_w,
-    UNIT: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, WINDOWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    blocks: tl.constexpr = (CHANNELS + WIDE - 1) // WIDE
     across, down = tl.cdiv(width, 2), tl.cdiv(height, 2)
-    number = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    channel, window = number % CHANNELS, number // CHANNELS
-    n, row, column = window // across // down, window // across % down, window % across
-    best = tl.full((NUMBERS,), float("-inf"), x.dtype.element_ty)
+    window = tl.program_id(0) // blocks * WINDOWS + tl.arange(0, WINDOWS)
+    channel = tl.program_id(0) % blocks * WIDE + tl.arange(0, WIDE)
+    n, row, column = (window // across // down).to(tl.int64), (window // across % down).to(tl.int64), window % across
+    wanted = (channel < CHANNELS)[None, :]
+    best = tl.full((WINDOWS, WIDE), float("-inf"), x.dtype.element_ty)
     for place in tl.static_range(4):
         y, z = 2 * row + place // 2, 2 * column + place % 2
-        inside = (window < windows) & (y < height) & (z < width)
-        value = tl.load(x + (n * x_n + y * x_h + z * x_w) * UNIT + channel, mask=inside)
-        tl.store(out + (n * out_n + y * out_h + z * out_w) * UNIT + channel, value, mask=inside)
+        inside = ((window < windows) & (y < height) & (z < width))[:, None] & wanted
+        here, there = (n * x_n + y * x_h + z * x_w) * UNIT, (n * out_n + y * out_h + z * out_w) * UNIT
+        value = tl.load(x + here[:, None] + channel[None, :], mask=inside, other=0.0)
+        tl.store(out + there[:, None] + channel[None, :], value, mask=inside)
         best = _larger(best, value)
-    inside = (window < windows) & (row < height // 2) & (column < width // 2)
-    tl.store(pooled + (n * pooled_n + row * pooled_h + column * pooled_w) * UNIT + channel, best, mask=inside)
+    there = (n * pooled_n + row * pooled_h + column * pooled_w) * UNIT
+    inside = ((window < windows) & (row < height // 2) & (column < width // 2))[:, None] & wanted
+    tl.store(pooled + there[:, None] + channel[None, :], best, mask=inside)
