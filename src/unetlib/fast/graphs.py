@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_PIXELS = 2**24  # in a batch: with more, the device is slower than the launches anyway
+_MOST_PIXELS = 2**22  # in a batch: with more, the device is slower than the launches, and a capture keeps gigabytes
 _KEPT = 4  # shapes
 Function = Callable[[Tensor], Tensor]
 logger = logging.getLogger("unetlib")
