@@ -267,13 +267,15 @@ def test_parts_are_a_copy():
 
 @on_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gives_the_logits_of_the_model_on_cuda(options, dtype, compile):
+@pytest.mark.parametrize(
+    ("options", "compile"), [*((options, False) for options in OPTIONS), ({}, True), ({"match": "zeros"}, True)], ids=str
+)
+def test_gives_the_logits_of_the_model_on_cuda(options, compile, dtype):
     model = trained(**options).cuda()
     x = pictures(model, 37, 51).cuda()
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
     fast = optimize_for_inference(model, dtype=dtype, compile=compile)
     poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
     del poison
-    assert error(fast(x), model(x)) <= tolerance
+    for _ in range(3):  # called, captured, replayed
+        assert error(fast(x), model(x)) <= tolerance

@@ -52,13 +52,13 @@ class PlainLevel:
         self.dtype, self.match, self.skip_first = dtype, parts.match, parts.skip_first
         self.convs = [self.step(layer) for layer in parts.convs]
         self.up_convs = [self.step(layer) for layer in parts.up_convs]
-        self.upsample = [self.step(part) if isinstance(part, Layer) else _copy(part, dtype) for part in parts.upsample]
+        self.upsample = [self.step(part) if isinstance(part, Layer) else copied(part, dtype) for part in parts.upsample]
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""
         weight, bias = layer.weight.to(self.dtype, memory_format=torch.channels_last), layer.bias.to(self.dtype)
-        after = [_copy(module, self.dtype) for module in layer.after]
-        return lambda x: _chain(after, F.conv2d(x, weight, bias, padding=1))
+        after = [copied(module, self.dtype) for module in layer.after]
+        return lambda x: chain(after, F.conv2d(x, weight, bias, padding=1))
 
     def enter(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout."""
@@ -66,7 +66,7 @@ class PlainLevel:
 
     def convolve(self, x: Tensor) -> Tensor:
         """The double convolution alone."""
-        return _chain(self.convs, self.enter(x))
+        return chain(self.convs, self.enter(x))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve and pool."""
@@ -75,8 +75,8 @@ class PlainLevel:
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample, concatenate and convolve."""
-        x = match_size(_chain(self.upsample, self.enter(deeper)), skip, self.match)
-        return _chain(self.up_convs, torch.cat((skip, x) if self.skip_first else (x, skip), dim=1))
+        x = match_size(chain(self.upsample, self.enter(deeper)), skip, self.match)
+        return chain(self.up_convs, torch.cat((skip, x) if self.skip_first else (x, skip), dim=1))
 
 
 class PrepackedLevel(PlainLevel):
@@ -103,7 +103,7 @@ class PrepackedLevel(PlainLevel):
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample, concatenate and convolve."""
-        x = match_size(_chain(self.upsample, self.enter(deeper)), skip, self.match)
+        x = match_size(chain(self.upsample, self.enter(deeper)), skip, self.match)
         first, second = self.up_convs
         return second(first(x, self.skip_conv(skip)))  # type: ignore[call-arg]
 
@@ -115,7 +115,7 @@ class _PackedStep:
         self.weight = layer.weight.to(dtype).contiguous()
         self.bias = layer.bias.to(dtype)
         self.relu = layer.relu
-        self.after = [] if layer.relu else [_copy(module, dtype) for module in layer.after]
+        self.after = [] if layer.relu else [copied(module, dtype) for module in layer.after]
         self._shape: torch.Size | None = None
         self._packed = self.weight
 
@@ -130,18 +130,7 @@ class _PackedStep:
             found = torch.ops.mkldnn._convolution_pointwise.default(x, *convolution, relu or "none", [], "")
         else:
             found = torch.ops.mkldnn._convolution_pointwise_.binary(onto, x, *convolution, "add", 1.0, relu, [], None)
-        return _chain(self.after, found)
-
-
-class CudnnLevel(PlainLevel):
-    """Convolution, bias and ReLU as one kernel of cuDNN on CUDA, which PyTorch's own `conv2d` makes two or three of."""
-
-    def step(self, layer: Layer) -> Step:
-        """A layer as a function of its map."""
-        if not layer.relu:
-            return super().step(layer)
-        weight, bias = layer.weight.to(self.dtype, memory_format=torch.channels_last), layer.bias.to(self.dtype)
-        return lambda x: torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+        return chain(self.after, found)
 
 
 class WinogradLevel:
@@ -168,7 +157,7 @@ class WinogradLevel:
         """The double convolution alone."""
         x = self.enter(x)
         with nnpack_threads():
-            return _chain(self.convs, x)
+            return chain(self.convs, x)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve into the skip's place in the concatenation, and pool."""
@@ -176,22 +165,15 @@ class WinogradLevel:
         x = self.enter(x)
         both = empty(len(x), self.total, *x.shape[-2:])
         with nnpack_threads():
-            skip = second(first(x), self._places(both)[0])
+            skip = second(first(x), places(both, self.width, self.skip_first)[0])
         return both, _max_pool(skip)
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample into the place beside the skip, and convolve."""
         assert self.upsample is not None
-        self.upsample(self.enter(deeper), self._places(skip)[1], self.match)
+        self.upsample(self.enter(deeper), places(skip, self.width, self.skip_first)[1], self.match)
         with nnpack_threads():
-            return _chain(self.up_convs, skip)
-
-    def _places(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels of the skip and those of the upsampled map."""
-        beside = self.total - self.width
-        if self.skip_first:
-            return both[:, : self.width], both[:, self.width :]
-        return both[:, beside:], both[:, :beside]
+            return chain(self.up_convs, skip)
 
 
 class _WinogradStep:
@@ -199,10 +181,10 @@ class _WinogradStep:
 
     def __init__(self, layer: Layer) -> None:
         self.conv = WinogradConv(layer.weight.float(), layer.bias.float(), relu=layer.relu)
-        self.after = [] if layer.relu else [_copy(module, torch.float32) for module in layer.after]
+        self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        found = _chain(self.after, self.conv(x, out))
+        found = chain(self.after, self.conv(x, out))
         return found if out is None or found is out else out.copy_(found)
 
 
@@ -213,7 +195,7 @@ def _upsampling(*parts: nn.Module | Layer) -> Callable[[Tensor, Tensor, str], No
     steps = [_WinogradStep(part) if isinstance(part, Layer) else part.float() for part in parts]
 
     def upsample(x: Tensor, place: Tensor, match: str) -> None:
-        place.copy_(match_size(_chain(steps, x), place, match))
+        place.copy_(match_size(chain(steps, x), place, match))
 
     return upsample
 
@@ -254,11 +236,20 @@ def _max_pool_channels_last(x: Tensor) -> Tensor:
     return torch.maximum(rows[:, :, 0::2], rows[:, :, 1::2]).permute(0, 3, 1, 2)
 
 
-def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:
+    """The channels of the skip, which is `width` wide, and those of the upsampled map."""
+    if skip_first:
+        return both[:, :width], both[:, width:]
+    return both[:, -width:], both[:, :-width]
+
+
+def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in this type, with weights in channels_last."""
     return copy.deepcopy(module).to(dtype).to(memory_format=torch.channels_last)
 
 
-def _chain(steps: Sequence[Step], x: Tensor) -> Tensor:
+def chain(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """One step after the other."""
     for step in steps:
         x = step(x)
     return x

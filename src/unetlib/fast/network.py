@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..blocks import DoubleConv
 from ..unet import UNet, check_input
+from .cuda import CudaLevel, compiled
 from .folding import Parts
-from .levels import CudnnLevel, Level, PlainLevel, PrepackedLevel, WinogradLevel
+from .graphs import Graphs
+from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
 from .pool import Pool, pooled
 from .winograd import available
 
@@ -33,8 +35,9 @@ def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, com
 
     Batch norm is folded into the convolutions. On a CPU each level then takes direct convolutions of oneDNN, or, where a short
     trial on the machine finds them faster, Winograd's in float32 (`unetlib.fast.winograd`); also with `dtype` bfloat16, where
-    they are more exact too. On CUDA a convolution, its bias and its ReLU are one kernel of cuDNN. The copy does not follow
-    later changes of the model, and stays on its device.
+    they are more exact too. On CUDA in half precision a convolution, its bias and its ReLU are one kernel, of cuDNN or of
+    Triton, whichever a trial on the device finds faster; from the second call with a shape on, small batches run as a CUDA
+    graph. The copy does not follow later changes of the model, and stays on its device.
 
     Args:
         model: the network, in training or evaluation mode; it stays as it is.
@@ -82,7 +85,11 @@ class FastUNet(nn.Module):
         self._way = (lambda *_: PlainLevel) if compile else _way(self.device, dtype)
         self._levels: dict[tuple[int, Way], Level] = {}
         self._memory = threading.local()  # a pool for each thread
-        self._run = torch.compile(self._logits, dynamic=False) if compile else self._logits
+        self._run: Callable[[Tensor], Tensor] = self._logits
+        if compile:
+            self._run = compiled(self._logits, self.device)
+        if self.device.type == "cuda":
+            self._run = Graphs(self._run)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
@@ -90,12 +97,14 @@ class FastUNet(nn.Module):
         check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
             self._memory.pool = Pool()
-        with pooled(self._memory.pool):
+        with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             return self._run(x).to(x.dtype)
 
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
+        if isinstance(self._run, Graphs):
+            self._run.clear()
 
     def _logits(self, x: Tensor) -> Tensor:
         *levels, bottom = self._levels_for(*x.shape[-2:])
@@ -132,7 +141,7 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
 def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], Way]:
     """A function from a level's channels, height and width to the way in which the device runs it fastest."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return lambda *_: CudnnLevel
+        return lambda *_: CudaLevel
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
         return lambda *_: PlainLevel
 

@@ -1,0 +1,337 @@
+"""A level on CUDA in half precision, each layer by the route that a trial on the device finds right and fastest.
+
+PyTorch's own `conv2d` makes two or three kernels of a convolution, its bias and its ReLU; one of cuDNN or of Triton (`kernels`)
+writes each map once. A route that fails or disagrees with PyTorch's own operations in the trial is left out, so that it can
+cost speed only. What was tried is logged at level DEBUG.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import match_size
+from .folding import Layer, Parts
+from .levels import PlainLevel, Step, chain, copied, places
+
+Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
+Maker = Callable[[Layer, torch.dtype], Route]
+
+_ALIGNED = 8  # channels: 16 bytes, of which the kernels of tensor cores read whole ones
+_WIDEST = 128  # channels, up to which the bytes of a layer count as much as its arithmetic, which cuDNN does best
+logger = logging.getLogger("unetlib")
+
+
+class CudaLevel(PlainLevel):
+    """Half precision on CUDA: skip and upsampled map are written where they are concatenated.
+
+    Args:
+        parts: what the level computes.
+        dtype: of weights and maps.
+    """
+
+    def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
+        first, *others = parts.convs
+        self.missing = -first.weight.shape[1] % _ALIGNED
+        weight = F.pad(first.weight, (0, 0, 0, 0, 0, self.missing))
+        super().__init__(replace(parts, convs=(replace(first, weight=weight), *others)), dtype)
+        self.width = parts.width
+        self.total = parts.up_convs[0].weight.shape[1] if parts.up_convs else self.width
+        self.up_conv: _Fastest | None = None
+        if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d):
+            assert module.bias is not None
+            layer = Layer(module.weight.detach(), module.bias.detach(), ())
+            self.up_conv = _Fastest(layer, dtype, (_PlainUp, _ProductUp, _KernelUp))
+
+    def step(self, layer: Layer) -> Step:
+        """A layer as a function of its map, and of the place for the result."""
+        if not layer.relu:
+            return _Fastest(layer, self.dtype, (_Plain,))
+        own = _TILES if max(layer.weight.shape[:2]) <= _WIDEST else ()
+        return _Fastest(layer, self.dtype, (_Plain, _Cudnn, *own), (_Plain, _Cudnn, _CudnnPlaced, *own))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The double convolution alone."""
+        return chain(self.convs, self._aligned(x))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve into the skip's place in the concatenation, and pool."""
+        first, second = self.convs
+        x = first(self._aligned(x))
+        both = _empty(x, self.total, x.shape[-2:])
+        return both, second(x, places(both, self.width, self.skip_first)[0])  # type: ignore[call-arg]
+
+    def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
+        """Upsample into the place beside the skip, and convolve."""
+        x, place = self.enter(deeper), places(skip, self.width, self.skip_first)[1]
+        if self.up_conv is not None and place.shape[-2:] == (2 * x.shape[-2], 2 * x.shape[-1]):
+            self.up_conv(x, place)
+        else:
+            place.copy_(match_size(chain(self.upsample, x), place, self.match))
+        return chain(self.up_convs, skip)
+
+    def _aligned(self, x: Tensor) -> Tensor:
+        """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
+        if not self.missing:
+            return self.enter(x)
+        whole = _empty(x, x.shape[1] + self.missing, x.shape[-2:], self.dtype)
+        whole[:, : x.shape[1]] = x
+        whole[:, x.shape[1] :] = 0
+        return whole
+
+
+# --- routes: of a layer with a ReLU; with a place they fill it, and give the map pooled
+
+
+class _Plain:
+    """PyTorch's own operations, by which the others are judged."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.weight, self.bias = layer.weight.to(dtype, memory_format=torch.channels_last), layer.bias.to(dtype)
+        self.after = [copied(module, dtype) for module in layer.after]
+
+    def __call__(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        y = self.convolve(x)
+        return y if place is None else self.put(y, place)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return chain(self.after, F.conv2d(x, self.weight, self.bias, padding=1))
+
+    def put(self, y: Tensor, place: Tensor) -> Tensor:
+        place.copy_(y)
+        return F.max_pool2d(y, 2)
+
+
+class _Cudnn(_Plain):
+    """Convolution, bias and ReLU as one kernel of cuDNN."""
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return torch.cudnn_convolution_relu(x, self.weight, self.bias, [1, 1], [1, 1], [1, 1], 1)
+
+
+class _CudnnPlaced(_Cudnn):
+    """The same, then the copy and the pooling as one kernel of Triton."""
+
+    def put(self, y: Tensor, place: Tensor) -> Tensor:
+        from .kernels import place_and_pool
+
+        pooled = _empty(y, y.shape[1], _halved(y))
+        place_and_pool(y, place, pooled)
+        return pooled
+
+
+class _Kernel:
+    """All in one kernel of Triton, by tiles of some size."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, **tile: int) -> None:
+        from .kernels import Conv3x3
+
+        self.conv = Conv3x3(layer.weight.to(dtype), layer.bias, **tile)
+
+    def __call__(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        if place is None:
+            out = _empty(x, self.conv.out_channels, x.shape[-2:])
+            self.conv(x, out)
+            return out
+        pooled = _empty(x, self.conv.out_channels, _halved(x))
+        self.conv(x, place, pooled)
+        return pooled
+
+
+_TILES = tuple(
+    partial(_Kernel, rows=rows, columns=16, warps=warps, stages=stages)
+    for rows, warps, stages in ((8, 4, 1), (8, 4, 3), (16, 8, 3))
+)
+
+
+# --- routes: of a transposed convolution; they fill the place
+
+
+class _PlainUp:
+    """PyTorch's own operation, and a copy."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.weight, self.bias = layer.weight.to(dtype, memory_format=torch.channels_last), layer.bias.to(dtype)
+
+    def __call__(self, x: Tensor, place: Tensor) -> Tensor:
+        return place.copy_(F.conv_transpose2d(x, self.weight, self.bias, stride=2))
+
+
+class _ProductUp:
+    """A matrix product, and a copy in the order of the pixels."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.weight = layer.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)  # (in, 2 * 2 * out)
+        self.bias = layer.bias.to(dtype).repeat(4)
+
+    def __call__(self, x: Tensor, place: Tensor) -> Tensor:
+        count, channels, height, width = x.shape
+        product = torch.addmm(self.bias, x.permute(0, 2, 3, 1).reshape(-1, channels), self.weight)
+        product = product.view(count, height, width, 2, 2, -1).transpose(2, 3)
+        place.permute(0, 2, 3, 1).view(count, height, 2, width, 2, -1).copy_(product)
+        return place
+
+
+class _KernelUp:
+    """The product with its results stored in place, in one kernel of Triton."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        from .kernels import UpConv2x2
+
+        self.conv = UpConv2x2(layer.weight.to(dtype), layer.bias)
+
+    def __call__(self, x: Tensor, place: Tensor) -> Tensor:
+        self.conv(x, place)
+        return place
+
+
+# --- the trial
+
+
+class _Fastest:
+    """A layer by the fastest of its routes, for each shape of map.
+
+    Args:
+        layer: the layer.
+        dtype: of weights and maps.
+        routes: the plain one first.
+        placing: those with a place for the result, where they are others.
+    """
+
+    def __init__(
+        self, layer: Layer, dtype: torch.dtype, routes: tuple[Maker, ...], placing: tuple[Maker, ...] | None = None
+    ) -> None:
+        self.layer, self.dtype, self.routes, self.placing = layer, dtype, routes, placing or routes
+        self._made: dict[Maker, Route] = {}
+
+    def __call__(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        maker = fastest(self.routes if place is None else self.placing, self.layer, x, place)
+        if maker not in self._made:
+            self._made[maker] = maker(self.layer, self.dtype)
+        return self._made[maker](x, place)
+
+
+_winners: dict[tuple[Any, ...], Maker] = {}  # for each shape
+_leaders: dict[tuple[Any, ...], Maker] = {}  # for each size, by powers of two
+
+
+def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None) -> Maker:
+    """The fastest of the routes that are right, by a trial at the first call in a process with these shapes and strides.
+
+    Of shapes of about one size the first has a trial of all routes, the others of its winner only: pictures may come in many.
+    """
+    if len(makers) == 1:
+        return makers[0]
+    kind = (makers, layer.weight.shape, x.dtype, x.device)
+    shape = (x.shape, x.stride(), None if place is None else (place.stride(), place.storage_offset()))
+    if (kind, shape) not in _winners:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return makers[0]  # no trial can run within a capture
+        size = (kind, len(x), x.numel().bit_length(), place is None)
+        tried = (makers[0], _leaders[size]) if size in _leaders else makers
+        _winners[kind, shape] = winner = _trial(tried, layer, x, place, tune=size not in _leaders)
+        _leaders.setdefault(size, winner)
+    return _winners[kind, shape]
+
+
+def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker:
+    if len(set(makers)) == 1:
+        return makers[0]
+    times: dict[Maker, float] = {}
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tuned or tune  # cuDNN looks for its fastest plan now, and keeps it
+    try:
+        case = _Case(layer, x, place)
+        expected = case.run(makers[0](case.layer, x.dtype))
+        for maker in makers:
+            try:
+                route = maker(case.layer, x.dtype)
+                if case.agree(case.run(route, expected), expected):
+                    times[maker] = _milliseconds(partial(route, *case.maps))
+            except Exception as error:  # whatever it is, there is the plain route
+                logger.debug("%s cannot do %s: %r", maker, tuple(x.shape), error)
+    except Exception as error:  # no memory for a trial, most likely
+        logger.debug("no trial with %s: %r", tuple(x.shape), error)
+    finally:
+        torch.backends.cudnn.benchmark = tuned
+    logger.debug("ms of %s for %s: %s", tuple(layer.weight.shape), tuple(x.shape), times)
+    return min(times, key=times.__getitem__, default=makers[0])
+
+
+class _Case:
+    """Drawn weights and maps of the shapes and strides of some others.
+
+    Where there is a place, it is one in a map of NaN, so that what is written beside it is seen, and what is left out too.
+    """
+
+    def __init__(self, layer: Layer, x: Tensor, place: Tensor | None) -> None:
+        generator = torch.Generator(x.device).manual_seed(0)
+        weight, bias = (torch.empty_like(part).normal_(generator=generator) for part in (layer.weight, layer.bias))
+        self.layer = replace(layer, weight=weight / (weight.numel() / len(bias)) ** 0.5, bias=bias)
+        self.maps = [torch.empty_like(x).normal_(generator=generator)]
+        self.whole: Tensor | None = None
+        if place is not None:
+            total = place.stride(3)
+            first = place.storage_offset() % total
+            self.whole = _empty(place, total, place.shape[-2:])
+            self.maps.append(self.whole[:, first : first + place.shape[1]])
+
+    def run(self, route: Route, expected: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        """What the route gives, and the whole map with its place in it, in memory that held NaN before."""
+        if self.whole is not None:
+            self.whole.fill_(torch.nan)
+        poison = [torch.full_like(tensor, torch.nan) for tensor in (*expected, *self.maps)]
+        del poison  # the next tensors of these sizes get this memory
+        result = route(*self.maps)
+        return (result.clone(),) if self.whole is None else (result.clone(), self.whole.clone())
+
+    def agree(self, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+        """Whether results agree to a few roundings, of numbers about 1."""
+        near = partial(
+            torch.allclose, rtol=(error := 1e-5 + 4 * torch.finfo(expected[0].dtype).eps), atol=error, equal_nan=True
+        )
+        return all(near(*pair) for results in zip(found, expected) for pair in zip(*results))  # picture by picture: less memory
+
+
+def _milliseconds(function: Callable[[], Tensor]) -> float:
+    """The least of a few times on the device, which has to do meanwhile, so that it does not wait for Python."""
+    times: list[float] = []
+    for _ in range(5):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(500_000)  # type: ignore[no-untyped-call]  # cycles
+        began.record()
+        function()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return min(times)
+
+
+def _empty(like: Tensor, channels: int, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised map in channels_last."""
+    shape = (len(like), channels, *size)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _halved(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2] // 2, x.shape[-1] // 2
+
+
+def compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function by `torch.compile`; on CUDA tuned, without graphs, which `graphs` makes.
+
+    There convolutions stay with cuDNN, as Inductor's own kernel for them gives wrong results in some versions.
+    """
+    if device.type != "cuda":
+        return torch.compile(function, dynamic=False)
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
+    return torch.compile(function, dynamic=False, options=options)

@@ -1,0 +1,107 @@
+"""CUDA graphs: the work of a call captured once and launched again as a whole, which spares small pictures the launches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST_PIXELS = 2**22  # in a batch: with more, the device is slower than the launches, and a capture keeps gigabytes
+_KEPT = 4  # shapes
+Function = Callable[[Tensor], Tensor]
+logger = logging.getLogger("unetlib")
+
+
+class CudaReplay:
+    """A call as a CUDA graph, with memory of its own for the input and the result.
+
+    Args:
+        function: of a tensor on CUDA; it must not read values, and has been called with this shape before.
+        x: an input.
+        beside: another capture, whose memory for what lies between this one uses too; the two never run at once.
+    """
+
+    def __init__(self, function: Function, x: Tensor, beside: CudaReplay | None = None) -> None:
+        self._x = x.clone()
+        self._done: Any = torch.cuda.Event() if beside is None else beside._done  # type: ignore[no-untyped-call]
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(self._x)  # libraries take memory for each stream at the first call in it
+        torch.cuda.current_stream().wait_stream(stream)
+        pool = None if beside is None else beside._graph.pool()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._result = function(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for x, cloned; calls from several streams follow one another."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        self._x.record_stream(stream)
+        self._x.copy_(x)
+        self._graph.replay()
+        result = self._result.clone()
+        self._done.record(stream)
+        return result
+
+
+class Graphs:
+    """A function of batches of pictures, captured for each shape at the second call with it, and replayed from then on.
+
+    The last few shapes are kept. Large batches, and calls within another capture or in `torch.compile`, go to the function, as
+    do those with a shape whose capture failed.
+
+    Args:
+        function: from (N, C, H, W) to a tensor of its own.
+        capture: makes a replay of the function, an input, and another replay or None.
+
+    Example:
+        >>> double = Graphs(lambda x: 2 * x, capture=lambda function, x, beside: function)
+        >>> [float(double(torch.ones(1, 1, 1, 1))) for _ in range(3)]
+        [2.0, 2.0, 2.0]
+    """
+
+    def __init__(self, function: Function, capture: Callable[[Function, Tensor, Any], Function] = CudaReplay) -> None:
+        self._function, self._capture = function, capture
+        self._replays: OrderedDict[tuple[torch.Size, torch.dtype], Function | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function's result."""
+        if len(x) * x.shape[-2] * x.shape[-1] > _MOST_PIXELS or _within_capture(x):
+            return self._function(x)
+        key = (x.shape, x.dtype)
+        with self._lock:
+            if key in self._replays:
+                self._replays.move_to_end(key)
+                replay = self._replays[key] = self._replays[key] or self._captured(x)
+                return replay(x)  # with the lock, as the input and the result of a capture are there once
+            self._replays[key] = None
+            if len(self._replays) > _KEPT:
+                self._replays.popitem(last=False)
+        return self._function(x)
+
+    def clear(self) -> None:
+        """Drop the captures and their memory."""
+        with self._lock:
+            self._replays.clear()
+
+    def _captured(self, x: Tensor) -> Function:
+        beside = next((replay for replay in self._replays.values() if replay not in (None, self._function)), None)
+        try:
+            return self._capture(self._function, x, beside)
+        except Exception as error:  # whatever it is, the function itself is right
+            logger.debug("no CUDA graph for %s: %r", tuple(x.shape), error)
+            return self._function
+
+
+def _within_capture(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,215 @@
+"""Kernels in Triton for levels on CUDA: maps in channels_last, results written where they are concatenated.
+
+Maps are tensors (N, C, H, W) whose channels lie side by side. Kernels get their strides of N, H and W in units of 8 numbers
+where all are multiples of 8, which lets the compiler move 16 bytes at a time. A program computes a tile of pixels and channels;
+offsets within a tile fit into 32 bits, those of a tile are 64 bits wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Conv3x3:
+    """A 3x3 convolution with padding 1, its bias and its ReLU, and with them 2x2 max pooling, in one kernel.
+
+    Args:
+        weight: (out, in, 3, 3) in half precision.
+        bias: (out,).
+        rows: of the tile of pixels that a program computes; even, as the columns are, and powers of two.
+        columns: of the tile.
+        warps: that share a tile.
+        stages: of loads on their way while others are multiplied; 1 leaves the reading again of neighbours to the L1 cache.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, rows: int, columns: int, warps: int, stages: int) -> None:
+        self.out_channels, self.channels = weight.shape[:2]
+        self.wide = _wide(self.out_channels)
+        self.deep = 64 if self.channels % 64 == 0 else 32
+        numbers = weight.permute(2, 3, 1, 0).reshape(9 * self.channels, self.out_channels)
+        self.weight, self.bias = _padded(numbers, self.deep, self.wide), _padded(bias.float()[None], 1, self.wide)[0]
+        self.rows, self.columns, self.options = rows, columns, {"num_warps": warps, "num_stages": stages}
+
+    def __call__(self, x: Tensor, out: Tensor, pooled: Tensor | None = None) -> None:
+        """Fill `out` (N, out, H, W), any slice of channels, and `pooled` (N, out, H // 2, W // 2), by x (N, in, H, W)."""
+        count, _, height, width = x.shape
+        tiles = count * triton.cdiv(height, self.rows) * triton.cdiv(width, self.columns)
+        maps = (x, out, out if pooled is None else pooled)
+        unit, strides = _strides(*maps)
+        _conv3x3[(tiles * triton.cdiv(self.out_channels, self.wide),)](
+            *maps, self.weight, self.bias, height, width, *strides,
+            UNIT=unit, CHANNELS=self.channels, FILTERS=self.out_channels, ROWS=self.rows, COLUMNS=self.columns,
+            DEEP=self.deep, WIDE=self.wide, POOL=pooled is not None, **self.options,
+        )  # fmt: skip
+
+
+class UpConv2x2:
+    """A transposed 2x2 convolution with stride 2 and its bias: a matrix product whose results go to four places each.
+
+    Args:
+        weight: (in, out, 2, 2) in half precision.
+        bias: (out,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.channels, self.out_channels = weight.shape[:2]
+        self.wide = _wide(self.out_channels)
+        self.deep = 64 if self.channels % 64 == 0 else 32
+        parts = [_padded(part, self.deep, self.wide) for part in weight.permute(2, 3, 0, 1).flatten(0, 1)]
+        self.weight, self.bias = torch.stack(parts), _padded(bias.float()[None], 1, self.wide)[0]
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """Fill `out` (N, out, 2 * h, 2 * w), any slice of channels, by x (N, in, h, w)."""
+        count, _, height, width = x.shape
+        unit, strides = _strides(x, out)
+        _up_conv2x2[(triton.cdiv(count * height * width, 128) * 4 * triton.cdiv(self.out_channels, self.wide),)](
+            x, out, self.weight, self.bias, count * height * width, height, width, *strides,
+            UNIT=unit, CHANNELS=self.channels, FILTERS=self.out_channels, PIXELS=128, DEEP=self.deep, WIDE=self.wide,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+
+
+def place_and_pool(x: Tensor, out: Tensor, pooled: Tensor) -> None:
+    """Copy x (N, C, H, W) to `out`, any slice of channels, and its 2x2 maxima to `pooled` (N, C, H // 2, W // 2)."""
+    count, channels, height, width = x.shape
+    windows = count * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    unit, strides = _strides(x, out, pooled)
+    wide = _wide(channels)
+    _place_and_pool[(triton.cdiv(windows, 1024 // wide) * triton.cdiv(channels, wide),)](
+        x, out, pooled, windows, height, width, *strides, UNIT=unit, CHANNELS=channels, WINDOWS=1024 // wide, WIDE=wide
+    )
+
+
+def _wide(channels: int) -> int:
+    """Channels that a program computes."""
+    return min(128, max(16, 1 << (channels - 1).bit_length()))
+
+
+def _strides(*maps: Tensor) -> tuple[int, list[int]]:
+    """The unit, and the strides of N, H and W of each map in it."""
+    strides = [x.stride(dim) for x in maps for dim in (0, 2, 3)]
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return unit, [stride // unit for stride in strides]
+
+
+def _padded(numbers: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros appended up to multiples of rows and of columns, so that kernels need not look where the numbers end."""
+    return F.pad(numbers, (0, -numbers.shape[1] % columns, 0, -numbers.shape[0] % rows)).contiguous()
+
+
+# Not compiled anew for sizes that are 1 or multiples of 16: what that would gain is known by UNIT.
+_SIZES = ["pixels", "windows", "height", "width", *(f"{name}_{dim}" for name in ("x", "out", "pooled") for dim in "nhw")]
+_compiled = triton.jit(do_not_specialize=_SIZES)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_compiled
+def _conv3x3(
+    x, out, pooled, weight, bias, height, width,
+    x_n, x_h, x_w, out_n, out_h, out_w, pooled_n, pooled_h, pooled_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEEP: tl.constexpr, WIDE: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (FILTERS + WIDE - 1) // WIDE
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
+    program = tl.program_id(0)
+    block, tile = program % blocks, program // blocks
+    n, top, left = tile // across // down, tile // across % down * ROWS, tile % across * COLUMNS
+
+    # The pixels of the tile in the order of their 2x2 windows, so that the four of a window lie side by side.
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row, column = pixel // (2 * COLUMNS) * 2 + pixel % 4 // 2, pixel // 4 % (COLUMNS // 2) * 2 + pixel % 2
+    filter = block * WIDE + tl.arange(0, WIDE)
+    x += (n.to(tl.int64) * x_n + top.to(tl.int64) * x_h + left * x_w) * UNIT
+    here = (row * x_h + column * x_w) * UNIT
+
+    # A product of (pixels, 9 * channels) by (9 * channels, filters), of which the first is read where it lies in the map.
+    total = tl.zeros((ROWS * COLUMNS, WIDE), tl.float32)
+    for first in range(0, 9 * CHANNELS, DEEP):
+        depth = first + tl.arange(0, DEEP)
+        tap, channel = depth // CHANNELS, depth % CHANNELS
+        below, beside = tap // 3 - 1, tap % 3 - 1
+        y, z = top + row[:, None] + below[None, :], left + column[:, None] + beside[None, :]
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (depth < 9 * CHANNELS)[None, :]
+        there = (below * x_h + beside * x_w) * UNIT + channel
+        pixels = tl.load(x + here[:, None] + there[None, :], mask=inside, other=0.0)
+        filters = tl.load(weight + depth[:, None] * (blocks * WIDE) + filter[None, :])
+        total = tl.dot(pixels, filters, total)
+    total = _larger(total + tl.load(bias + filter)[None, :], 0.0)
+
+    wanted = (filter < FILTERS)[None, :]
+    inside = ((top + row < height) & (left + column < width))[:, None] & wanted
+    out += (n.to(tl.int64) * out_n + top.to(tl.int64) * out_h + left * out_w) * UNIT
+    places = ((row * out_h + column * out_w) * UNIT)[:, None] + filter[None, :]
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    if POOL:
+        best = tl.reduce(tl.reshape(total, (ROWS * COLUMNS // 4, 4, WIDE)), 1, _larger)
+        window = tl.arange(0, ROWS * COLUMNS // 4)
+        row, column = window // (COLUMNS // 2), window % (COLUMNS // 2)
+        inside = ((top // 2 + row < height // 2) & (left // 2 + column < width // 2))[:, None] & wanted
+        pooled += (n.to(tl.int64) * pooled_n + (top // 2).to(tl.int64) * pooled_h + left // 2 * pooled_w) * UNIT
+        places = ((row * pooled_h + column * pooled_w) * UNIT)[:, None] + filter[None, :]
+        tl.store(pooled + places, best.to(pooled.dtype.element_ty), mask=inside)
+
+
+@_compiled
+def _up_conv2x2(
+    x, out, weight, bias, pixels, height, width, x_n, x_h, x_w, out_n, out_h, out_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr,
+    DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (FILTERS + WIDE - 1) // WIDE
+    depths: tl.constexpr = (CHANNELS + DEEP - 1) // DEEP * DEEP
+    program = tl.program_id(0)
+    tap, block, tile = program % 4, program // 4 % blocks, program // 4 // blocks
+
+    pixel = tile * PIXELS + tl.arange(0, PIXELS)
+    n, row, column = (pixel // (height * width)).to(tl.int64), (pixel // width % height).to(tl.int64), pixel % width
+    filter = block * WIDE + tl.arange(0, WIDE)
+    here = (n * x_n + row * x_h + column * x_w) * UNIT
+
+    weight += tap * depths * (blocks * WIDE)
+    total = tl.zeros((PIXELS, WIDE), tl.float32)
+    for first in range(0, CHANNELS, DEEP):
+        depth = first + tl.arange(0, DEEP)
+        inside = (pixel < pixels)[:, None] & (depth < CHANNELS)[None, :]
+        maps = tl.load(x + here[:, None] + depth[None, :], mask=inside, other=0.0)
+        filters = tl.load(weight + depth[:, None] * (blocks * WIDE) + filter[None, :])
+        total = tl.dot(maps, filters, total)
+    total += tl.load(bias + filter)[None, :]
+
+    there = (n * out_n + (2 * row + tap // 2) * out_h + (2 * column + tap % 2) * out_w) * UNIT
+    inside = (pixel < pixels)[:, None] & (filter < FILTERS)[None, :]
+    tl.store(out + there[:, None] + filter[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@_compiled
+def _place_and_pool(
+    x, out, pooled, windows, height, width, x_n, x_h, x_w, out_n, out_h, out_w, pooled_n, pooled_h, pooled_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, WINDOWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (CHANNELS + WIDE - 1) // WIDE
+    across, down = tl.cdiv(width, 2), tl.cdiv(height, 2)
+    window = tl.program_id(0) // blocks * WINDOWS + tl.arange(0, WINDOWS)
+    channel = tl.program_id(0) % blocks * WIDE + tl.arange(0, WIDE)
+    n, row, column = (window // across // down).to(tl.int64), (window // across % down).to(tl.int64), window % across
+    wanted = (channel < CHANNELS)[None, :]
+    best = tl.full((WINDOWS, WIDE), float("-inf"), x.dtype.element_ty)
+    for place in tl.static_range(4):
+        y, z = 2 * row + place // 2, 2 * column + place % 2
+        inside = ((window < windows) & (y < height) & (z < width))[:, None] & wanted
+        here, there = (n * x_n + y * x_h + z * x_w) * UNIT, (n * out_n + y * out_h + z * out_w) * UNIT
+        value = tl.load(x + here[:, None] + channel[None, :], mask=inside, other=0.0)
+        tl.store(out + there[:, None] + channel[None, :], value, mask=inside)
+        best = _larger(best, value)
+    there = (n * pooled_n + row * pooled_h + column * pooled_w) * UNIT
+    inside = ((window < windows) & (row < height // 2) & (column < width // 2))[:, None] & wanted
+    tl.store(pooled + there[:, None] + channel[None, :], best, mask=inside)

@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fast import OPTIONS, error, on_cuda, pictures, trained
+
+from unetlib.fast import cuda, graphs, network, optimize_for_inference
+from unetlib.fast.cuda import CudaLevel, fastest
+from unetlib.fast.folding import Layer
+from unetlib.fast.graphs import Graphs
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    """Every test makes its own trials."""
+    monkeypatch.setattr(cuda, "_winners", {})
+    monkeypatch.setattr(cuda, "_leaders", {})
+
+
+@pytest.fixture
+def cuda_level(monkeypatch):
+    """Every level in the way of CUDA."""
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: CudaLevel)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """The calls of the routes that a CPU lacks, by PyTorch's own operations; the list of what was called."""
+    called = []
+
+    def cudnn(x, weight, bias, stride, padding, dilation, groups):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        called.append("cudnn")
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", cudnn)
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
+    return called
+
+
+def prefer(monkeypatch, *wanted):
+    """The trial finds these routes the fastest, where they are right."""
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: float(type(function.func) not in wanted))
+
+
+@pytest.mark.parametrize("size", [(40, 56), (37, 51)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gives_the_logits_of_the_model(cuda_level, stand_ins, monkeypatch, options, size):
+    prefer(monkeypatch, cuda._Cudnn, cuda._ProductUp)
+    model = trained(**options)
+    x = pictures(model, *size)
+    fast = optimize_for_inference(model)
+    for _ in range(2):
+        found = fast(x)
+        assert found.dtype == torch.float32
+        assert error(found, model(x)) <= 1e-5
+    with_relu = options.get("activation", "relu") == "relu" and options.get("norm", "batch") in ("batch", "none")
+    winners = set(cuda._winners.values())
+    assert (cuda._Cudnn in winners) == bool(stand_ins) == with_relu
+    even = size == (40, 56)
+    assert (cuda._ProductUp in winners) == (even and options.get("upsample", "transpose") == "transpose")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(cuda_level, stand_ins, monkeypatch, dtype):
+    monkeypatch.setattr(network, "_check_dtype", lambda *_: None)
+    prefer(monkeypatch, cuda._Cudnn, cuda._ProductUp)
+    model = trained()
+    x = pictures(model, 40, 56)
+    found = optimize_for_inference(model, dtype=dtype)(x)
+    assert stand_ins
+    assert error(found, model(x)) <= {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+
+
+def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unetlib.fast.kernels", None)  # as where there is no Triton
+    model = trained()
+    x = pictures(model, 40, 56)
+    assert error(optimize_for_inference(model)(x), model(x)) <= 1e-5
+    assert {maker.__name__ for maker in cuda._winners.values()} == {"_Plain", "_PlainUp"}
+
+
+def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_graphs(monkeypatch):
+    seen, compile = {}, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.update(options) or compile(function, **options))
+    assert callable(cuda.compiled(torch.relu, torch.device("cuda")))  # PyTorch refuses options that it does not know
+    assert seen["dynamic"] is False
+    assert seen["options"]["max_autotune"]
+    assert seen["options"]["max_autotune_conv_backends"] == "ATEN"
+    assert not seen["options"].get("triton.cudagraphs")
+
+
+# --- the trial
+
+
+def layer(in_channels: int = 8, out_channels: int = 8) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_channels, in_channels, 3, 3, generator=generator)
+    return Layer(weight, torch.randn(out_channels, generator=generator), (torch.nn.ReLU(),))
+
+
+def a_map(channels: int = 8) -> torch.Tensor:
+    return torch.rand(2, channels, 9, 13).to(memory_format=torch.channels_last)
+
+
+class Unfinished(cuda._Plain):
+    """Leaves the last row of the result as the memory was."""
+
+    def convolve(self, x):
+        out = torch.empty_like(super().convolve(x)).fill_(torch.nan)
+        out[:, :, :-1] = super().convolve(x)[:, :, :-1]
+        return out
+
+
+class WrongAtTheBorder(cuda._Plain):
+    def convolve(self, x):
+        out = super().convolve(x)
+        out[:, :, -1, -1] *= 1.5
+        return out
+
+
+class Overflowing(cuda._Plain):
+    """Writes beside its place."""
+
+    def put(self, y, place):
+        torch.as_strided(place, place.shape, place.stride(), place.storage_offset() + 1).copy_(y)
+        return super().put(y, place)
+
+
+class Forgetful(cuda._Plain):
+    """Pools and leaves the place as it was."""
+
+    def put(self, y, place):
+        return F.max_pool2d(y, 2)
+
+
+class Failing(cuda._Plain):
+    def convolve(self, x):
+        raise RuntimeError("no engine for this")
+
+
+class Right(cuda._Plain):
+    pass
+
+
+@pytest.mark.parametrize("wrong", [Unfinished, WrongAtTheBorder, Failing])
+def test_a_route_that_is_wrong_is_left_out_however_fast(monkeypatch, wrong):
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float([cuda._Plain, Right, wrong].index(type(function.func))))
+    assert fastest((cuda._Plain, wrong), layer(), a_map(), None) is cuda._Plain
+    assert fastest((cuda._Plain, wrong, Right), layer(), a_map(), None) is Right
+
+
+def test_a_route_that_writes_beside_its_place_or_not_into_it_is_left_out(monkeypatch):
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float(type(function.func) is not cuda._Plain))
+    for place in (a_map(20)[:, 4:12], a_map(20)[:, :8], a_map(20)[:, 8:16]):
+        for wrong in (Overflowing, Forgetful):
+            assert fastest((cuda._Plain, wrong), layer(), a_map(), place) is cuda._Plain
+        assert fastest((cuda._Plain, Right), layer(), a_map(), place) is Right
+
+
+def test_the_fastest_wins_and_is_tried_once_for_each_shape(monkeypatch):
+    tried = []
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: tried.append(function) or 1.0 / len(tried))
+    for _ in range(2):
+        assert fastest((cuda._Plain, Right), layer(), a_map(), None) is Right
+    assert len(tried) == 2
+    fastest((cuda._Plain, Right), layer(), a_map()[:1], None)
+    assert len(tried) == 4
+    fastest((cuda._Plain, Right), layer(8, 16), a_map(), None)
+    assert len(tried) == 6
+
+
+def test_of_shapes_of_one_size_the_first_decides_what_is_tried(monkeypatch):
+    tried, tuned = [], []
+
+    def milliseconds(function):
+        tried.append(type(function.func))
+        tuned.append(torch.backends.cudnn.benchmark)
+        return -float(tried[-1] is Right)
+
+    monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
+    routes, x = (cuda._Plain, Failing, cuda._Cudnn, Right), a_map()
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_relu", lambda x, weight, bias, *_: F.conv2d(x, weight, bias, padding=1).relu()
+    )
+    assert fastest(routes, layer(), x, None) is Right
+    assert tried == [cuda._Plain, cuda._Cudnn, Right]
+    assert fastest(routes, layer(), x[:, :, :, 1:], None) is Right
+    assert tried[3:] == [cuda._Plain, Right]
+    assert tuned == [True] * 3 + [False] * 2
+    fastest(routes, layer(), x[:, :, :4, :4], None)  # a quarter of the size
+    assert len(tried) == 8
+    monkeypatch.setattr(Right, "convolve", Unfinished.convolve)
+    assert fastest(routes, layer(), x[:, :, 1:], None) is cuda._Plain  # what was right once proves itself again
+
+
+def test_a_trial_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
+    before, state, of_layer = a_map(20), torch.get_rng_state(), layer()
+    whole, weight = before.clone(memory_format=torch.preserve_format), of_layer.weight.clone()
+    x = a_map()
+    torch.set_rng_state(state)
+    tuned = torch.backends.cudnn.benchmark
+    fastest((cuda._Plain, Right), of_layer, x, whole[:, 4:12])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(whole, before)
+    assert torch.equal(of_layer.weight, weight)
+    assert torch.backends.cudnn.benchmark == tuned
+
+
+def test_a_trial_without_memory_gives_the_plain_route(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda, "_Case", full)
+    assert fastest((Right, cuda._Plain), layer(), a_map(), None) is Right
+
+
+def test_only_narrow_layers_try_kernels_of_triton():
+    level = object.__new__(CudaLevel)
+    level.dtype = torch.bfloat16
+    assert set(cuda._TILES) <= set(level.step(layer(64, 128)).routes)
+    assert not set(cuda._TILES) & set(level.step(layer(128, 136)).routes)
+
+
+# --- graphs
+
+
+class Recorder:
+    """A function that counts its calls, and captures of it that count theirs."""
+
+    def __init__(self):
+        self.calls = self.captures = self.replays = 0
+        self.besides = []
+
+    def __call__(self, x):
+        self.calls += 1
+        return 2 * x
+
+    def capture(self, function, x, beside):
+        self.captures += 1
+        self.besides.append(beside)
+
+        def replay(x):
+            self.replays += 1
+            return 2 * x
+
+        return replay
+
+
+def test_a_shape_is_captured_when_it_comes_again():
+    recorder = Recorder()
+    doubled, x = Graphs(recorder, recorder.capture), torch.rand(1, 3, 4, 5)
+    for _ in range(4):
+        assert torch.equal(doubled(x), 2 * x)
+    assert (recorder.calls, recorder.captures, recorder.replays) == (1, 1, 3)
+    doubled(x.double())
+    doubled(x[..., :4])
+    assert (recorder.calls, recorder.captures) == (3, 1)
+    doubled(x.double())
+    assert recorder.besides[0] is None
+    assert recorder.besides[1] is not None
+    doubled.clear()
+    doubled(x)
+    assert recorder.calls == 4
+
+
+def test_few_shapes_are_kept_the_last_used_ones():
+    recorder = Recorder()
+    doubled = Graphs(recorder, recorder.capture)
+    xs = [torch.rand(1, 1, 4, width) for width in range(1, graphs._KEPT + 2)]
+    for x in (*xs[:-1], xs[0], xs[-1]):
+        doubled(x)
+    assert recorder.captures == 1
+    doubled(xs[0])
+    assert (recorder.captures, recorder.replays) == (1, 2)
+    doubled(xs[1])  # the least recently used one was dropped
+    assert recorder.captures == 1
+
+
+def test_large_batches_and_captures_within_captures_go_to_the_function(monkeypatch):
+    recorder = Recorder()
+    doubled, x = Graphs(recorder, recorder.capture), torch.rand(2, 3, 4, 5)
+    monkeypatch.setattr(graphs, "_MOST_PIXELS", 39)
+    for _ in range(3):
+        doubled(x)
+    assert (recorder.calls, recorder.captures) == (3, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for _ in range(3):
+        doubled(x)
+    assert (recorder.calls, recorder.captures) == (6, 0)
+
+
+def test_a_capture_that_fails_is_not_tried_again():
+    attempts = []
+
+    def capture(function, x, beside):
+        attempts.append(beside)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder = Recorder()
+    doubled = Graphs(recorder, capture)
+    for width in (3, 4):
+        x = torch.rand(1, 1, 2, width)
+        for _ in range(3):
+            assert torch.equal(doubled(x), 2 * x)
+    assert attempts == [None, None]
+    assert recorder.calls == 6
+
+
+# --- Triton's kernels
+
+
+def test_kernels_by_the_interpreter():
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
+    pytest.importorskip("triton", minversion="3.6")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from unetlib.fast import kernels
+
+    def ptx(kernel, warps=4, **constants):
+        pointers = {"x": "*bf16", "out": "*bf16", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in pointers}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, values, aligned)
+        return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+    tile = {"ROWS": 8, "COLUMNS": 16, "DEEP": 32, "WIDE": 32, "POOL": True}
+    for text in (
+        ptx(kernels._conv3x3, UNIT=8, CHANNELS=8, FILTERS=24, **tile),
+        ptx(kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=32),
+    ):
+        assert "wgmma.mma_async" in text
+        assert "cp.async.cg.shared.global" in text
+        assert "st.global.v4" in text
+        assert ".local" not in text
+    text = ptx(kernels._place_and_pool, UNIT=8, CHANNELS=24, WINDOWS=32, WIDE=32)
+    assert "ld.global.v4" in text
+    assert "st.global.v4" in text
+    ptx(kernels._conv3x3, UNIT=1, CHANNELS=3, FILTERS=5, **tile)
+
+
+# --- CUDA
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(37, 51), (64, 96), (160, 240)])
+@pytest.mark.parametrize("features", [(8, 16), (16, 32, 64), (24, 40), (64, 128)])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_every_route_that_wins_is_right_on_cuda(monkeypatch, dtype, size, features, skip_first):
+    model = trained(features=features, skip_first=skip_first).cuda()
+    x = pictures(model, *size).cuda()
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    for maker in [cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, *cuda._TILES]:  # each where it can, be it slow or fast
+        kind = maker.func if isinstance(maker, partial) else maker
+        monkeypatch.setattr(cuda, "_TILES", (maker,) if kind is cuda._Kernel else ())
+        monkeypatch.setattr(cuda, "_winners", {})
+        monkeypatch.setattr(cuda, "_leaders", {})
+        prefer(monkeypatch, kind, cuda._KernelUp)
+        fast = optimize_for_inference(model, dtype=dtype)
+        poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
+        del poison
+        for _ in range(3):  # called, captured, replayed
+            assert error(fast(x), model(x)) <= tolerance
+
+
+@on_cuda
+def test_the_kernels_are_among_the_right_routes_on_cuda():
+    if not pytest.importorskip("triton") or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs Triton and a GPU of compute capability 8.0")
+    model = trained(features=(16, 32)).cuda()
+    times = {}
+    original = cuda._milliseconds
+
+    def milliseconds(function):
+        times[type(function.func).__name__] = original(function)
+        return times[type(function.func).__name__]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_milliseconds", milliseconds)
+        optimize_for_inference(model, dtype=torch.bfloat16)(pictures(model, 160, 240).cuda())
+    assert set(times) == {"_Plain", "_Cudnn", "_CudnnPlaced", "_Kernel", "_PlainUp", "_ProductUp", "_KernelUp"}
+    assert all(0 < time < 100 for time in times.values())
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_give_what_the_first_call_gives_and_results_stay(dtype):
+    model = trained(features=(16, 32)).cuda()
+    fast = optimize_for_inference(model, dtype=dtype)
+    xs = [pictures(model, *size).cuda() for size in ((64, 96), (37, 51), (64, 96))]
+    xs[2] = 1 - xs[2]
+    eager = [fast._logits(x).float() for x in xs]
+    kept = [fast(x) for _ in range(4) for x in xs]
+    assert all(error(found, eager[place % 3]) <= 1e-2 for place, found in enumerate(kept))
+    assert len(fast._run._replays) == 2
+    assert all(isinstance(replay, graphs.CudaReplay) for replay in fast._run._replays.values())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = [fast(x) for x in xs]
+    side.synchronize()
+    assert all(error(one, other) <= 1e-2 for one, other in zip(found, eager))
+    fast.free_memory()
+    assert error(fast(xs[0]), eager[0]) <= 1e-2
+
+
+@on_cuda
+def test_within_an_outer_capture_the_work_is_captured_by_it():
+    model = trained(features=(16, 32)).cuda()
+    fast, x = optimize_for_inference(model, dtype=torch.bfloat16), pictures(model, 64, 96).cuda()
+    expected = fast(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fast(x)
+    graph.replay()
+    assert error(result, expected) <= 1e-2
