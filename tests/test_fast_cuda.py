@@ -186,6 +186,7 @@ def test_of_shapes_of_one_size_the_first_decides_what_is_tried(monkeypatch):
         return -float(tried[-1] is Right)
 
     monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     routes, x = (cuda._Plain, Failing, cuda._Cudnn, Right), a_map()
     monkeypatch.setattr(
         torch, "cudnn_convolution_relu", lambda x, weight, bias, *_: F.conv2d(x, weight, bias, padding=1).relu()
