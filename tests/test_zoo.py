@@ -118,4 +118,4 @@ def test_carvana_on_photographs_of_cars_that_it_was_not_trained_on():
     data = Path(os.environ["UNETLIB_DATA"]) / "carvana"
     val = CarvanaDataset(data / "val", data / "val_masks")
     scores = evaluate(UNet.from_pretrained("carvana"), val.subset(range(0, len(val), 18)))
-    assert scores["dice"] >= 0.989
+    assert scores["dice"] >= 0.992
