@@ -161,7 +161,7 @@ def _has_onednn() -> bool:
 def narrowest_winograd(dtype: torch.dtype) -> float:
     """The least width of a level at which this CPU is faster by Winograd's method than by direct convolutions in `dtype`.
 
-    Found once in a process, on small maps, in a tenth of a second; infinite where there is no such width.
+    Found once in a process, on small maps, in some tenths of a second; infinite where there is no such width.
     """
     winning = itertools.takewhile(lambda width: _winograd_wins(width, dtype), reversed(_WIDTHS)) if available() else ()
     return min(winning, default=math.inf)
