@@ -32,6 +32,7 @@ def test_the_defaults_are_the_studys_network():
         "first_norm": True,
         "affine": True,
         "negative_slope": 0.1,
+        "patch_size": 1,
     }
 
 
@@ -77,6 +78,8 @@ def test_a_config_written_before_the_options_of_other_projects_builds_the_same_n
         ("affine", None, "True or False"),
         ("negative_slope", float("inf"), "finite number"),
         ("negative_slope", "0.1", "finite number"),
+        ("patch_size", 0, "positive integer"),
+        ("patch_size", 2.0, "positive integer"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_what_was_expected(field, value, expected):
@@ -180,6 +183,7 @@ def unet_configs(draw):
         first_norm=norm == "none" or draw(st.booleans()),
         affine=norm != "instance" or draw(st.booleans()),
         negative_slope=draw(finite) if activation == "leaky_relu" else 0.1,
+        patch_size=draw(st.integers(1, 8)),
     )
 
 

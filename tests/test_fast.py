@@ -34,6 +34,8 @@ OPTIONS = [
     {"first_norm": False},
     {"bottleneck": 12, "up_features": (9, 10), "mid_features": (11, 7), "decoder_features": (6, 13)},
     {"in_channels": 1, "out_channels": 4},
+    {"patch_size": 2, "out_channels": 2},
+    {"patch_size": 3, "match": "replicate"},
 ]
 WAYS = {"plain": PlainLevel, "direct": PrepackedLevel, "winograd": WinogradLevel, "mixed": None}
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -80,7 +82,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gives_the_logits_of_the_model(way, options, size):
     model = trained(**options)
-    x = pictures(model, *size)
+    x = pictures(model, *(max(side, model.config.stride) for side in size))
     expected = model(x)
     fast = optimize_for_inference(model)
     for _ in range(2):  # the second call finds memory and transformed weights

@@ -78,24 +78,26 @@ def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
-def test_the_estimate_is_above_what_a_pass_takes_and_not_far():
+@pytest.mark.parametrize(("patch_size", "side"), [(1, 768), (2, 1024)])
+def test_the_estimate_is_above_what_a_pass_takes_and_not_far(patch_size, side):
     """The pass is in a process of its own, whose high-water mark is set back before it."""
     code = """
-import re, torch
+import re, sys, torch
 from pathlib import Path
 from unetlib import UNet
 def resident(field): return 1024 * int(re.findall(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
-model, picture = UNet(features=(16, 32)).eval(), torch.rand(1, 3, 768, 768)
+patch_size, side = map(int, sys.argv[1:])
+model, picture = UNet(features=(16, 32), patch_size=patch_size).eval(), torch.rand(1, 3, side, side)
 with torch.inference_mode():
     model(picture[..., :64, :64])
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     model(picture)
-print((resident("VmHWM") - before) / 768**2)
+print((resident("VmHWM") - before) / side**2)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(patch_size), str(side)], capture_output=True, text=True, check=True)
     taken = float(re.findall(r"[\d.]+", done.stdout)[0])
-    assert taken / 1.15 < bytes_per_pixel(UNetConfig(features=(16, 32))) < 3 * taken
+    assert taken / 1.15 < bytes_per_pixel(UNetConfig(features=(16, 32), patch_size=patch_size)) < 3 * taken
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -50,7 +50,7 @@ def whole(model: UNet, picture: torch.Tensor) -> torch.Tensor:
 
 def smallest_tile(model: UNet) -> int:
     """What keeps two units of the grid at each side that is inside the picture."""
-    unit = 2**model.config.depth
+    unit = model.config.stride
     return 2 * (-(-exact_halo(model.config) // unit) * unit) + 2 * unit
 
 
@@ -135,6 +135,17 @@ def test_tiles_are_the_whole_picture_to_the_last_bit_at_any_size(depth, upsample
     model = with_exact_sums(depth, upsample=upsample, match=match, norm=norm)
     tile, unit = smallest_tile(model), 2**depth
     # Taller than one tile, and wider; then odd at every level.
+    for size in ((tile + unit, tile + 2 * unit), (tile + 2 * unit - 1, unit), (unit + 1, tile + 3 * unit - 1)):
+        picture = integers(*size)
+        assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))
+
+
+@pytest.mark.parametrize("patch_size", [2, 3])
+@pytest.mark.parametrize("match", ["zeros", "replicate"])
+def test_networks_of_patches_too(patch_size, match):
+    model = with_exact_sums(2, patch_size=patch_size, match=match)
+    assert exact_halo(model.config) == 22 * patch_size
+    tile, unit = smallest_tile(model), 4 * patch_size
     for size in ((tile + unit, tile + 2 * unit), (tile + 2 * unit - 1, unit), (unit + 1, tile + 3 * unit - 1)):
         picture = integers(*size)
         assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))

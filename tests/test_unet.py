@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,22 @@ def test_the_first_norm_alone_is_left_out():
     assert [name for name in model.state_dict() if name.endswith(("conv1.bias", "conv2.bias"))] == ["encoder.0.conv1.bias"]
 
 
+@pytest.mark.parametrize("size", [(24, 36), (25, 38), (17, 12)])
+def test_patches_are_pixels_whose_channels_are_pixels(size):
+    model = small(features=(4, 6), in_channels=2, out_channels=2, patch_size=3)
+    plain = small(features=(4, 6), in_channels=18, out_channels=18)
+    plain.load_state_dict(model.state_dict())
+    model, plain = (network.requires_grad_(False) for network in (model, plain))
+    x = pictures(*size, channels=2)
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -size[0] % 3), (0, -size[1] % 3)), mode="edge")
+    patches = np.stack([padded[:, c, row::3, column::3] for c in range(2) for row in range(3) for column in range(3)], axis=1)
+    logits = plain(torch.from_numpy(patches)).numpy()
+    expected = np.empty_like(padded)
+    for channel, (c, row, column) in enumerate(itertools.product(range(2), range(3), range(3))):
+        expected[:, c, row::3, column::3] = logits[:, channel]
+    np.testing.assert_allclose(model(x).numpy(), expected[:, :, : size[0], : size[1]], rtol=1e-5, atol=1e-6)
+
+
 def test_the_smallest_size_of_the_default_depth():
     model = small(features=(2, 2, 2, 2))
     assert model(pictures(16, 16)).shape == (2, 1, 16, 16)
@@ -194,6 +211,11 @@ def test_the_smallest_size_of_the_default_depth():
 def test_smaller_pictures_are_refused_with_both_sizes_named(size):
     with pytest.raises(ValueError, match=rf"3 levels needs pictures of at least 8x8 pixels, got {size[0]}x{size[1]}"):
         small(features=(2, 4, 4))(torch.zeros(1, 3, *size))
+
+
+def test_a_network_of_patches_needs_as_many_of_them():
+    with pytest.raises(ValueError, match="2 levels needs pictures of at least 12x12 pixels, got 11x12"):
+        small(patch_size=3)(torch.zeros(1, 3, 11, 12))
 
 
 def test_another_shape_is_refused_with_the_expected_one():
@@ -247,6 +269,23 @@ def test_compile_takes_every_size_in_one_graph(options):
     for size in [(16, 24), (17, 23), (12, 9), (33, 10)]:
         assert torch.equal(compiled(pictures(*size)), model(pictures(*size)))
     assert len(graphs) == 1
+
+
+def test_networks_of_patches_compile_and_export():
+    torch.compiler.reset()
+    model = small(patch_size=2, out_channels=2)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for size in [(16, 24), (17, 23), (12, 9), (33, 10)]:
+        assert torch.equal(compiled(pictures(*size)), model(pictures(*size)))
+    dims = {2: 2 * torch.export.Dim("half_height", min=8), 3: 2 * torch.export.Dim("half_width", min=8)}
+    program = torch.export.export(model, (pictures(16, 24),), dynamic_shapes=(dims,)).module()
+    with pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(model, pictures(16, 24))
+    for size in [(16, 24), (18, 22), (16, 16), (20, 30)]:
+        assert torch.equal(program(pictures(*size)), model(pictures(*size)))
+        assert torch.equal(traced(pictures(*size)), model(pictures(*size)))
+    with pytest.raises(RuntimeError, match="pixel_unshuffle"):
+        traced(pictures(17, 24))
 
 
 def test_compile_differentiates():

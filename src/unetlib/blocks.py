@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -240,3 +241,53 @@ def make_activation(name: str, *, negative_slope: float = 0.1) -> nn.Module:
     if name == "silu":
         return nn.SiLU(inplace=True)
     raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def split_patches(x: Tensor, side: int) -> Tensor:
+    """The pixels of each square as channels of one pixel.
+
+    Args:
+        x: (N, C, H, W).
+        side: of the squares. Where it does not divide the height or width, the last row or column is repeated; but in a program
+            that is exported or traced both must be multiples, of which no graph could make sure.
+
+    Returns:
+        (N, C * side ** 2, ceil(H / side), ceil(W / side)), in the order of `torch.nn.PixelUnshuffle`.
+
+    Example:
+        >>> split_patches(torch.zeros(1, 3, 5, 8), 2).shape
+        torch.Size([1, 12, 3, 4])
+    """
+    if side == 1:
+        return x
+    if not _exported() and (x.shape[-2] % side or x.shape[-1] % side):
+        x = F.pad(x, (0, -x.shape[-1] % side, 0, -x.shape[-2] % side), mode="replicate")
+    return F.pixel_unshuffle(x, side)
+
+
+def join_patches(x: Tensor, side: int, size: Sequence[int]) -> Tensor:
+    """What `split_patches` does, undone.
+
+    Args:
+        x: (N, C * side ** 2, h, w).
+        side: of the squares.
+        size: height and width of the result; what is beyond is left out.
+
+    Returns:
+        (N, C, *size).
+
+    Example:
+        >>> x = torch.rand(1, 3, 5, 8)
+        >>> torch.equal(join_patches(split_patches(x, 2), 2, (5, 8)), x)
+        True
+    """
+    if side == 1:
+        return x
+    x = F.pixel_shuffle(x, side)
+    return x if _exported() else x[..., : size[0], : size[1]]
+
+
+def _exported() -> bool:
+    """Whether a graph is captured for good; torch before 2.7 does not tell that from compiling."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

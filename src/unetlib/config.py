@@ -89,6 +89,9 @@ class UNetConfig(_JSONConfig):
         first_norm: False leaves the very first convolution with a bias and without a norm (fepegar).
         affine: False takes weight and bias from norm "instance" (MONAI with `norm="instance"`).
         negative_slope: slope of "leaky_relu" below zero (0.1 in MONAI's default, 0.01 in PyTorch's).
+        patch_size: side of the squares of pixels that are one pixel of the first level's maps: a square's pixels become
+            channels on the way in, and channels become its pixels on the way out (sub-pixel convolution: Shi et al., CVPR 2016,
+            arXiv:1609.05158). 2 sees full detail at little more than the cost of half the size.
 
     Raises:
         ValueError: naming the field, its value and what was expected.
@@ -120,6 +123,7 @@ class UNetConfig(_JSONConfig):
     first_norm: bool = True
     affine: bool = True
     negative_slope: float = 0.1
+    patch_size: int = 1
 
     def __post_init__(self) -> None:
         """Check every field, and fill in those that follow from others."""
@@ -158,7 +162,7 @@ class UNetConfig(_JSONConfig):
         self._set_tuple("features", like=(64, 128, 256, 512))
         last = self.features[-1]
         self._set_default("bottleneck", 2 * last)
-        for name in ("in_channels", "out_channels", "bottleneck"):
+        for name in ("in_channels", "out_channels", "bottleneck", "patch_size"):
             _check_width(name, getattr(self, name))
         self._set_default("decoder_features", self.features)
         self._set_tuple("decoder_features", like=self.features)
@@ -189,8 +193,13 @@ class UNetConfig(_JSONConfig):
 
     @property
     def depth(self) -> int:
-        """Number of poolings; pictures need at least `2 ** depth` pixels a side."""
+        """Number of poolings."""
         return len(self.features)
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of what is one pixel at the bottleneck, `patch_size * 2 ** depth`; pictures are at least as large."""
+        return self.patch_size << self.depth
 
 
 @dataclass(frozen=True)

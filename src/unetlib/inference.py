@@ -413,7 +413,7 @@ def _input_size(model: UNet, size: tuple[int, ...]) -> tuple[int, int]:
     if preprocessing.size is not None:
         return preprocessing.size
     scale = preprocessing.scale or 1.0
-    smallest = 2**model.config.depth  # smaller pictures are enlarged to what the poolings need
+    smallest = model.config.stride  # smaller pictures are enlarged to what the poolings need
     height, width = (max(smallest, round(scale * side)) for side in size)
     return height, width
 

@@ -32,8 +32,8 @@ def pixels_in_one_pass(config: UNetConfig, *, dtype: torch.dtype = torch.float32
         >>> pixels_in_one_pass(UNetConfig(features=(8, 16))) > 160 * 240
         True
     """
-    widest = config.features[0] + config.up_features[0]
-    return min(available_memory(device) // _SHARE // bytes_per_pixel(config, dtype), _MOST_NUMBERS // widest)
+    widest = max((config.features[0] + config.up_features[0]) / config.patch_size**2, config.in_channels)
+    return min(available_memory(device) // _SHARE // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
 
 
 def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> int:
@@ -50,7 +50,9 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
     below = (*config.decoder_features[1:], config.bottleneck)[0] / 4
     concatenation = config.features[0] + config.up_features[0]
     outputs = 2 * max(config.mid_features[0], config.decoder_features[0])
-    return int(_LIBRARY * (skips + below + concatenation + outputs) * dtype.itemsize)
+    maps = (skips + below + concatenation + outputs) / config.patch_size**2
+    patches = config.in_channels + config.out_channels if config.patch_size > 1 else 0  # copies in another order
+    return int(_LIBRARY * (maps + patches) * dtype.itemsize)
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:

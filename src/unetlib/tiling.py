@@ -65,7 +65,7 @@ class Piece(NamedTuple):
 def exact_halo(config: UNetConfig) -> int:
     """Pixels around a tile that decide what the network says inside it.
 
-    The tile's corners are multiples of `2 ** config.depth`, so that poolings fall on the same pixels as in the whole picture.
+    The tile's corners are multiples of `config.stride`, so that poolings fall on the same pixels as in the whole picture.
     What each layer needs is followed from the output back to the input: a 3x3 convolution one more pixel to each side, a
     pooling twice as many, an upsampling half, and the bilinear one a neighbour besides.
 
@@ -81,8 +81,8 @@ def exact_halo(config: UNetConfig) -> int:
     """
     if whole := needs_whole(config):
         raise ValueError(f"tiles cannot give the whole picture's result, because {whole}")
-    side: int = 2**config.depth
-    first, last = 0, side - 1  # pixels of the smallest tile
+    side = config.stride // config.patch_size
+    first, last = 0, side - 1  # pixels of the first level's map in the smallest tile
     skips: list[tuple[int, int]] = []
     for _ in range(config.depth):  # the decoder, the full-size level first
         first, last = first - 2, last + 2  # the two convolutions
@@ -94,7 +94,7 @@ def exact_halo(config: UNetConfig) -> int:
     for skip_first, skip_last in reversed(skips):  # the encoder, the deepest level first
         first, last = min(2 * first, skip_first), max(2 * last + 1, skip_last)
         first, last = first - 2, last + 2
-    return max(-first, last - (side - 1))
+    return config.patch_size * max(-first, last - (side - 1))
 
 
 def needs_whole(config: UNetConfig) -> str | None:
@@ -124,15 +124,15 @@ def plan_tiles(
     The tiles are the smallest equal ones that are as few as tiles of the given size would be.
 
     With the exact halo, what is kept equals the network's result for the whole picture, to the border. One case is left where
-    it cannot: `match="resize"`, which stretches whole maps, and sides that are no multiples of `2 ** config.depth`. The result
+    it cannot: `match="resize"`, which stretches whole maps, and sides that are no multiples of `config.stride`. The result
     is then that of the picture with its last row and column repeated up to such multiples.
 
     Args:
         config: the network's.
         size: height and width of the picture.
-        tile: height and width that a tile sees, at most; rounded down to multiples of `2 ** config.depth`.
+        tile: height and width that a tile sees, at most; rounded down to multiples of `config.stride`.
         overlap: pixels that a tile sees beyond what it keeps, at each side that is no border of the picture; rounded up to a
-            multiple of `2 ** config.depth`. None takes `exact_halo`. Less is a warning, and tiles are blended with weights that
+            multiple of `config.stride`. None takes `exact_halo`. Less is a warning, and tiles are blended with weights that
             fall in a straight line to the edge, over the pixels that they share.
         pad: repeat the last row and column up to multiples for every `match`, as for "resize".
 
@@ -146,7 +146,7 @@ def plan_tiles(
         >>> plan.columns
         (Span(start=0, stop=64, keep_start=0, keep_stop=64),)
     """
-    multiple = 2**config.depth
+    multiple = config.stride
     whole = needs_whole(config)
     if overlap is None and whole:
         raise ValueError(
@@ -193,7 +193,7 @@ def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple
     """
     if size[0] * size[1] <= pixels:
         return None
-    multiple = 2**config.depth
+    multiple = config.stride
     halo = multiple if needs_whole(config) else _round_up(exact_halo(config), multiple)
     side = min(max(2048, 16 * halo), max(math.isqrt(pixels) // multiple * multiple, 2 * halo + multiple))
     return side, side

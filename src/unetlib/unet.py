@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import DoubleConv, Up
+from .blocks import DoubleConv, Up, join_patches, split_patches
 from .config import Preprocessing, UNetConfig
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class UNet(nn.Module):
         preprocessing: the `Preprocessing` that `predict` applies and `save_pretrained` writes; assign another to change it.
 
     Shape:
-        (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `2 ** len(features)`.
+        (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `config.stride`,
+        which is `2 ** len(features)` without patches.
 
     Raises:
         ValueError: for an option that `UNetConfig` refuses.
@@ -81,6 +82,7 @@ class UNet(nn.Module):
         )
         self._preprocessing = Preprocessing()
         config, widths = self.config, self.config.features
+        patch = config.patch_size**2  # pixels
         layers: dict[str, Any] = {
             "norm": norm,
             "activation": activation,
@@ -91,7 +93,7 @@ class UNet(nn.Module):
         }
         self.encoder = nn.ModuleList(
             DoubleConv(before, width, first_norm=config.first_norm or level > 0, **layers)
-            for level, (before, width) in enumerate(pairwise((in_channels, *widths)))
+            for level, (before, width) in enumerate(pairwise((patch * in_channels, *widths)))
         )
         self.bottleneck = DoubleConv(widths[-1], config.bottleneck, **layers)
         deeper = (*config.decoder_features[1:], config.bottleneck)
@@ -110,7 +112,7 @@ class UNet(nn.Module):
             )
             for level in reversed(range(config.depth))
         )
-        self.head = nn.Conv2d(config.decoder_features[0], out_channels, kernel_size=1)
+        self.head = nn.Conv2d(config.decoder_features[0], patch * out_channels, kernel_size=1)
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> UNet:
@@ -309,7 +311,7 @@ class UNet(nn.Module):
         """Logits for a batch of pictures.
 
         Args:
-            x: (N, in_channels, H, W), float, H and W at least `2 ** len(features)`.
+            x: (N, in_channels, H, W), float, H and W at least `config.stride`.
 
         Returns:
             (N, out_channels, H, W) logits.
@@ -318,7 +320,8 @@ class UNet(nn.Module):
             ValueError: for another shape.
         """
         check_input(x, self.config)
-        skips = []
+        size, skips = x.shape[-2:], []
+        x = split_patches(x, self.config.patch_size)  # the same for patch_size=1, as is join_patches
         for block in self.encoder:
             x = block(x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
             skips.append(x)
@@ -326,21 +329,21 @@ class UNet(nn.Module):
         x = self.bottleneck(x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
         for up, skip in zip(self.decoder, reversed(skips)):
             x = up(x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
-        x = self.head(x)  # (N, decoder_features[0], H, W) -> (N, out_channels, H, W)
-        return x
+        x = self.head(x)  # (N, decoder_features[0], h, w) -> (N, patch_size ** 2 * out_channels, h, w)
+        return join_patches(x, self.config.patch_size, size)  # -> (N, out_channels, H, W)
 
 
 def check_input(x: Tensor, config: UNetConfig) -> None:
     """Check that a network of this config takes a batch.
 
     Args:
-        x: to be (N, in_channels, H, W), H and W at least `2 ** depth`.
+        x: to be (N, in_channels, H, W), H and W at least `config.stride`.
         config: of the network.
 
     Raises:
         ValueError: naming the shape, and what was expected.
     """
-    smallest = 2**config.depth
+    smallest = config.stride
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(
             f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..blocks import DoubleConv
+from ..blocks import DoubleConv, join_patches, split_patches
 from ..unet import UNet, check_input
 from .cuda import CudaLevel, compiled
 from .folding import Parts
@@ -107,16 +107,16 @@ class FastUNet(nn.Module):
             self._run.clear()
 
     def _logits(self, x: Tensor) -> Tensor:
+        size, skips = x.shape[-2:], []
+        x = split_patches(x, self.config.patch_size)
         *levels, bottom = self._levels_for(*x.shape[-2:])
-        skips = []
         for level in levels:
             skip, x = level.encode(x)
             skips.append(skip)
         x = bottom.convolve(x)
         for level, skip in zip(reversed(levels), reversed(skips)):
             x = level.decode(x, skip)
-        logits: Tensor = self._head(x.to(self.dtype))
-        return logits
+        return join_patches(self._head(x.to(self.dtype)), self.config.patch_size, size)
 
     def _levels_for(self, height: int, width: int) -> list[Level]:
         """The levels, each in the way that suits its map's size; made when first wanted, and kept."""
