@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from train_carvana import add_training_options, train
+from train_carvana import add_training_options, starting_model, train
 
 from unetlib import ImageMaskDataset, Preprocessing, UNet
 from unetlib.distributed import joined_processes
@@ -116,14 +116,11 @@ def held_out(images: list[str], last: int, share: float) -> list[int]:
 def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[str], Any]) -> UNet:
     """The network to train, which knows how pictures become its input and what its classes are called."""
     needed = {"in_channels": 1 if args.grey else 3, "out_channels": 1 if len(class_names) == 2 else len(class_names)}
+    model = starting_model(args, **needed)
     if args.init:
-        model = UNet.from_pretrained(args.init)
-        changes = [f"{key} {getattr(model.config, key)} -> {n}" for key, n in needed.items() if getattr(model.config, key) != n]
-        if changes:
-            model = UNet.from_pretrained(args.init, **needed)
+        before = UNet.from_pretrained(args.init).config
+        changes = [f"{key} {getattr(before, key)} -> {n}" for key, n in needed.items() if getattr(before, key) != n]
         say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
-    else:
-        model = UNet(**needed, features=args.features, bottleneck=args.bottleneck)
     model.preprocessing = Preprocessing(size=None if args.own_size else tuple(args.size), class_names=class_names)
     return model
 

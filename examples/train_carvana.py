@@ -49,10 +49,11 @@ from unetlib import (
     dice_score,
     split_by_car,
 )
-from unetlib.adapt import deepen
+from unetlib.adapt import grow
 from unetlib.cache import CachedDataset
 from unetlib.cards import model_card
 from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
+from unetlib.config import MATCHES
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
 from unetlib.loading import Augmented, ShuffledBatches
@@ -87,11 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     with joined_processes(args.device) as process:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
-        model = UNet.from_pretrained(args.init) if args.init else UNet(features=args.features, bottleneck=args.bottleneck)
-        if args.deepen:
-            few: Any = train_sets[0].subset(range(4))
-            few.transform = eval_transform(args.size)
-            model = deepen(model, torch.stack([few[index][0] for index in range(len(few))]), args.deepen)
+        model = starting_model(args)
         model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
@@ -266,6 +263,13 @@ def train(
     return best
 
 
+def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
+    """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
+    names = ("features", "bottleneck", "patch_size", "match")
+    shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+
+
 def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
     if channels > 1:
         return CrossEntropyLoss() if args.loss == "bce" else CrossEntropyLoss() + DiceLoss()
@@ -381,8 +385,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures")
     add("--init", help="start from these weights (a zoo name or a model folder) instead of random ones")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--features", type=int, nargs="+", default=[64, 128, 256, 512])
-    add("--bottleneck", type=int)
+    add("--features", type=int, nargs="+", help="width of each level (64 128 256 512); with --init, to grow to")
+    add("--bottleneck", type=int, help="width of the deepest block; with --init, to grow to")
+    add("--patch-size", type=int, metavar="PIXELS", help="side of the squares that the first level takes as one pixel")
+    add("--match", choices=MATCHES, help="how the decoder meets odd sizes")
     add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"))
     add("--epochs", type=int, default=3)
     add("--batch-size", type=int, default=32, help="all processes together")
@@ -435,17 +441,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole recipe; options given beside it win")
     parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="render N scenes and train on them (too)")
-    parser.add_argument(
-        "--deepen", type=int, metavar="WIDTH", help="put a level on top of --init, which then sees half of --size"
-    )
     add_training_options(parser)
     preset = parser.parse_args(argv).preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     if not args.data and not args.synthetic:
         parser.error("give --data FOLDER, or --synthetic N to train on rendered scenes")
-    if args.deepen and not args.init:
-        parser.error("--deepen is for trained weights; name them with --init")
     return args
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from study import randomize
 
 from unetlib import Preprocessing, UNet
-from unetlib.adapt import adapt, adapt_input, deepen
+from unetlib.adapt import adapt, adapt_input, grow
 
 
 @pytest.fixture
@@ -129,34 +130,77 @@ def test_impossible_numbers_are_refused(folder, options):
         UNet.from_pretrained(folder, **options)
 
 
-# --- one more level
+def test_other_numbers_of_channels_of_a_network_of_patches(tmp_path):
+    model = randomize(UNet(3, 2, features=(4, 8), patch_size=2)).eval()
+    model.save_pretrained(tmp_path)
+    grey = torch.rand(1, 1, 17, 24)
+    torch.testing.assert_close(UNet.from_pretrained(tmp_path, in_channels=1)(grey), model(grey.expand(-1, 3, -1, -1)))
+    assert UNet.from_pretrained(tmp_path, out_channels=3)(torch.rand(1, 3, 17, 24)).shape == (1, 3, 17, 24)
 
 
-@pytest.mark.parametrize("options", [{}, {"skip_first": False}, {"out_channels": 3, "conv_bias": True}])
-@pytest.mark.parametrize("width", [None, 11])
-def test_a_deeper_network_gives_the_logits_of_the_half_sized_picture(options, width):
-    torch.manual_seed(0)
-    model = UNet(features=(8, 16), **options)
-    model(torch.rand(4, 3, 32, 48))  # statistics that are not 0 and 1
+# --- larger networks
+
+ANY = [
+    {},
+    {"skip_first": False, "norm": "instance"},
+    {"out_channels": 3, "conv_bias": True, "match": "zeros"},
+    {"upsample": "bilinear", "norm": "none"},
+    {"upsample": "nearest_conv", "mid_features": (3, 5), "decoder_features": (4, 6), "up_features": (3, 7)},
+]
+
+
+@pytest.mark.parametrize("options", ANY, ids=str)
+def test_a_wider_network_gives_the_same_logits(options):
+    model = randomize(UNet(features=(4, 8), bottleneck=8, **options)).eval()
+    for grown in (grow(model, features=(7, 9)), grow(model, bottleneck=11), grow(model, features=[4, 10], bottleneck=12)):
+        assert not grown.training
+        x = torch.rand(2, 3, 17, 24)
+        torch.testing.assert_close(grown(x), model(x), rtol=1e-4, atol=1e-4)
+    assert grown.config.features == grown.config.decoder_features == (4, 10)
+    assert grown.config.bottleneck == 12
+
+
+@pytest.mark.parametrize("options", [*ANY, {"norm": "group"}], ids=str)
+@pytest.mark.parametrize("side", [2, 3])
+def test_a_network_of_patches_gives_the_logits_of_the_reduced_picture(options, side):
+    model = randomize(UNet(features=(4, 8), **options)).eval()
+    grown = grow(model, patch_size=side, match="replicate")
+    assert grown.config == dataclasses.replace(model.config, patch_size=side, match="replicate")
     small = torch.rand(2, 3, 16, 24)
-    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    deeper = deepen(model.eval(), large, width)
-    assert deeper.config.features == (width or 8, 8, 16)
-    expected = model(small).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(deeper(large), expected, rtol=1e-4, atol=1e-4)
+    large = small.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+    expected = model(small).repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+    torch.testing.assert_close(grown(large), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_weight_of_a_deeper_network_learns():
-    model = UNet(features=(4,))
-    deeper = deepen(model, torch.rand(1, 3, 8, 12), width=6).train()
-    deeper(torch.rand(2, 3, 16, 24)).square().mean().backward()
-    silent = [name for name, parameter in deeper.named_parameters() if parameter.grad.abs().sum() == 0]
+def test_every_weight_of_a_larger_network_learns():
+    model = UNet(features=(4, 6))
+    grown = grow(model, features=(6, 9), bottleneck=15, patch_size=2)
+    assert grown.preprocessing == model.preprocessing
+    assert grown.training
+    rate = 0.1
+    for _ in range(2):  # what is behind the zeros gets a gradient once they have moved
+        grown.zero_grad()
+        grown(torch.rand(2, 3, 16, 24)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in grown.parameters():
+                parameter -= rate * parameter.grad
+    silent = [name for name, parameter in grown.named_parameters() if not parameter.grad.any()]
     assert not silent
+    fresh = grown.encoder[0].conv1.weight.grad[4:]
+    assert fresh.abs().sum() > 0
 
 
-def test_networks_that_cannot_be_deepened_are_refused():
-    pictures = torch.rand(1, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"only a network with norm 'batch'.*got 'group', 'transpose' and 'relu'"):
-        deepen(UNet(features=(4,), norm="group"), pictures)
-    with pytest.raises(ValueError, match="width must be at least 4, what the new level hands on, got 3"):
-        deepen(UNet(features=(4,)), pictures, width=3)
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({"norm": "group"}, {"features": (8, 8)}, "norm 'group' cannot be widened: the groups of its channels would change"),
+        ({"patch_size": 2}, {"patch_size": 4}, "patch_size can be grown from 1, not from the network's 2; leave it out"),
+        ({}, {"features": (4, 7)}, r"features and bottleneck must be \(4, 8, 16\) or more, level by level, got \(4, 7, 16\)"),
+        ({}, {"features": (4, 8, 8)}, r"features and bottleneck must be \(4, 8, 16\) or more, .* got \(4, 8, 8, 16\)"),
+        ({}, {"bottleneck": 8}, r"must be \(4, 8, 16\) or more, level by level, got \(4, 8, 8\)"),
+        ({"mid_features": (9, 9)}, {"features": (8, 8)}, r"mid_features and bottleneck must be \(9, 9, 16\) or more"),
+    ],
+)
+def test_networks_that_cannot_be_grown_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        grow(UNet(features=(4, 8), **model), **options)

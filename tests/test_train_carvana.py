@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from test_distributed import run_processes
 
-from unetlib import CarvanaDataset, UNet
+from unetlib import CarvanaDataset, UNet, UNetConfig
 from unetlib.checkpoints import load_checkpoint
 from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
@@ -151,15 +151,12 @@ def test_training_starts_from_given_weights(script, data, tmp_path):
     np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-3)  # stored in half precision
 
 
-def test_deeper_than_the_weights_it_starts_from(script, data, tmp_path, capsys):
-    torch.manual_seed(0)
-    UNet(features=(4, 8)).save_pretrained(tmp_path / "start")
-    options = ["--data", str(data), *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), "--deepen", "4"]
-    script.main([*options, "--init", str(tmp_path / "start")])
-    assert UNet.from_pretrained(tmp_path / "run" / "model").config.features == (4, 4, 8)
-    with pytest.raises(SystemExit):
-        script.main(options)
-    assert "--deepen is for trained weights; name them with --init" in capsys.readouterr().err
+def test_larger_than_the_weights_it_starts_from(script, data, tmp_path):
+    UNet(features=(4, 8), bottleneck=12).save_pretrained(tmp_path / "start")
+    options = [*shlex.split("--epochs 1 --features 6 8 --patch-size 2 --match zeros --init"), str(tmp_path / "start")]
+    script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY, *options])
+    config = UNet.from_pretrained(tmp_path / "run" / "model").config
+    assert config == UNetConfig(features=(6, 8), bottleneck=12, patch_size=2, match="zeros")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(script, data, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Other numbers of channels, or one more level, for a trained network: the first convolution adapted, the head replaced.
+"""Other numbers of channels, or a larger size, for a trained network.
 
 The rule for the input is that of timm (Wightman, "PyTorch Image Models"): one channel takes the sum of the weights, so that a
 grey picture gives what it gave as three equal channels; other numbers repeat the weights in turn, scaled by old / new.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import Preprocessing, UNetConfig
 
@@ -53,7 +53,8 @@ def adapt(
     before = config
     if in_channels is not None and in_channels != before.in_channels:
         config = dataclasses.replace(config, in_channels=in_channels)
-        tensors[FIRST] = adapt_input(tensors[FIRST], in_channels)
+        weight = torch.unflatten(tensors[FIRST], 1, (before.in_channels, -1))  # a channel's pixels in a patch are side by side
+        tensors[FIRST] = adapt_input(weight, in_channels).flatten(1, 2)
         mean, std = (_adapt_statistics(values, in_channels) for values in (preprocessing.mean, preprocessing.std))
         preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
         logger.info(
@@ -64,7 +65,7 @@ def adapt(
         )
     if out_channels is not None and out_channels != before.out_channels:
         config = dataclasses.replace(config, out_channels=out_channels)
-        tensors.update(_new_head(tensors, out_channels))
+        tensors.update(_new_head(tensors, out_channels * before.patch_size**2))
         preprocessing = dataclasses.replace(preprocessing, class_names=None)
         logger.warning(
             "the head gives %d channels instead of %d: its weights are new and random, train them before you predict",
@@ -100,98 +101,91 @@ def adapt_input(weight: Tensor, in_channels: int) -> Tensor:
 
 
 @torch.no_grad()
-def deepen(model: UNet, pictures: Tensor, width: int | None = None) -> UNet:
-    """A network with one more level on top, in which the trained one sees its pictures at half their size.
+def grow(
+    model: UNet,
+    *,
+    features: Sequence[int] | None = None,
+    bottleneck: int | None = None,
+    patch_size: int | None = None,
+    match: str | None = None,
+) -> UNet:
+    """A larger network that starts out as the same function: of wider levels, or for pictures of several times the size.
 
-    The new level hands the picture down, and the trained network's last map up, both unchanged but for the pooling; what else
-    it could do is fresh. So a network that was trained on small pictures goes on with large ones without losing what it knows.
+    New channels have fresh random weights, and what reads them starts with zeros. Chen, Goodfellow and Shlens, "Net2Net", ICLR
+    2016 (arXiv:1511.05641), widen networks by copies instead.
 
     Args:
-        model: the trained network, with norm "batch", upsample "transpose" and activation "relu". It stays as it is.
-        pictures: a batch (N, in_channels, H, W) of twice the trained size, as the network sees them, none of them negative: the
-            new norms take their statistics from it.
-        width: of the new level, at least the numbers of input channels and of the last map's channels; None takes the latter,
-            where that is enough.
+        model: the trained network, which stays as it is; with norm "group" it cannot be widened, since its groups would change.
+        features: width of each level, no less than it is, nor than its width in the decoder, which becomes the same. None keeps
+            them all.
+        bottleneck: width of the deepest block, no less than it is; None keeps it.
+        patch_size: as in `UNetConfig`, for a network that has 1: its pictures are then as many times as high and wide, and it
+            begins with the logits of the reduced picture. None keeps it.
+        match: as in `UNetConfig`; None keeps it.
 
     Returns:
-        The deeper network, in evaluation mode, with the trained one's preprocessing.
+        The larger network, in the trained one's mode, with its preprocessing.
 
     Raises:
-        ValueError: for a network of other options, or too small a width.
+        ValueError: for a network, widths or a size of patches that cannot be grown.
 
     Example:
         >>> from unetlib import UNet
-        >>> deepen(UNet(features=(8, 16)), torch.rand(1, 3, 32, 48)).config.features
-        (8, 8, 16)
+        >>> model, x = UNet(features=(8, 16)).eval(), torch.rand(1, 3, 32, 48)
+        >>> torch.allclose(grow(model, features=(12, 16))(x), model(x), atol=1e-5)
+        True
+        >>> grow(model, patch_size=2)(torch.rand(1, 3, 64, 96)).shape
+        torch.Size([1, 1, 64, 96])
     """
     old = model.config
-    carried = old.decoder_features[0]
-    width = max(carried, old.in_channels) if width is None else width
-    if (old.norm, old.upsample, old.activation) != ("batch", "transpose", "relu"):
-        raise ValueError(
-            "only a network with norm 'batch', upsample 'transpose' and activation 'relu' can be deepened, "
-            f"got {old.norm!r}, {old.upsample!r} and {old.activation!r}"
-        )
-    if width < max(carried, old.in_channels):
-        raise ValueError(f"width must be at least {max(carried, old.in_channels)}, what the new level hands on, got {width!r}")
-    widths: dict[str, Any] = {
-        name: (width, *getattr(old, name)) for name in ("features", "up_features", "mid_features", "decoder_features")
-    }
-    deeper = type(model).from_config(dataclasses.replace(old, **widths)).eval()
-    deeper.preprocessing = model.preprocessing
-    for mine, theirs in zip(deeper.encoder[1:], model.encoder):
-        mine.load_state_dict(_widened(theirs.state_dict(), mine.state_dict()))
-    deeper.bottleneck.load_state_dict(model.bottleneck.state_dict())
-    for mine, theirs in zip(deeper.decoder, model.decoder):
-        mine.load_state_dict(theirs.state_dict())
-    deeper.head.load_state_dict(_widened(model.head.state_dict(), deeper.head.state_dict()))
+    if patch_size is not None and old.patch_size != 1:
+        raise ValueError(f"patch_size can be grown from 1, not from the network's {old.patch_size}; leave it out")
+    given = {"features": features, "bottleneck": bottleneck, "patch_size": patch_size, "match": match}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if features is not None:
+        changes |= {"mid_features": features, "decoder_features": features}
+    if features is not None or old.upsample in ("bilinear", "nearest"):
+        changes["up_features"] = None  # what follows from the others
+    new = dataclasses.replace(old, **changes)
+    for name in ("features", "mid_features", "decoder_features", "up_features"):
+        before, after = (*getattr(old, name), old.bottleneck), (*getattr(new, name), new.bottleneck)
+        if len(before) != len(after) or any(wide < narrow for narrow, wide in zip(before, after)):
+            raise ValueError(f"{name} and bottleneck must be {before} or more, level by level, got {after}")
+        if old.norm == "group" and after != before:
+            raise ValueError("a network with norm 'group' cannot be widened: the groups of its channels would change")
 
-    first: Any = deeper.encoder[0]
-    last: Any = deeper.decoder[-1]
-    _hand_on(first.conv1, old.in_channels)
-    _hand_on(first.conv2, old.in_channels)
-    _hand_on(last.upsample, carried)
-    _hand_on(last.conv.conv1, carried, start=width if old.skip_first else 0)
-    _hand_on(last.conv.conv2, carried)
-    norms = (first.norm1, first.norm2, last.conv.norm1, last.conv.norm2)
-    hooks = [norm.register_forward_pre_hook(_change_nothing) for norm in norms]
-    deeper(pictures)
-    for hook in hooks:
-        hook.remove()
-    return deeper
+    grown = type(model).from_config(new).train(model.training)
+    grown.to(model.head.weight)
+    grown.preprocessing = model.preprocessing
+    trained = model.state_dict()
+    if patch_size is not None:
+        pixels = patch_size**2
+        trained[FIRST] = trained[FIRST].repeat_interleave(pixels, dim=1) / pixels
+        for name in (f"{HEAD}.weight", f"{HEAD}.bias"):
+            trained[name] = trained[name].repeat_interleave(pixels, dim=0)
+    for name, tensor in grown.state_dict().items():
+        _place(trained[name], tensor, name, old, new)
+    return grown
 
 
-def _widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights whose input channels beyond the given ones are zero, where `like` has more of them."""
-    wide = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 4:
-            wide[name][:, : tensor.shape[1]] = tensor
-        else:
-            wide[name] = tensor
-    return wide
-
-
-def _hand_on(conv: nn.Conv2d | nn.ConvTranspose2d, channels: int, start: int = 0) -> None:
-    """Make the first output channels of a convolution those of the input from `start` on."""
-    if isinstance(conv, nn.ConvTranspose2d):
-        conv.weight[:, :channels] = torch.eye(channels)[:, :, None, None]
-    else:
-        conv.weight[:channels] = 0
-        conv.weight[:channels, start : start + channels, 1, 1] = torch.eye(channels)
-    if conv.bias is not None:
-        conv.bias[:channels] = 0
-
-
-def _change_nothing(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-    """Statistics of the input, and weights that undo the norm."""
-    variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(mean)
+def _place(small: Tensor, large: Tensor, name: str, old: UNetConfig, new: UNetConfig) -> None:
+    """Put the values of a trained layer among those of a grown one, and zeros where it would read new channels."""
+    if small.ndim == 0:  # the number of batches that a norm has seen
+        large.copy_(small)
+        return
+    if small.ndim == 1:
+        large[: len(small)] = small
+        return
+    if name.endswith(".upsample.weight"):  # of a transposed convolution: (in, out, 2, 2)
+        small, large = small.transpose(0, 1), large.transpose(0, 1)
+    inputs = list(range(small.shape[1]))
+    if name.endswith(".conv.conv1.weight"):  # reads two maps, each of which has grown
+        level = old.depth - 1 - int(name.split(".")[1])
+        first = "features" if old.skip_first else "up_features"
+        beyond = getattr(new, first)[level] - getattr(old, first)[level]
+        inputs = [place if place < getattr(old, first)[level] else place + beyond for place in inputs]
+    large[: len(small)] = 0
+    large[: len(small), inputs] = small
 
 
 def _adapt_statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
