@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,12 @@ class NotHere(Exception):
 
 
 class Network(NamedTuple):
-    """One network's weights in the study's module and in ours; float32, on the CPU, in evaluation mode."""
+    """One network's weights in the study's module and in ours; float32, on the CPU, in evaluation mode.
 
-    study: StudyUNet
+    Where the study's module cannot hold them, as those of a network of patches, `UNet` itself stands in its place.
+    """
+
+    study: nn.Module
     ours: UNet
 
 
@@ -56,8 +59,12 @@ def load_network(name: str) -> Network:
         ours.load_state_dict(convert(study.state_dict()).state_dict)
     else:
         ours = UNet.from_pretrained(name)
+        try:
+            state = export_state_dict(ours, "study")
+        except ValueError:
+            return Network(copy.deepcopy(ours), ours)
         study = StudyUNet(3, ours.config.out_channels, ours.config.features, ours.config.bottleneck).eval()
-        study.load_state_dict(export_state_dict(ours, "study"))
+        study.load_state_dict(state)
     return Network(study, ours)
 
 
@@ -113,6 +120,8 @@ class MilesialUNet(nn.Module):
 
 def milesial_module(network: Network) -> MilesialUNet:
     config = network.ours.config
+    if config.patch_size > 1:
+        raise NotHere("milesial's layout has no patches")
     module = MilesialUNet(config.features, config.bottleneck, config.out_channels)
     module.load_state_dict(export_state_dict(network.ours, "milesial", any_size=False))
     return module.eval()
@@ -176,7 +185,7 @@ def compiled(network: Network, case: Case, device: str, folder: Path) -> Forward
 
 
 def milesial(network: Network, case: Case, device: str, folder: Path) -> Forward:
-    multiple = 2**network.ours.config.depth
+    multiple = network.ours.config.stride
     if any(size % multiple for size in sizes(case.shape)[1:]):
         raise NotHere(f"milesial's layout pads where a side is no multiple of {multiple}: another function than the study's")
     return run(milesial_module(network), case.precision, device)
@@ -231,16 +240,21 @@ def ours(network: Network, case: Case, device: str, folder: Path) -> Forward:
     return run(network.ours, case.precision, device)
 
 
-def optimized(network: Network, case: Case, device: str, folder: Path, compile: bool = False) -> Forward:
-    if not hasattr(unetlib.inference, "optimize_for_inference"):
-        raise NotHere("this version of unetlib has no optimize_for_inference")
+def optimized(network: Network, case: Case, device: str, folder: Path, **options: Any) -> Forward:
     dtype = None if PRECISIONS[case.precision] == torch.float32 else PRECISIONS[case.precision]
     model = copy.deepcopy(network.ours).to(device)
-    return unetlib.inference.optimize_for_inference(model, dtype=dtype, compile=compile)
+    return unetlib.inference.optimize_for_inference(model, dtype=dtype, **options)
 
 
 def optimized_compiled(network: Network, case: Case, device: str, folder: Path) -> Forward:
     return optimized(network, case, device, folder, compile=True)
+
+
+def optimized_openvino(network: Network, case: Case, device: str, folder: Path) -> Forward:
+    try:
+        return optimized(network, case, device, folder, backend="openvino")
+    except (ImportError, ValueError) as reason:
+        raise NotHere(str(reason)) from reason
 
 
 def export_file(folder: Path, case: Case, suffix: str) -> Path:
@@ -264,6 +278,11 @@ OTHERS: dict[str, Callable[[Network, Case, str, Path], Forward]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
-OURS = {"unetlib": ours, "optimized": optimized, "optimized_compiled": optimized_compiled}
+OURS = {
+    "unetlib": ours,
+    "optimized": optimized,
+    "optimized_compiled": optimized_compiled,
+    "optimized_openvino": optimized_openvino,
+}
 PEERS = OTHERS | OURS
 OTHER_FUNCTION = {"monai": monai_module}  # another network, with weights of its own: its logits are not compared

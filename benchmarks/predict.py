@@ -11,6 +11,7 @@ says that unetlib is faster. README.md beside this file says what the stages are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import check, command, machine, print_row, ratios, spread, time_turns, wait, write_json
-from peers import Network, load_network, milesial_module
+from peers import Network, NotHere, load_network, milesial_module
 from PIL import Image, ImageFile
 from torch import nn
 from torchvision.transforms.functional import to_tensor
@@ -55,13 +56,13 @@ def milesial_way(module: nn.Module, size: tuple[int, int], device: str, path: Pa
 
 
 def ways(network: Network, size: tuple[int, int], device: str) -> dict[str, tuple[nn.Module, Way]]:
-    """The contestants, each with the module whose passes are its forward stage."""
-    study, milesial, ours = network.study.to(device), milesial_module(network).to(device), network.ours.to(device)
-    return {
-        "study": (study, functools.partial(study_way, study, size, device)),
-        "milesial": (milesial, functools.partial(milesial_way, milesial, size, device)),
-        "unetlib": (fast_copy(ours) or ours, ours.predict),  # predict runs the copy where there is one
-    }
+    """The contestants whose layouts hold the weights, each with the module whose passes are its forward stage."""
+    study, ours = network.study.to(device), network.ours.to(device)
+    found: dict[str, tuple[nn.Module, Way]] = {"study": (study, functools.partial(study_way, study, size, device))}
+    with contextlib.suppress(NotHere):
+        milesial = milesial_module(network).to(device)
+        found["milesial"] = milesial, functools.partial(milesial_way, milesial, size, device)
+    return found | {"unetlib": (fast_copy(ours) or ours, ours.predict)}  # predict runs the copy where there is one
 
 
 def staged(module: nn.Module, way: Way, path: Path, device: str) -> dict[str, float]:

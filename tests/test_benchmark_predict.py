@@ -96,6 +96,11 @@ def test_each_way_gives_a_mask_of_the_pictures_size(picture, model):
         assert (mask == 1).all()
 
 
+def test_milesials_way_is_left_out_where_its_layout_cannot_hold_the_weights(tmp_path):
+    network = UNet(features=(4, 8), patch_size=2).save_pretrained(tmp_path / "model")
+    assert list(predict.ways(load_network(str(network)), (16, 24), "cpu")) == ["study", "unetlib"]
+
+
 def test_a_picture_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("UNETLIB_DATA", raising=False)
     monkeypatch.setattr(predict, "render_scene", lambda *_, **__: render_scene(7, view=4, size=(16, 24)))

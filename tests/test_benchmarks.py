@@ -188,19 +188,27 @@ def test_monais_network_is_the_nearest(small):
 def test_the_optimized_model_is_asked_for_as_documented(small, monkeypatch, tmp_path):
     given = []
 
-    def optimize_for_inference(model, *, dtype=None, compile=False):
-        given.append((dtype, compile))
+    def optimize_for_inference(model, *, dtype=None, compile=False, backend=None):
+        given.append((dtype, compile, backend))
         return model
 
-    monkeypatch.setattr(unetlib.inference, "optimize_for_inference", optimize_for_inference, raising=False)
+    monkeypatch.setattr(unetlib.inference, "optimize_for_inference", optimize_for_inference)
     network = peers.load_network("study")
-    for peer in ("optimized", "optimized_compiled"):
+    for peer in ("optimized", "optimized_compiled", "optimized_openvino"):
         for precision in ("float32", "tf32", "bfloat16"):
             peers.PEERS[peer](network, peers.Case("study", "1x16x16", precision), "cpu", tmp_path)
-    assert given == [(dtype, compile) for compile in (False, True) for dtype in (None, None, torch.bfloat16)]
-    monkeypatch.delattr(unetlib.inference, "optimize_for_inference")
-    with pytest.raises(peers.NotHere, match="has no optimize_for_inference"):
-        peers.PEERS["optimized"](network, peers.Case("study", "1x16x16", "float32"), "cpu", tmp_path)
+    ways = ((False, None), (True, None), (False, "openvino"))
+    assert given == [(dtype, *way) for way in ways for dtype in (None, None, torch.bfloat16)]
+
+
+def test_weights_that_no_other_layout_can_hold(tmp_path):
+    ours = UNet(features=(4, 8), patch_size=2, match="replicate").eval()
+    network = peers.load_network(str(ours.save_pretrained(tmp_path / "model")))
+    x = torch.rand(1, 3, 17, 24)
+    assert type(network.study) is UNet
+    assert torch.equal(network.study(x), ours(x))
+    with pytest.raises(peers.NotHere, match="milesial's layout has no patches"):
+        peers.milesial_module(network)
 
 
 def test_wrong_logits_are_refused_and_not_timed(small, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from .cuda import CudaLevel, compiled
 from .folding import Parts
 from .graphs import Graphs
 from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
+from .openvino import OpenVINO
 from .pool import Pool, pooled
 from .winograd import available
 
@@ -30,7 +31,9 @@ _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over be
 _GAIN = 1.15  # by which Winograd must win on a small map: on large ones it waits for memory more
 
 
-def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, compile: bool = False) -> FastUNet:
+def optimize_for_inference(
+    model: UNet, *, dtype: torch.dtype | None = None, compile: bool = False, backend: str | None = None
+) -> FastUNet:
     """A copy of a network that computes the same logits faster, for prediction only.
 
     Batch norm is folded into the convolutions. On a CPU each level then takes direct convolutions of oneDNN, or, where a short
@@ -43,14 +46,17 @@ def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, com
         model: the network, in training or evaluation mode; it stays as it is.
         dtype: torch.float32, float64, bfloat16 or float16 to compute in; None for the type of the weights.
         compile: by `torch.compile`, for each input shape anew, instead; needs what that needs, a C++ compiler for one.
+        backend: "openvino" computes by OpenVINO instead, on a CPU in float32 or bfloat16; needs the extra `openvino`.
 
     Returns:
         A module from (N, in_channels, H, W) of any float type to logits (N, out_channels, H, W) of the same type, without
         gradients. In float32 the norm of the difference from the model's logits is some 1e-5 of their norm or less.
 
     Raises:
+        ImportError: for a backend whose extra is not installed.
         TypeError: for something else than a `UNet`.
-        ValueError: for a type that the device has no fast convolutions for.
+        ValueError: for a type that the device, or the backend, has no fast convolutions for; for an unknown backend, or one
+            beside `compile`.
 
     Example:
         >>> from unetlib import UNet
@@ -62,7 +68,11 @@ def optimize_for_inference(model: UNet, *, dtype: torch.dtype | None = None, com
         raise TypeError(f"expected a UNet, got {type(model).__name__}; take it out of its wrapper, as in model.module")
     dtype = dtype or model.head.weight.dtype
     _check_dtype(dtype, model.head.weight.device)
-    return FastUNet(model, dtype, compile=compile).eval()
+    if backend not in (None, "openvino"):
+        raise ValueError(f"backend must be 'openvino' or None, got {backend!r}")
+    if backend and compile:
+        raise ValueError(f"give compile=True or backend={backend!r}, not both")
+    return FastUNet(model, dtype, compile=compile, backend=backend).eval()
 
 
 class FastUNet(nn.Module):
@@ -75,19 +85,21 @@ class FastUNet(nn.Module):
         dtype: that it computes in.
     """
 
-    def __init__(self, model: UNet, dtype: torch.dtype, *, compile: bool) -> None:
+    def __init__(self, model: UNet, dtype: torch.dtype, *, compile: bool, backend: str | None) -> None:
         super().__init__()
         self.config, self.preprocessing = model.config, model.preprocessing
         self.dtype, self.device = dtype, model.head.weight.device
         self._head = copy.deepcopy(model.head).to(dtype).requires_grad_(False)
+        self._memory = threading.local()  # a pool for each thread
+        self._run: Callable[[Tensor], Tensor]
+        if backend:
+            self._run = OpenVINO(model, dtype)
+            return
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
         self._way = (lambda *_: PlainLevel) if compile else _way(self.device, dtype)
         self._levels: dict[tuple[int, Way], Level] = {}
-        self._memory = threading.local()  # a pool for each thread
-        self._run: Callable[[Tensor], Tensor] = self._logits
-        if compile:
-            self._run = compiled(self._logits, self.device)
+        self._run = compiled(self._logits, self.device) if compile else self._logits
         if self.device.type == "cuda":
             self._run = Graphs(self._run)
 
@@ -103,7 +115,7 @@ class FastUNet(nn.Module):
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
-        if isinstance(self._run, Graphs):
+        if isinstance(self._run, (Graphs, OpenVINO)):
             self._run.clear()
 
     def _logits(self, x: Tensor) -> Tensor:
