@@ -9,7 +9,7 @@ import torch
 from test_fast import OPTIONS, error, fast_bfloat16, pictures, trained
 
 from unetlib import Preprocessing
-from unetlib.inference import optimize_for_inference, predict
+from unetlib.inference import network_inputs, optimize_for_inference, predict
 
 pytest.importorskip("openvino", reason="needs the extra openvino")
 
@@ -84,13 +84,39 @@ def test_predict_takes_it():
     np.testing.assert_allclose(found, model.predict(picture, probabilities=True), atol=1e-5)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_eight_bits_are_near_and_predict_takes_them(patch_size):
+    pytest.importorskip("nncf", reason="needs the extra int8")
+    model = trained(features=(16, 32), patch_size=patch_size)
+    model.preprocessing = Preprocessing(size=(32, 48), mean=(0.5,), std=(0.25,))
+    *others, last = np.random.default_rng(0).integers(0, 256, (9, 50, 70, 3), np.uint8)
+    inputs = network_inputs(model, others)
+    fast = optimize_for_inference(model, dtype=torch.int8, backend="openvino", calibration=inputs)
+    assert fast.dtype == torch.int8
+    [x] = network_inputs(model, [last])
+    assert 1e-4 < error(fast(x), model(x)) < 0.1
+    assert fast(torch.rand(2, 3, 41, 57)).shape == (2, 1, 41, 57)
+    assert (predict(fast, last) != model.predict(last)).mean() < 0.05
+
+
+def test_int8_and_calibration_go_together():
+    model, batches = trained(), [torch.rand(1, 3, 16, 16)]
+    for options in ({"dtype": torch.int8}, {"calibration": batches}, {"dtype": torch.bfloat16, "calibration": batches}):
+        with pytest.raises(ValueError, match=r"int8 and calibration= go together, got .*network_inputs\(model, pictures\)"):
+            optimize_for_inference(model, backend="openvino", **options)
+    with pytest.raises(ValueError, match="calibration holds no batch; give some dozens"):
+        optimize_for_inference(model, backend="openvino", dtype=torch.int8, calibration=iter(()))
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got torch\.int8; .* for backend='openvino'"):
+        optimize_for_inference(model, dtype=torch.int8, calibration=batches)
+
+
 def test_what_it_cannot_do_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="backend must be 'openvino' or None, got 'onnx'"):
         optimize_for_inference(trained(), backend="onnx")
     with pytest.raises(ValueError, match="give compile=True or backend='openvino', not both"):
         optimize_for_inference(trained(), backend="openvino", compile=True)
-    with pytest.raises(ValueError, match=r"is for CPUs, in torch.float32 or bfloat16, got cpu and torch.float64"):
+    with pytest.raises(ValueError, match=r"in torch.float32, bfloat16 or int8, got cpu and torch.float64"):
         optimize_for_inference(trained().double(), backend="openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ImportError, match=r"needs the extra: pip install 'unetlib\[openvino\]'"):
+    with pytest.raises(ImportError, match=r"openvino is not installed; .*pip install 'unetlib\[openvino\]'"):
         optimize_for_inference(trained(), backend="openvino")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from unetlib import Preprocessing, UNet, inference, rasters
-from unetlib.inference import evaluate, iter_logits
+from unetlib.inference import evaluate, iter_logits, network_inputs
 from unetlib.tiling import plan_tiles
 
 
@@ -445,3 +445,21 @@ def test_tiles_on_cuda(model, wide):
         model.predict(wide, probabilities=True),
         atol=1e-2,  # TF32 convolutions
     )
+
+
+# --- what the network sees
+
+
+def test_network_inputs_are_what_predict_passes_on():
+    model = UNet(features=(4, 8)).eval()
+    model.preprocessing = Preprocessing(size=(16, 24), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pictures = [np.random.default_rng(side).integers(0, 256, (side, 40, 3), np.uint8) for side in (30, 50)]
+    for picture in pictures:
+        model.predict(picture)
+    found = list(network_inputs(model, iter(pictures)))
+    assert [x.shape for x in found] == [(1, 3, 16, 24)] * 2
+    for x, expected in zip(found, seen, strict=True):
+        assert torch.equal(x, expected)
+    assert next(network_inputs(model.double(), pictures)).dtype == torch.float64

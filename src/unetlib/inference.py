@@ -151,6 +151,28 @@ def iter_logits(
         yield join(pieces, size)
 
 
+def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
+    """Yield each picture as the network sees it: what `predict` passes to it.
+
+    Args:
+        model: the network; its `preprocessing` applies.
+        images: pictures, as in `predict`.
+
+    Yields:
+        (1, in_channels, h, w) of the model's type, on its device.
+
+    Example:
+        >>> from unetlib import Preprocessing, UNet
+        >>> model = UNet(features=(8, 16))
+        >>> model.preprocessing = Preprocessing(size=(16, 24), mean=(0.5,))
+        >>> [x.shape for x in network_inputs(model, [np.zeros((90, 120, 3), np.uint8)])]
+        [torch.Size([1, 3, 16, 24])]
+    """
+    for image in images:
+        source = _open(image, model.config.in_channels)
+        yield _normalized(model, _resize(source.read(_ALL, _ALL), _input_size(model, source.size))[None])
+
+
 def evaluate(
     model: UNet,
     dataset: Iterable[tuple[Picture, ArrayLike]],
@@ -431,6 +453,17 @@ def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:
 @torch.inference_mode()
 def _forward(model: UNet, batch: Tensor) -> Tensor:
     """Float32 logits of a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
+    inputs = _normalized(model, batch)
+    if (fast := fast_copy(model)) is not None:
+        logits: Tensor = fast(inputs)
+        return logits.float()
+    with _eval_mode(model):
+        logits = model(inputs)
+    return logits.float()
+
+
+def _normalized(model: UNet, batch: Tensor) -> Tensor:
+    """The network's input, in its type and on its device, for a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
     weight = next(model.parameters())
     batch = batch.to(weight.device)
     pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
@@ -438,13 +471,7 @@ def _forward(model: UNet, batch: Tensor) -> Tensor:
         torch.tensor(values, device=weight.device).view(-1, 1, 1)
         for values in (model.preprocessing.mean, model.preprocessing.std)
     )
-    inputs = ((pixels - mean) / std).to(weight.dtype)
-    if (fast := fast_copy(model)) is not None:
-        logits: Tensor = fast(inputs)
-        return logits.float()
-    with _eval_mode(model):
-        logits = model(inputs)
-    return logits.float()
+    return ((pixels - mean) / std).to(weight.dtype)
 
 
 @contextmanager

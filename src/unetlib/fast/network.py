@@ -8,7 +8,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,12 @@ _GAIN = 1.15  # by which Winograd must win on a small map: on large ones it wait
 
 
 def optimize_for_inference(
-    model: UNet, *, dtype: torch.dtype | None = None, compile: bool = False, backend: str | None = None
+    model: UNet,
+    *,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    backend: str | None = None,
+    calibration: Iterable[Tensor] | None = None,
 ) -> FastUNet:
     """A copy of a network that computes the same logits faster, for prediction only.
 
@@ -44,9 +49,12 @@ def optimize_for_inference(
 
     Args:
         model: the network, in training or evaluation mode; it stays as it is.
-        dtype: torch.float32, float64, bfloat16 or float16 to compute in; None for the type of the weights.
+        dtype: torch.float32, float64, bfloat16 or float16 to compute in, or int8 with "openvino"; None for that of the weights.
         compile: by `torch.compile`, for each input shape anew, instead; needs what that needs, a C++ compiler for one.
-        backend: "openvino" computes by OpenVINO instead, on a CPU in float32 or bfloat16; needs the extra `openvino`.
+        backend: "openvino" computes by OpenVINO instead, on a CPU, in float32, bfloat16 or int8; needs the extra `openvino`,
+            and for int8 the extra `int8`.
+        calibration: for int8: batches as the network sees them (`unetlib.inference.network_inputs`), some dozens of pictures
+            like those to come, from which the ranges of the maps are taken.
 
     Returns:
         A module from (N, in_channels, H, W) of any float type to logits (N, out_channels, H, W) of the same type, without
@@ -56,7 +64,7 @@ def optimize_for_inference(
         ImportError: for a backend whose extra is not installed.
         TypeError: for something else than a `UNet`.
         ValueError: for a type that the device, or the backend, has no fast convolutions for; for an unknown backend, or one
-            beside `compile`.
+            beside `compile`; for int8 without calibration, and calibration without int8.
 
     Example:
         >>> from unetlib import UNet
@@ -66,13 +74,21 @@ def optimize_for_inference(
     """
     if not isinstance(model, UNet):
         raise TypeError(f"expected a UNet, got {type(model).__name__}; take it out of its wrapper, as in model.module")
-    dtype = dtype or model.head.weight.dtype
-    _check_dtype(dtype, model.head.weight.device)
     if backend not in (None, "openvino"):
         raise ValueError(f"backend must be 'openvino' or None, got {backend!r}")
     if backend and compile:
         raise ValueError(f"give compile=True or backend={backend!r}, not both")
-    return FastUNet(model, dtype, compile=compile, backend=backend).eval()
+    dtype = dtype or model.head.weight.dtype
+    if (dtype == torch.int8) != (calibration is not None):
+        which = "without" if calibration is None else "with"
+        raise ValueError(
+            f"dtype=torch.int8 and calibration= go together, got {dtype} {which} calibration; "
+            "give both, with calibration=network_inputs(model, pictures) of unetlib.inference, or neither"
+        )
+    if backend:
+        return FastUNet(model, dtype, OpenVINO(model, dtype, calibration)).eval()
+    _check_dtype(dtype, model.head.weight.device)
+    return FastUNet(model, dtype, compile=compile).eval()
 
 
 class FastUNet(nn.Module):
@@ -85,15 +101,15 @@ class FastUNet(nn.Module):
         dtype: that it computes in.
     """
 
-    def __init__(self, model: UNet, dtype: torch.dtype, *, compile: bool, backend: str | None) -> None:
+    def __init__(self, model: UNet, dtype: torch.dtype, other: OpenVINO | None = None, *, compile: bool = False) -> None:
         super().__init__()
         self.config, self.preprocessing = model.config, model.preprocessing
         self.dtype, self.device = dtype, model.head.weight.device
-        self._head = copy.deepcopy(model.head).to(dtype).requires_grad_(False)
+        self._head = copy.deepcopy(model.head).to(torch.float32 if other else dtype).requires_grad_(False)
         self._memory = threading.local()  # a pool for each thread
         self._run: Callable[[Tensor], Tensor]
-        if backend:
-            self._run = OpenVINO(model, dtype)
+        if other:
+            self._run = other
             return
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
@@ -144,7 +160,8 @@ class FastUNet(nn.Module):
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     if dtype not in known:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}")
+        hint = "; torch.int8 is for backend='openvino'" if dtype == torch.int8 else ""
+        raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}{hint}")
     query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query)():
         raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
