@@ -1,6 +1,7 @@
 """Score a model on pictures with masks, at the pictures' own size.
 
 python examples/evaluate.py --images carvana/val --masks carvana/val_masks
+python examples/evaluate.py --images carvana/val --masks carvana/val_masks --tta mirror
 python examples/evaluate.py --synthetic 50                  # freshly rendered scenes; no data needed
 python examples/evaluate.py --model runs/carvana/model --synthetic 50
 python examples/evaluate.py --model nuclei --images nuclei/val --masks nuclei/val_masks --mask-suffix "" --objects
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
+    parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode)
     start = time.perf_counter()
-    scores = evaluate(model, dataset, batch_size=1, progress=True)
+    scores = evaluate(model, dataset, batch_size=1, progress=True, tta="mirror" if args.tta == "mirror" else bool(args.tta))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
         scores |= score_objects(model, dataset)

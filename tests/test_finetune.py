@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from unetlib import UNet
+from unetlib.inference import evaluate
 from unetlib.objects import label_objects, rand_f_score
 
 ROOT = Path(__file__).parents[1]
@@ -238,12 +239,15 @@ def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys):
     model = UNet(features=(8,))
     model.save_pretrained(tmp_path / "model")
     folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
-    options = ["--objects", "--device", "cpu"]
+    options = ["--objects", "--device", "cpu", "--tta", "mirror"]
     example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *options])
     scores = json.loads(capsys.readouterr().out)
     pairs = [[np.asarray(Image.open(tmp_path / part / f"{k}.png")) for part in ("train", "train_masks")] for k in range(2)]
     expected = [rand_f_score(label_objects(model.eval().predict(picture)), mask) for picture, mask in pairs]
     assert scores["pictures"] == 2
+    zeros_and_ones = [(picture, (mask > 0).astype(np.uint8)) for picture, mask in pairs]
+    assert scores["dice"] == pytest.approx(evaluate(model, zeros_and_ones, tta="mirror")["dice"])
+    assert scores["dice"] != pytest.approx(evaluate(model, zeros_and_ones)["dice"])
     assert scores["rand"] == pytest.approx(np.mean(expected))
     assert 0 <= scores["ap"] <= scores["ap50"] <= 1
     assert 0 <= scores["edge_f"] <= 1

@@ -322,6 +322,20 @@ def test_tta_is_the_mean_over_turned_and_mirrored_pictures(model, picture, prepr
     assert (model.predict(picture, tta=True) == (found >= 0.5)).all()
 
 
+def test_tta_of_the_mirror_image_alone(model, picture):
+    pictures = [np.ascontiguousarray(picture[:, ::step]) for step in (1, -1)]
+    views = [logits_by_hand(model, view)[0].sigmoid().numpy()[:, ::step] for view, step in zip(pictures, (1, -1))]
+    found = model.predict(picture, probabilities=True, tta="mirror")
+    np.testing.assert_allclose(found, np.mean(views, axis=0), atol=1e-6)
+    assert np.abs(found - views[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("tta", ["flips", 2, None])
+def test_another_tta_is_refused(model, picture, tta):
+    with pytest.raises(ValueError, match=f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}"):
+        model.predict(picture, tta=tta)
+
+
 def test_tta_in_tiles_is_tta_of_the_whole_picture(model, wide):
     np.testing.assert_allclose(
         model.predict(wide, probabilities=True, tta=True, tile=72), model.predict(wide, probabilities=True, tta=True), atol=1e-6

@@ -24,7 +24,7 @@ from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, open_raster, write_raster
-from .symmetries import average_symmetries
+from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def predict(
     threshold: float | None = None,
     tile: int | tuple[int, int] | None = None,
     overlap: int | None = None,
-    tta: bool = False,
+    tta: bool | str = False,
     probabilities: bool = False,
     batch_size: int = 4,
     progress: bool = False,
@@ -65,7 +65,8 @@ def predict(
         overlap: pixels that a tile sees beyond what it keeps, at each inner side. None takes as many as decide the result, so
             that it is that of the whole picture. Less is a warning, and tiles are blended.
         tta: average the probabilities over the picture's eight symmetries; over the four flips alone if the model's
-            `preprocessing.size` is not square. Eight or four times the work.
+            `preprocessing.size` is not square. Eight or four times the work. "mirror": over the picture and its mirror image,
+            left to right, alone, for models that know no upside down.
         probabilities: return probabilities instead of classes.
         batch_size: pictures, or tiles of a given size, in one forward pass; fewer where memory is short.
         progress: show a progress bar of pictures, and one of the tiles of each.
@@ -123,7 +124,7 @@ def iter_logits(
     batch_size: int = 4,
     tile: int | tuple[int, int] | None = None,
     overlap: int | None = None,
-    tta: bool = False,
+    tta: bool | str = False,
 ) -> Iterator[Tensor]:
     """Yield each picture's logits at its own size, reading `batch_size` pictures at a time.
 
@@ -179,7 +180,7 @@ def evaluate(
     *,
     tile: int | tuple[int, int] | None = None,
     overlap: int | None = None,
-    tta: bool = False,
+    tta: bool | str = False,
     batch_size: int = 4,
     progress: bool = False,
     metrics: SegmentationMetrics | None = None,
@@ -243,7 +244,7 @@ def _predictions(
     batch_size: int,
     tile: int | tuple[int, int] | None,
     overlap: int | None,
-    tta: bool,
+    tta: bool | str,
     progress: bool,
 ) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
     """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
@@ -264,7 +265,7 @@ class _Passes:
     model: UNet
     tile: tuple[int, int] | None
     overlap: int | None
-    tta: bool
+    tta: bool | str
     batch_size: int
     progress: bool
 
@@ -273,6 +274,8 @@ class _Passes:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size!r}")
         if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 0):
             raise ValueError(f"overlap must be a whole number of pixels from 0 on, or None, got {self.overlap!r}")
+        if not isinstance(self.tta, bool) and self.tta != "mirror":
+            raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {self.tta!r}")
 
     def through(self, chunk: Iterable[_Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
         """What `_predictions` gives, for a few pictures."""
@@ -294,7 +297,8 @@ class _Passes:
         if not self.tta:
             return _forward(self.model, batch)
         size = self.model.preprocessing.size
-        return average_symmetries(partial(_forward, self.model), batch, turns=size is None or size[0] == size[1])
+        turns = self.tta is True and (size is None or size[0] == size[1])
+        return average_symmetries(partial(_forward, self.model), batch, flips=self._flips, turns=turns)
 
     def pictures(self, size: tuple[int, int]) -> int:
         """How many of this size, at the network's input, go through it at a time."""
@@ -320,14 +324,19 @@ class _Passes:
             picture = _resize(read(_ALL, _ALL), size)
             read = partial(_region, picture)
         # A mirrored picture has its odd row at the other end; with whole multiples its tiles lie on the same grid.
-        plan = plan_tiles(self.model.config, size, window, self.overlap, pad=self.tta)
+        plan = plan_tiles(self.model.config, size, window, self.overlap, pad=bool(self.tta))
         forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
         pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
         return pieces if size == source.size else [_whole(_resize(join(pieces, size), source.size))]
 
+    @property
+    def _flips(self) -> Flips:
+        return MIRROR if self.tta == "mirror" else FLIPS
+
     def _pixels(self) -> int:
         weight = next(self.model.parameters())
-        return pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device) // (4 if self.tta else 1)
+        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device)
+        return pixels // (len(self._flips) if self.tta else 1)
 
 
 def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -9,20 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLIPS = ((), (-1,), (-2,), (-2, -1))
+Flips = tuple[tuple[int, ...], ...]
+
+MIRROR: Flips = ((), (-1,))  # dimensions that are reversed
+FLIPS: Flips = ((), (-1,), (-2,), (-2, -1))
 
 
-def average_symmetries(forward: Callable[[Tensor], Tensor], batch: Tensor, *, turns: bool = True) -> Tensor:
+def average_symmetries(
+    forward: Callable[[Tensor], Tensor], batch: Tensor, *, flips: Flips = FLIPS, turns: bool = True
+) -> Tensor:
     """Logits of the mean probability over a picture's symmetries.
 
     The picture as it is, mirrored left to right, mirrored top to bottom and both; with `turns` the same four of the transposed
     picture, so that these are the four quarter turns and their mirror images. Each answer is turned back before the mean.
 
     Args:
-        forward: the network: (N, C, h, w) to logits (N, K, h, w), K = 1 for one sigmoid, more for a softmax. It is given four
-            views of each picture at once.
+        forward: the network: (N, C, h, w) to logits (N, K, h, w), K = 1 for one sigmoid, more for a softmax. It is given all
+            flips of each picture at once.
         batch: (N, C, h, w).
-        turns: all eight symmetries instead of four.
+        flips: `FLIPS`, or `MIRROR` for the first two alone.
+        turns: those of the transposed picture too.
 
     Returns:
         (N, K, h, w): logits whose sigmoid or softmax is the mean of the views'.
@@ -36,13 +42,13 @@ def average_symmetries(forward: Callable[[Tensor], Tensor], batch: Tensor, *, tu
     sums: list[Tensor] = []
     for turned in (False, True) if turns else (False,):
         views = _transpose(batch, turned)
-        logits = forward(torch.cat([views.flip(dims) for dims in _FLIPS]))
-        answers = [_transpose(part.flip(dims), turned) for part, dims in zip(logits.chunk(len(_FLIPS)), _FLIPS)]
+        logits = forward(torch.cat([views.flip(dims) for dims in flips]))
+        answers = [_transpose(part.flip(dims), turned) for part, dims in zip(logits.chunk(len(flips)), flips)]
         sums.append(_log_probabilities(torch.stack(answers)).logsumexp(dim=0))
     log_sum = torch.stack(sums).logsumexp(dim=0)  # (N, 2, h, w) for one sigmoid: of foreground and of background
     if logits.shape[1] == 1:
         return log_sum[:, :1] - log_sum[:, 1:]
-    return log_sum - math.log(len(_FLIPS) * len(sums))
+    return log_sum - math.log(len(flips) * len(sums))
 
 
 def _transpose(maps: Tensor, turned: bool) -> Tensor:

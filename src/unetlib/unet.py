@@ -262,7 +262,7 @@ class UNet(nn.Module):
         threshold: float | None = None,
         tile: int | tuple[int, int] | None = None,
         overlap: int | None = None,
-        tta: bool = False,
+        tta: bool | str = False,
         probabilities: bool = False,
         batch_size: int = 4,
         progress: bool = False,
@@ -276,7 +276,7 @@ class UNet(nn.Module):
             threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
             tile: side, or (height, width), of what the network sees at a time; None: the whole picture where memory suffices.
             overlap: pixels that a tile sees beyond what it keeps; None: as many as it takes for the whole picture's result.
-            tta: average over the picture turned and mirrored.
+            tta: average over the picture turned and mirrored; "mirror": over it and its mirror image, left to right, alone.
             probabilities: return float32 probabilities instead of classes.
             batch_size: pictures, or tiles of a given size, in one forward pass.
             progress: show a progress bar.
