@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from unetlib import DoubleConv, Preprocessing, UNet
+from unetlib import DoubleConv, Preprocessing, UNet, inference
 from unetlib.fast import network, optimize_for_inference
 from unetlib.fast.folding import Parts, layers
 from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
@@ -232,6 +233,20 @@ def test_the_trial_finds_a_width_or_none(monkeypatch):
     assert network.narrowest_winograd.__wrapped__(torch.float32) == (64 if available() else float("inf"))
     monkeypatch.setattr(network, "available", lambda: False)
     assert network.narrowest_winograd.__wrapped__(torch.float32) == float("inf")
+
+
+def test_what_winograds_method_may_hold_counts(monkeypatch):
+    model = trained(features=(16, 32), bottleneck=64)
+    weights = 9 * (32 * 16 + 32 * 32 + 32 * 64 + 32 * 32 + 64 * 32 + 64 * 64)  # of the levels from 32 on
+    monkeypatch.setattr(network, "available", lambda: True)
+    assert optimize_for_inference(model).held_bytes == weights * 4 * 64 // 9 + 2**29
+    assert optimize_for_inference(trained(features=(8,))).held_bytes == 0
+    seen = []
+    monkeypatch.setattr(inference, "pixels_in_one_pass", lambda config, held, **where: seen.append(held) or 10**6)
+    model.predict(np.zeros((40, 56, 3), np.uint8))
+    assert set(seen) == {weights * 4 * 64 // 9 + 2**29}
+    monkeypatch.setattr(network, "available", lambda: False)
+    assert optimize_for_inference(model).held_bytes == 0
 
 
 # --- folding

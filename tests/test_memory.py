@@ -73,6 +73,8 @@ def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**9)
     assert pixels_in_one_pass(config) == 10**9 // 2 // bytes_per_pixel(config)
     assert pixels_in_one_pass(config, dtype=torch.bfloat16) == 10**9 // 2 // bytes_per_pixel(config, torch.bfloat16)
+    assert pixels_in_one_pass(config, held=10**8) == (10**9 // 2 - 10**8) // bytes_per_pixel(config)
+    assert pixels_in_one_pass(config, held=10**9) == 0
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**15)
     assert pixels_in_one_pass(config) * 16 < 2**31 <= (pixels_in_one_pass(config) + 1) * 16
 

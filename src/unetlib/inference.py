@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from os import PathLike
 from pathlib import Path
@@ -333,9 +333,14 @@ class _Passes:
     def _flips(self) -> Flips:
         return MIRROR if self.tta == "mirror" else FLIPS
 
+    @cached_property
+    def _held(self) -> int:
+        fast = fast_copy(self.model)
+        return 0 if fast is None else fast.held_bytes
+
     def _pixels(self) -> int:
         weight = next(self.model.parameters())
-        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device)
+        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=self._held)
         return pixels // (len(self._flips) if self.tta else 1)
 
 

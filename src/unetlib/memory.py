@@ -20,20 +20,24 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
-def pixels_in_one_pass(config: UNetConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> int:
+def pixels_in_one_pass(
+    config: UNetConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", held: int = 0
+) -> int:
     """Pixels, of one picture or of several, that go through the network in half of the memory that is free.
 
     Args:
         config: the network's.
         dtype: of its weights.
         device: where it is.
+        held: bytes that it will hold whatever the picture's size.
 
     Example:
         >>> pixels_in_one_pass(UNetConfig(features=(8, 16))) > 160 * 240
         True
     """
     widest = max((config.features[0] + config.up_features[0]) / config.patch_size**2, config.in_channels)
-    return min(available_memory(device) // _SHARE // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
+    room = max(0, available_memory(device) // _SHARE - held)
+    return min(room // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
 
 
 def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> int:

@@ -21,7 +21,7 @@ from .graphs import Graphs
 from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
 from .openvino import OpenVINO
 from .pool import Pool, pooled
-from .winograd import available
+from .winograd import MOST_WORKSPACE, available
 
 Way = Callable[[Parts, torch.dtype], Level]
 
@@ -108,6 +108,7 @@ class FastUNet(nn.Module):
         self._head = copy.deepcopy(model.head).to(torch.float32 if other else dtype).requires_grad_(False)
         self._memory = threading.local()  # a pool for each thread
         self._run: Callable[[Tensor], Tensor]
+        self._parts: list[Parts] = []
         if other:
             self._run = other
             return
@@ -127,6 +128,15 @@ class FastUNet(nn.Module):
             self._memory.pool = Pool()
         with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             return self._run(x).to(x.dtype)
+
+    @property
+    def held_bytes(self) -> int:
+        """What Winograd's method may hold beside the maps of a pass, at most: transformed weights, and a workspace."""
+        if self.device.type != "cpu" or not self._parts or not available():
+            return 0
+        wide = [parts for parts in self._parts if parts.width >= _WIDTHS[0]]
+        weights = sum(layer.weight.numel() for parts in wide for layer in (*parts.convs, *parts.up_convs))
+        return weights * 4 * 64 // 9 + MOST_WORKSPACE if wide else 0
 
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""

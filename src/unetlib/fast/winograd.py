@@ -29,7 +29,7 @@ _YIELD_WORKERS = 2  # a flag of pthreadpool
 _OMP_PAUSE_SOFT = 1
 _ALIGNED = 16  # numbers: NNPACK's buffers begin at multiples of 64 bytes
 _FEW_TILES = 512  # of 6x6 pixels: with fewer, transforming the weights is a good part of the work
-_MOST_WORKSPACE = 2**29  # bytes: maps that need more are taken in strips of rows
+MOST_WORKSPACE = 2**29  # bytes: maps that need more are taken in strips of rows
 
 
 class WinogradConv:
@@ -71,10 +71,10 @@ class WinogradConv:
         strategy, kernel = self._kernel(height, width)
         needed = self._workspace_size(strategy, kernel, height, width)
         for picture, result in zip(x, out):
-            if needed <= _MOST_WORKSPACE:
+            if needed <= MOST_WORKSPACE:
                 self._run(strategy, kernel, picture, result, _Padding(1, 1, 1, 1))
             else:
-                self._run_in_strips(strategy, kernel, picture, result, parts=-(-needed // _MOST_WORKSPACE))
+                self._run_in_strips(strategy, kernel, picture, result, parts=-(-needed // MOST_WORKSPACE))
         return out
 
     def _kernel(self, height: int, width: int) -> tuple[int, Tensor]:
