@@ -4,7 +4,7 @@
     python benchmarks/predict.py --json benchmarks/results/predict-cpu.json
     python benchmarks/report.py
 
-A file's kind is the word before its first dash: forward or predict. What stands between the page's two marks is replaced.
+A file's kind is the word before its first dash: forward, predict or precisions. What stands between the page's two marks is replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from predict import STAGES
 
 PAGE = plots.HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- begin: written by benchmarks/report.py -->", "<!-- end -->"
-MACHINE = ("gpu", "cpu", "threads", "python", "torch", "cuda", "cudnn", "onnxruntime", "openvino", "monai")
+MACHINE = ("gpu", "cpu", "threads", "python", "torch", "cuda", "cudnn", "onnxruntime", "openvino", "nncf", "monai")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -108,6 +108,18 @@ def predict_section(results: dict[str, Any], stem: str) -> str:
     return "\n\n".join([f"### {stem}", about(results), f"A picture of {width}x{height}, seen at {seen}.", table(header, lines)])
 
 
+def precisions_section(results: dict[str, Any], stem: str) -> str:
+    lines = []
+    for row in results["rows"]:
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["speedup"]))
+        change = row["dice"] - results["rows"][0]["dice"]
+        lines.append([row["way"], f"{1e3 * median(row):.1f}", ratio, f"{row['dice']:.5f}", f"{change:+.5f}"])
+    height, width = results["shape"][2:]
+    seen = f"One picture at {height}x{width}; mean Dice of {results['pictures']} pictures."
+    header = ["way", "ms", "times as fast as the first, quartiles", "Dice", "change"]
+    return "\n\n".join([f"### {stem}", about(results), seen, table(header, lines)])
+
+
 def scores_section() -> str:
     """What others published, and what their networks cost."""
     lines = []
@@ -122,7 +134,8 @@ def scores_section() -> str:
 def write_page(results: Path, page: Path) -> None:
     """Replace what stands between the marks of the page."""
     sections = [scores_section()]
-    for kind, section in (("forward", forward_section), ("predict", predict_section)):
+    kinds = {"forward": forward_section, "predict": predict_section, "precisions": precisions_section}
+    for kind, section in kinds.items():
         for file in sorted(results.glob(f"{kind}-*.json")):
             sections.append(section(json.loads(file.read_text(encoding="utf-8")), file.stem))
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)

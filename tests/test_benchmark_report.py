@@ -42,12 +42,20 @@ def predict_results():
     return {"command": command, "machine": MACHINE, "picture": [1918, 1280], "seen": [640, 960], "rows": rows}
 
 
+def precisions_results():
+    rows = [{"way": "float32", "seconds": [0.2] * 3, "speedup": [1.0] * 3, "dice": 0.99}]
+    rows.append({"way": "openvino int8", "seconds": [0.04, 0.05, 0.06], "speedup": [3.0, 4.0, 5.0], "dice": 0.98988})
+    command = "python benchmarks/precisions.py"
+    return {"command": command, "machine": MACHINE, "shape": [1, 3, 640, 960], "pictures": 90, "rows": rows}
+
+
 @pytest.fixture
 def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "forward-cpu.json").write_text(json.dumps(forward_results()))
     (folder / "predict-cpu.json").write_text(json.dumps(predict_results()))
+    (folder / "precisions-cpu.json").write_text(json.dumps(precisions_results()))
     return folder
 
 
@@ -69,6 +77,8 @@ def test_the_page_shows_what_was_measured(results, tmp_path):
     assert "| study | 1x10x10 | float32 | `unetlib` | `openvino` | 0.67 (0.64 to 0.69) |" in text
     assert "A picture of 1918x1280, seen at 640x960." in text
     assert "| milesial | 80.0 | 20.0 | 20.0 | 20.0 | 20.0 | 1.20 (1.15 to 1.25) |" in text
+    assert "One picture at 640x960; mean Dice of 90 pictures." in text
+    assert "| openvino int8 | 50.0 | 4.00 (3.50 to 4.50) | 0.98988 | -0.00012 |" in text
     report.write_page(results, page)
     assert page.read_text() == text  # again is the same
 
