@@ -4,7 +4,8 @@
     python benchmarks/predict.py --json benchmarks/results/predict-cpu.json
     python benchmarks/report.py
 
-A file's kind is the word before its first dash: forward, predict or precisions. What stands between the page's two marks is replaced.
+A file's kind is the word before its first dash: forward, predict or precisions. What stands between the page's two marks is
+replaced.
 """
 
 from __future__ import annotations
