@@ -227,15 +227,15 @@ def test_a_folder_that_cannot_be_listed_is_reported(script, pictures, model, tmp
 
 
 def test_pictures_too_large_for_the_gpu_fail_alone(script, pictures, model, tmp_path, monkeypatch):
-    predict, asked = UNet.predict, []
+    predict, asked = script.predict, []
 
-    def within(self, images, **options):
+    def within(model, images, **options):
         asked.append(len(images))
         if sum(image[..., 0].size for image in images) > 28 * 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return predict(self, images, **options)
+        return predict(model, images, **options)
 
-    monkeypatch.setattr(UNet, "predict", within)
+    monkeypatch.setattr(script, "predict", within)
     masks = tmp_path / "masks"
     assert script.main([str(pictures), str(masks), "--model", model, "--device", "cpu"]) == 1
     monkeypatch.undo()
@@ -245,6 +245,28 @@ def test_pictures_too_large_for_the_gpu_fail_alone(script, pictures, model, tmp_
     assert failed[too_large[0]].startswith("32x30 pixels are too many for the memory of the GPU")
     assert asked == [4, 1, 1, 1, 1, 2, 1, 1]
     assert_masks_are_those_of_predict(pictures, masks, model, [name for name in pngs(pictures) if name not in failed])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_other_precisions_find_nearly_the_same_masks(script, pictures, model, tmp_path, precision):
+    if precision == "int8":
+        pytest.importorskip("nncf", reason="needs the extra int8")
+    elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no fast bfloat16 convolutions")
+    (pictures / "0.png").write_text("no picture, and the first to be read")
+    for masks, options in (("exact", []), ("masks", ["--precision", precision])):
+        assert script.main([str(pictures), str(tmp_path / masks), "--model", model, "--device", "cpu", *options]) == 1
+    exact, found = ([np.asarray(Image.open(tmp_path / masks / name)) for name in MASKS] for masks in ("exact", "masks"))
+    different = [(one != other).mean() for one, other in zip(exact, found, strict=True)]
+    assert 0 < np.mean(different) < 0.1
+    assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", *options]) == 1  # again
+
+
+def test_a_precision_that_is_not_to_be_had_stops_the_run(script, pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(SystemExit, match=r"--precision int8: nncf is not installed; .*unetlib\[int8\]"):
+        script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", "--precision", "int8"])
+    assert files(tmp_path / "masks") == ["failed.json"]
 
 
 def test_a_full_disk_stops_the_run_and_leaves_no_part_of_a_mask(script, pictures, model, tmp_path, monkeypatch):
@@ -318,7 +340,7 @@ def actor(script, pictures, model, tmp_path):
     """What runs inside a Ray actor, here without one."""
     args = script.parse_args([str(pictures), str(tmp_path / "masks"), "--device", "cpu"])
     script.write_failed(args.masks, {})
-    return script.RayActor(UNet.from_pretrained(model), args)
+    return script.RayActor(UNet.from_pretrained(model), [], args)
 
 
 def outcomes(actor, *names: str) -> dict[str, str]:
