@@ -69,12 +69,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vertical_flip": 0.1, "color_jitter": 0.0, "channels_last": False, "validate_at": "size",
         "precision": "fp16" if torch.cuda.is_available() else "fp32",
     },
-    # For one large GPU: full resolution, seven levels of detail, weighted borders, a long cosine, averaged weights.
+    # For one large GPU: full resolution in patches, weighted borders, a long cosine, averaged weights. `--init carvana` begins
+    # with the zoo's weights, grown to these widths.
     "full": {
-        "features": [16, 32, 64, 96, 128, 160], "bottleneck": 192, "size": [1280, 1920], "epochs": 30, "batch_size": 8,
-        "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "loss": "bce-dice", "border_weight": 3.0, "border_size": 41,
-        "ema": 0.998, "rotation": 0.0, "vertical_flip": 0.0, "color_jitter": 0.2, "low_resolution": 0.1, "noise": 0.02,
-        "validate_every": 5,
+        "features": [48, 64, 64, 96, 128, 192], "bottleneck": 192, "patch_size": 2, "match": "replicate", "size": [1280, 1918],
+        "epochs": 30, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "clip": 1.0, "ema": 0.998,
+        "loss": "bce-dice", "border_weight": 3.0, "border_size": 41, "rotation": 0.0, "vertical_flip": 0.0,
+        "color_jitter": 0.2, "low_resolution": 0.1, "validate_every": 5,
     },
 }  # fmt: skip
 

@@ -172,6 +172,11 @@ def test_a_network_of_patches_gives_the_logits_of_the_reduced_picture(options, s
     torch.testing.assert_close(grown(large), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_patches_of_the_size_that_there_is_change_nothing():
+    model, x = randomize(UNet(features=(4, 8), patch_size=2)).eval(), torch.rand(1, 3, 16, 24)
+    torch.testing.assert_close(grow(model, features=(6, 9), patch_size=2)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_every_weight_of_a_larger_network_learns():
     model = UNet(features=(4, 6))
     grown = grow(model, features=(6, 9), bottleneck=15, patch_size=2)
@@ -194,7 +199,7 @@ def test_every_weight_of_a_larger_network_learns():
     ("model", "options", "message"),
     [
         ({"norm": "group"}, {"features": (8, 8)}, "norm 'group' cannot be widened: the groups of its channels would change"),
-        ({"patch_size": 2}, {"patch_size": 4}, "patch_size can be grown from 1, not from the network's 2; leave it out"),
+        ({"patch_size": 2}, {"patch_size": 4}, "patch_size can be grown from 1, not from the network's 2 to 4; leave it out"),
         ({}, {"features": (4, 7)}, r"features and bottleneck must be \(4, 8, 16\) or more, level by level, got \(4, 7, 16\)"),
         ({}, {"features": (4, 8, 8)}, r"features and bottleneck must be \(4, 8, 16\) or more, .* got \(4, 8, 8, 16\)"),
         ({}, {"bottleneck": 8}, r"must be \(4, 8, 16\) or more, level by level, got \(4, 8, 8\)"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from test_distributed import run_processes
+from torch.utils.flop_counter import FlopCounterMode
 
 from unetlib import CarvanaDataset, UNet, UNetConfig
 from unetlib.checkpoints import load_checkpoint
@@ -186,6 +187,16 @@ def test_the_preset_is_the_study(script, monkeypatch):
     assert (args.schedule, args.weight_decay, args.loss, args.ema, args.clip) == ("constant", 0.0, "bce", 0.0, 0.0)
     assert args.precision == ("fp16" if torch.cuda.is_available() else "fp32")
     assert script.parse_args(["--preset", "study", "--data", "carvana", "--epochs", "1"]).epochs == 1
+
+
+def test_the_full_recipe_makes_weights_fit_for_the_zoo(script):
+    args = script.parse_args(["--preset", "full", "--data", "carvana", "--init", "carvana"])
+    model = script.starting_model(args).to("meta")
+    assert sum(tensor.numel() for tensor in model.parameters()) * 2 < 8 * 2**20
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, *args.size, device="meta"))
+    assert args.size == [1280, 1918]
+    assert counter.get_total_flops() < 250e9
 
 
 def test_the_study_validates_at_its_own_size(script, data, tmp_path):

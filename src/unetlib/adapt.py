@@ -138,8 +138,10 @@ def grow(
         torch.Size([1, 1, 64, 96])
     """
     old = model.config
-    if patch_size is not None and old.patch_size != 1:
-        raise ValueError(f"patch_size can be grown from 1, not from the network's {old.patch_size}; leave it out")
+    if patch_size not in (None, old.patch_size) and old.patch_size != 1:
+        raise ValueError(
+            f"patch_size can be grown from 1, not from the network's {old.patch_size} to {patch_size}; leave it out"
+        )
     given = {"features": features, "bottleneck": bottleneck, "patch_size": patch_size, "match": match}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if features is not None:
@@ -158,8 +160,8 @@ def grow(
     grown.to(model.head.weight)
     grown.preprocessing = model.preprocessing
     trained = model.state_dict()
-    if patch_size is not None:
-        pixels = patch_size**2
+    if new.patch_size != old.patch_size:
+        pixels = new.patch_size**2
         trained[FIRST] = trained[FIRST].repeat_interleave(pixels, dim=1) / pixels
         for name in (f"{HEAD}.weight", f"{HEAD}.bias"):
             trained[name] = trained[name].repeat_interleave(pixels, dim=0)
