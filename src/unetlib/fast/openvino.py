@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import importlib
 import io
 import logging
@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import join_patches, split_patches
 from ..unet import UNet
 
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "f32"}  # what stays a float beside int8
@@ -43,32 +43,33 @@ class OpenVINO:
                 f"the backend 'openvino' is for CPUs, in torch.float32, bfloat16 or int8, got {device} and {dtype}"
             )
         openvino = _import("openvino", extra="openvino")
-        self.side = model.config.patch_size
+        self._side = model.config.patch_size
         self._core, self._options = openvino.Core(), {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-        inner = _without_patches(model)
-        example = torch.zeros(1, inner.config.in_channels, 2 * inner.config.stride, 2 * inner.config.stride)
+        example = torch.zeros(1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.jit, which OpenVINO reads networks by
-            self._graph = openvino.convert_model(inner, example_input=example)
+            self._graph = openvino.convert_model(copy.deepcopy(model).float().eval(), example_input=example)
         if calibration is not None:
-            self._graph = _in_int8(self._graph, [self._patches(batch).numpy() for batch in calibration])
+            self._graph = _in_int8(self._graph, [self._whole(batch).numpy() for batch in calibration])
         self._compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._lock = threading.Lock()  # what is compiled has one set of maps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits for a batch."""
-        size = x.shape[-2:]
-        patches = self._patches(x)
+        whole = self._whole(x)
         with self._lock:
-            found = self._compiled_for(tuple(patches.shape))(patches.numpy(), share_inputs=True)
-        return join_patches(torch.from_numpy(found[0]), self.side, size)
+            found = self._compiled_for(tuple(whole.shape))(whole.numpy(), share_inputs=True)
+        return torch.from_numpy(found[0])[..., : x.shape[-2], : x.shape[-1]]
 
     def clear(self) -> None:
         """Give back what is kept for shapes."""
         self._compiled.clear()
 
-    def _patches(self, x: Tensor) -> Tensor:
-        return split_patches(x.detach().float(), self.side).contiguous()
+    def _whole(self, x: Tensor) -> Tensor:
+        """The batch as whole patches: the graph is traced, where sides must be multiples of their side."""
+        x = x.detach().float().contiguous()
+        bottom, right = -x.shape[-2] % self._side, -x.shape[-1] % self._side
+        return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
     def _compiled_for(self, shape: tuple[int, ...]) -> Any:
         key = (*shape, torch.get_num_threads())
@@ -81,15 +82,6 @@ class OpenVINO:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key]
-
-
-def _without_patches(model: UNet) -> UNet:
-    """What the network is between the split of the picture into patches and their joining, in float32."""
-    config, pixels = model.config, model.config.patch_size**2
-    channels, classes = pixels * config.in_channels, pixels * config.out_channels
-    inner = UNet.from_config(dataclasses.replace(config, in_channels=channels, out_channels=classes, patch_size=1))
-    inner.load_state_dict(model.state_dict())
-    return inner.eval().requires_grad_(False)
 
 
 def _in_int8(graph: Any, batches: list[Any]) -> Any:
