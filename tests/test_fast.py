@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import copy
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +170,36 @@ def test_memory_is_kept_until_it_is_freed():
     fast.free_memory()
     assert not fast._memory.pool._free
     assert torch.equal(fast(x), first)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_memory_of_direct_convolutions_is_used_again_and_given_back():
+    """In a process of its own, whose memory nothing else moves; in pages of 4 KiB."""
+    code = """
+import resource, torch
+from pathlib import Path
+from unetlib import UNet
+from unetlib.inference import optimize_for_inference
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1])
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fast, x = optimize_for_inference(UNet(features=(16, 16), bottleneck=16)), torch.rand(1, 3, 1024, 1536)
+fast(x[..., :64, :64])  # code and threads
+before = resident()
+fast(x)
+fast(x)
+start = faults()
+fast(x)
+print(faults() - start, resident() - before, end=" ")
+fast.free_memory()
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults, held, left = map(int, done.stdout.split())
+    map_of_a_level = 16 * 1024 * 1536 * 4 // 4096
+    assert held > 2 * map_of_a_level
+    assert left < map_of_a_level / 2
+    if platform.libc_ver()[0] == "glibc":
+        assert faults < map_of_a_level / 4
 
 
 def test_knows_what_predict_needs():

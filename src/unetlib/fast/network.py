@@ -20,7 +20,7 @@ from .folding import Parts
 from .graphs import Graphs
 from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
 from .openvino import OpenVINO
-from .pool import Pool, pooled
+from .pool import Pool, keep_freed, pooled, release_freed
 from .winograd import MOST_WORKSPACE, available
 
 Way = Callable[[Parts, torch.dtype], Level]
@@ -126,6 +126,8 @@ class FastUNet(nn.Module):
         check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
             self._memory.pool = Pool()
+        if self.device.type == "cpu":
+            keep_freed()
         with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             return self._run(x).to(x.dtype)
 
@@ -141,6 +143,7 @@ class FastUNet(nn.Module):
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
+        release_freed()
         if isinstance(self._run, (Graphs, OpenVINO)):
             self._run.clear()
 
