@@ -65,7 +65,7 @@ def test_gives_the_logits_of_the_model(cuda_level, stand_ins, monkeypatch, optio
     winners = set(cuda._winners.values())
     assert (cuda._Cudnn in winners) == bool(stand_ins) == with_relu
     first = [-(-side // model.config.patch_size) for side in size]
-    even = any(all((side >> level) % 2 == 0 for side in first) for level in range(2))  # a map that is doubled to its skip's size
+    even = any(all((side >> level) % 2 == 0 for side in first) for level in range(2))  # a map doubles to its skip's size
     assert (cuda._ProductUp in winners) == (even and options.get("upsample", "transpose") == "transpose")
 
 
