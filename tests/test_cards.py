@@ -28,8 +28,9 @@ def test_our_own_card_is_read(tmp_path):
 def test_the_hubs_client_reads_it_too(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(model_card(UNet(features=(2,)), "a", "b/a"))
-    assert card.data.library_name == "unetlib"
-    assert card.data.pipeline_tag == "image-segmentation"
+    data = card.data.to_dict()
+    assert data["library_name"] == "unetlib"
+    assert data["pipeline_tag"] == "image-segmentation"
 
 
 @pytest.mark.parametrize("text", ["", "# only text", "text\n---\na: 1\n---\n", "---\n\n---\n", "---\nnever closed"])

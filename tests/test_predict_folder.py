@@ -348,6 +348,16 @@ def outcomes(actor, *names: str) -> dict[str, str]:
     return {os.fsdecode(name): reason for name, reason in zip(rows["name"], rows["reason"], strict=True)}
 
 
+def test_an_actor_computes_in_the_precision_that_was_asked_for(script, pictures, model, tmp_path):
+    pytest.importorskip("nncf", reason="needs the extra int8")
+    args = script.parse_args([str(pictures), str(tmp_path / "masks"), "--device", "cpu", "--precision", "int8"])
+    script.write_failed(args.masks, {})
+    actor = script.RayActor(UNet.from_pretrained(model), ["a.png", "b.JPG"], args)
+    assert actor.model.dtype == torch.int8
+    assert outcomes(actor, "a.png", "deep/f.tif") == {"a.png": "", "deep/f.tif": ""}
+    assert files(args.masks) == ["a.png", "deep/f.png", "failed.json"]
+
+
 def test_an_actor_that_dies_twice_on_one_picture_gives_it_up(script, actor, pictures, tmp_path, model, monkeypatch):
     read, reads = script.read, []
 
