@@ -133,6 +133,10 @@ class Unprepared(Exception):
     """The model cannot compute in the precision that was asked for."""
 
 
+# What ends the whole run, by the name that a Ray actor gives it; no picture has one that begins with a slash.
+ENDS = {"/Unprepared": Unprepared, "/OSError": OSError}
+
+
 def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
     """The model on its device, or a copy in another precision; int8 takes its ranges from the first pictures to be read."""
     model.to(args.device)
@@ -274,24 +278,31 @@ def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) ->
         num_gpus=needed["GPU"],
     )
     for row in outcomes.iter_rows():
-        if not row["name"]:
-            raise OSError(row["reason"])
-        yield os.fsdecode(row["name"]), row["reason"]
+        name = os.fsdecode(row["name"])
+        if name in ENDS:
+            raise ENDS[name](row["reason"])
+        yield name, row["reason"]
 
 
 class RayActor:
     """The model in a process of its own, on any machine that sees the folders."""
 
     def __init__(self, model: UNet, first: list[str], args: argparse.Namespace) -> None:
-        self.model, self.args = prepared(model, first, args), args
+        self.args, self.unprepared = args, ""
+        try:
+            self.model = prepared(model, first, args)
+        except Unprepared as error:
+            self.unprepared = str(error)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         try:
             if not (self.args.pictures.is_dir() and (self.args.masks / FAILED).is_file()):
                 raise FileNotFoundError(f"{platform.node()} does not see both folders; share them, at one path on each machine")
+            if self.unprepared:
+                raise Unprepared(self.unprepared)
             outcomes = self.predict([os.fsdecode(name) for name in rows["name"].tolist()])
-        except OSError as error:
-            outcomes = [("", str(error))]
+        except tuple(ENDS.values()) as error:
+            outcomes = [(next(name for name, end in ENDS.items() if isinstance(error, end)), str(error))]
         return {"name": [os.fsencode(name) for name, _ in outcomes], "reason": [printable(reason) for _, reason in outcomes]}
 
     def predict(self, names: list[str]) -> list[tuple[str, str]]:

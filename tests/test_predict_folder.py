@@ -381,9 +381,17 @@ def test_an_actor_that_dies_twice_on_one_picture_gives_it_up(script, actor, pict
 def test_an_actor_stops_the_run_where_it_cannot_write_or_does_not_see_the_folders(actor, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        assert outcomes(actor, "a.png") == {"": "[Errno 28] No space left on device"}
+        assert outcomes(actor, "a.png") == {"/OSError": "[Errno 28] No space left on device"}
     (tmp_path / "masks/failed.json").unlink()
-    assert "does not see both folders" in outcomes(actor, "a.png")[""]
+    assert "does not see both folders" in outcomes(actor, "a.png")["/OSError"]
+
+
+def test_an_actor_says_that_a_precision_is_not_to_be_had(script, pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    args = script.parse_args([str(pictures), str(tmp_path / "masks"), "--device", "cpu", "--precision", "int8"])
+    script.write_failed(args.masks, {})
+    actor = script.RayActor(UNet.from_pretrained(model), ["a.png"], args)
+    assert "nncf is not installed" in outcomes(actor, "a.png")["/Unprepared"]
 
 
 def test_ray_is_asked_for_where_it_is_missing(script, pictures, model, tmp_path, monkeypatch):
@@ -399,6 +407,12 @@ def cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+def test_a_precision_that_no_actor_has_is_one_clear_error(cluster, script, pictures, model, tmp_path):
+    arguments = [str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", "--ray", "--actors", "1"]
+    with pytest.raises(SystemExit, match=r"^--precision float16: "):
+        script.main([*arguments, "--precision", "float16"])
 
 
 def test_two_actors_of_which_one_is_killed_write_all_masks(cluster, script, model, tmp_path, monkeypatch):
