@@ -158,6 +158,20 @@ def test_low_resolution_takes_detail_and_leaves_the_mask():
         RandomLowResolution(p=1.1)
 
 
+def test_low_resolution_halves_as_often_at_any_scale():
+    torch.manual_seed(0)
+    transform = RandomLowResolution(p=1.0, factor=(0.125, 1.0))
+    factors = [transform.make_params([])["factor"] for _ in range(300)]
+    for most in (0.25, 0.5, 1.0):  # three halvings
+        assert 70 < sum(most / 2 <= factor <= most for factor in factors) < 130
+
+
+@pytest.mark.parametrize("factor", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
+def test_factors_of_low_resolution_that_cannot_be(factor):
+    with pytest.raises(ValueError, match="factor must be"):
+        RandomLowResolution(p=0.5, factor=factor)
+
+
 # --- RandomAffine
 
 
@@ -460,6 +474,8 @@ def test_low_resolution_in_the_preset_leaves_the_mask():
     transform = train_transform(None, **PLAIN, low_resolution=1.0)
     assert transform(image, pair(60, 90)[1])[0].std() < image.float().std() / 255
     assert torch.equal(transform(image, pair(60, 90)[1])[1], pair(60, 90)[1].as_subclass(torch.Tensor))
+    flat = train_transform(None, **PLAIN, low_resolution=1.0, least_resolution=0.01)
+    assert min(flat(image, pair(60, 90)[1])[0].std().item() for _ in range(20)) < 0.02
 
 
 def test_the_corners_of_the_studys_rotation_are_black_and_background():
@@ -485,6 +501,7 @@ def test_scales_that_cannot_be(scale):
     [
         {"elastic": -1},
         {"low_resolution": 2},
+        {"low_resolution": 1, "least_resolution": 0},
         {"rotation": -1},
         {"horizontal_flip": 2},
         {"vertical_flip": -1},

@@ -102,10 +102,10 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
 
     Args:
         p: Probability.
-        factor: Least and largest factor, drawn uniformly.
+        factor: Least and largest factor; drawn uniformly on a logarithmic scale, so that each halving is as likely.
 
     Raises:
-        ValueError: `p` is outside [0, 1].
+        ValueError: `p` is outside [0, 1], or `factor` no range within (0, 1].
 
     Example:
         >>> image = tv_tensors.Image(torch.randint(256, (3, 32, 48), dtype=torch.uint8))
@@ -118,12 +118,15 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"p must be a probability in [0, 1], not {p!r}")
+        if not 0 < factor[0] <= factor[1] <= 1:
+            raise ValueError(f"factor must be (least, largest) factors, 0 < least <= largest <= 1, not {factor!r}")
         self.p, self.factor = p, factor
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the factor; torchvision calls this once for a picture and its mask."""
         skip = torch.rand(()) >= self.p
-        return {"factor": 1.0 if skip else torch.empty(()).uniform_(*self.factor).item()}
+        least, largest = map(math.log, self.factor)
+        return {"factor": 1.0 if skip else math.exp(torch.empty(()).uniform_(least, largest).item())}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Reduce and enlarge a picture; torchvision calls this for each."""
@@ -324,6 +327,7 @@ def train_transform(
     quarter_turns: bool = False,
     reflect: bool = False,
     low_resolution: float = 0.0,
+    least_resolution: float = 0.2,
     noise: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -345,6 +349,7 @@ def train_transform(
         reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
             as in `Mirrored`: for textures, such as microscopy.
         low_resolution: Probability of losing detail, as in `RandomLowResolution`.
+        least_resolution: Least factor of the size of what is left then, 0 to 1.
         noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to every second picture.
         mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
         std: Divides each channel after that.
@@ -385,7 +390,7 @@ def train_transform(
     if invert:
         steps.append(v2.RandomInvert(invert))
     if low_resolution:
-        steps.append(RandomLowResolution(low_resolution))
+        steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0)))
     if noise:
         steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
     return v2.Compose([*steps, *_to_pure_tensor(mean, std)])
