@@ -5,10 +5,11 @@
     python benchmarks/data.py --data carvana --sizes 160x240 --files 48 --workers 4 --json data.json
     python benchmarks/data.py --files 2 --repeats 1         # does it run?
 
-The contestants take turns file by file, so that a machine's drift falls on all alike. Every figure is the median over the
-repeats. CPU time is that of this process; a machine with other work to do shows in the wall time alone. On CUDA it also
-trains for a few steps, with and without loading, and shows the share of time in which the network computes.
-docs/data.md says how to read the table.
+The contestants take turns, an epoch each, so that a machine's drift falls on all alike. unetlib's keep memory that is freed,
+as its training does (`unetlib.memory.keep_freed`); the study's runs as it is. Every figure is the median over the repeats.
+CPU time is that of this process; a machine with other work to do shows in the wall time alone. On CUDA it also trains for a
+few steps, with and without loading, and shows the share of time in which the network computes. docs/data.md says how to read
+the table.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unetlib import CarvanaDataset, UNet
 from unetlib.cache import CachedDataset
+from unetlib.memory import keep_freed, release_freed
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import PerPicture, train_transform
 
@@ -91,21 +93,18 @@ def contestants(carvana: CarvanaDataset, size: Size) -> dict[str, Dataset]:
 def time_epoch(datasets: dict[str, Dataset], workers: int) -> dict[str, tuple[float, float]]:
     """Wall and CPU seconds a sample of each data set; the CPU time of workers is not known."""
     pairs = len(next(iter(datasets.values())))  # type: ignore[arg-type]
-    spent = {name: [0.0, 0.0] for name in datasets}
-    if workers:
-        for name, dataset in datasets.items():
-            began = time.perf_counter()
+    spent = {}
+    for name, dataset in datasets.items():
+        release_freed() if name == STUDY else keep_freed()
+        wall, cpu = time.perf_counter(), time.process_time()
+        if workers:
             for _ in DataLoader(dataset, batch_size=8, num_workers=workers):
                 pass
-            spent[name] = [time.perf_counter() - began, math.nan]
-    else:
-        for index in range(pairs):
-            for name, dataset in datasets.items():
-                began = time.perf_counter(), time.process_time()
+        else:
+            for index in range(pairs):
                 dataset[index]
-                spent[name][0] += time.perf_counter() - began[0]
-                spent[name][1] += time.process_time() - began[1]
-    return {name: (wall / pairs, cpu / pairs) for name, (wall, cpu) in spent.items()}
+        spent[name] = (time.perf_counter() - wall) / pairs, math.nan if workers else (time.process_time() - cpu) / pairs
+    return spent
 
 
 def compare(carvana: CarvanaDataset, size: Size, repeats: int, workers: int) -> list[dict[str, Any]]:

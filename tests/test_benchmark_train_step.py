@@ -14,6 +14,7 @@ def test_all_take_the_same_step_and_the_figures_are_written(tmp_path, capsys):
     rows = results["rows"]
     assert results["shape"] == "2x32x48"
     assert {"study", "fp32 contiguous", "fp32 channels_last"} <= set(rows)
+    assert sum(name.endswith("memory kept") for name in rows) == 1
     assert rows["study"]["ratio"] == 1
     printed = capsys.readouterr().out
     for name, row in rows.items():

@@ -271,6 +271,16 @@ def test_border_weights_equal_loops(kind: str, shape: tuple[int, ...]) -> None:
     assert bce_dice_loss(logits, target, **options).item() == pytest.approx(plain.item())
 
 
+def test_border_weights_in_half_precision_find_the_same_border():
+    target = torch.zeros(1, 1, 64, 700)
+    target[..., 300:] = 1
+    losses = [
+        bce_dice_loss(torch.zeros(1, 1, 64, 700, dtype=dtype), target, border_weight=3, border_size=25).item()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
 # Against other libraries
 
 

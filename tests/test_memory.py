@@ -102,6 +102,29 @@ print((resident("VmHWM") - before) / side**2)
     assert taken / 1.15 < bytes_per_pixel(UNetConfig(features=(16, 32), patch_size=patch_size)) < 3 * taken
 
 
+@pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
+def test_what_is_freed_is_kept_until_it_is_released():
+    code = """
+import torch
+from unetlib.memory import keep_freed, release_freed
+
+def left():
+    block = torch.ones(2**26)  # 256 MiB
+    del block
+    return int(open("/proc/self/statm").read().split()[1]) * 4 // 1024
+
+print(left())
+keep_freed()
+print(left())
+release_freed()
+print(left())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    assert kept > before + 240
+    assert abs(after - before) < 16
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_what_pytorch_keeps_is_free():
     before = available_memory("cuda")

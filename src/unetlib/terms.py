@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .boundary import window_sums
 from .gradients import RegionSums
 from .targets import Reading
 
@@ -110,11 +111,10 @@ def border_map(reading: Reading, size: int) -> Tensor:
     """Pixels, bool (N, 1, *spatial), with between 1% and 99% of some class in the window of that side around them."""
     if size < 1 or size % 2 == 0:
         raise ValueError(f"border_size must be odd and positive, got {size}")
-    mask, axes = reading.one_hot().to(reading.logits.dtype), len(reading.spatial)
-    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
-    for axis in range(axes):  # the mean over a window is the mean along each axis in turn
-        window = [size if other == axis else 1 for other in range(axes)]
-        mask = pool(mask, window, stride=1, padding=[side // 2 for side in window], count_include_pad=False)
+    mask = reading.one_hot().to(torch.promote_types(reading.logits.dtype, torch.float32))
+    for axis in range(2, mask.ndim):  # the mean over a window is the mean along each axis in turn
+        line = mask.new_ones([side if other == axis else 1 for other, side in enumerate(mask.shape)])
+        mask = window_sums(mask, size // 2, axis) / window_sums(line, size // 2, axis)  # of fewer pixels at the ends
     return ((mask > 0.01) & (mask < 0.99)).any(dim=1, keepdim=True)
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import DoubleConv, join_patches, split_patches
+from ..memory import keep_freed, release_freed
 from ..unet import UNet, check_input
 from .cuda import CudaLevel, compiled
 from .folding import Parts
 from .graphs import Graphs
 from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
 from .openvino import OpenVINO
-from .pool import Pool, keep_freed, pooled, release_freed
+from .pool import Pool, pooled
 from .winograd import MOST_WORKSPACE, available
 
 Way = Callable[[Parts, torch.dtype], Level]

@@ -1,8 +1,7 @@
 """Memory for maps: on huge pages, and used again.
 
 The system hands out fresh memory page by page as it is first written to, which for a large map takes longer than the work on
-it; what is freed goes back to the system. So a forward pass takes its maps from a pool; and for those that PyTorch's own
-operations make, the C library is told to keep what is freed.
+it. So a forward pass takes its maps from a pool; for those of PyTorch's own operations there is `unetlib.memory.keep_freed`.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from torch import Tensor
 _HUGE_PAGE = 2**21  # bytes
 _MADV_HUGEPAGE = 14
 _ALIGNMENT = 64  # bytes: what NNPACK needs
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of mallopt
-_LARGEST_TRIM_THRESHOLD, _MOST_MAPPINGS = 2**26, 2**16  # the first as glibc moves it by itself, the second its default
 _local = threading.local()
 
 
@@ -62,29 +59,6 @@ def empty(*shape: int) -> Tensor:
     """
     pool: Pool | None = getattr(_local, "pool", None)
     return _fresh(math.prod(shape)).view(shape) if pool is None else pool.empty(*shape)
-
-
-def keep_freed() -> None:
-    """Have glibc keep what this process frees, large blocks too, and hand it out again, until `release_freed`."""
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def release_freed() -> None:
-    """Give what was kept back to the system, and go on as before."""
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_MAX, _MOST_MAPPINGS)
-        libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
-        libc.malloc_trim(0)
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 def _fresh(numbers: int) -> Tensor:
