@@ -37,7 +37,7 @@ def test_calls_take_turns():
     seconds = harness.time_turns([lambda name=name: calls.append(name) for name in "ABC"], 4, "cpu", warm_up=2)
     assert seconds.shape == (4, 3)
     assert (seconds > 0).all()
-    assert "".join(calls) == "ABC" * (4 + 2)
+    assert "".join(calls) == "ABC" * 2 + "AABBCC" * 4  # the second one counts
 
 
 def test_each_call_has_its_own_time(monkeypatch):
@@ -45,6 +45,12 @@ def test_each_call_has_its_own_time(monkeypatch):
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     seconds = harness.time_turns([int, int], 2, "cpu", warm_up=0)
     assert seconds.tolist() == [[1, 3], [2, 7]]
+
+
+def test_of_a_short_call_the_second_counts(monkeypatch):
+    clock = iter([0.0, 0.09, 1.0, 1.05, 2.0, 2.2])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    assert harness.time_turns([int, int], 1, "cpu", warm_up=0) == pytest.approx(np.array([[0.05, 0.2]]))
 
 
 class FakeEvent:
