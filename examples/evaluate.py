@@ -37,11 +37,11 @@ class Scenes:
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=self.seed)
 
 
-def score_objects(model: UNet, dataset, tolerance: float = 2.0) -> dict[str, float]:
+def score_objects(model: UNet, dataset, tta: bool | str = False, tolerance: float = 2.0) -> dict[str, float]:
     """Scores of the objects that are not background, and of their edges within `tolerance` pixels."""
     objects, edges = ObjectMetrics(), []
     for image, mask in dataset:
-        found, true = torch.from_numpy(model.predict(image) > 0), torch.as_tensor(mask) > 0
+        found, true = torch.from_numpy(model.predict(image, tta=tta) > 0), torch.as_tensor(mask) > 0
         objects.update(found.numpy(), true.numpy())
         edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None], tolerance=tolerance))
     return {**objects.compute(), "edge_f": torch.stack(edges).nanmean().item()}
@@ -68,11 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode)
+    tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
-    scores = evaluate(model, dataset, batch_size=1, progress=True, tta="mirror" if args.tta == "mirror" else bool(args.tta))
+    scores = evaluate(model, dataset, batch_size=1, progress=True, tta=tta)
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
-        scores |= score_objects(model, dataset)
+        scores |= score_objects(model, dataset, tta)
     print(json.dumps({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 
