@@ -108,7 +108,7 @@ def model_info(
     Example:
         >>> info = model_info("carvana")
         >>> info.parameters, info.card["library_name"]
-        (3399876, 'unetlib')
+        (3761668, 'unetlib')
     """
     where = _locate(name, revision)
     if isinstance(where, Path):
