@@ -48,7 +48,7 @@ def test_carvana_stays_within_its_arithmetic():
 def test_carvana_finds_cars_in_scenes_that_it_was_not_trained_on():
     model = UNet.from_pretrained("carvana")
     scenes = [render_scene(car, 1 + 5 * car % 16, size=(1280, 1918), seed=99) for car in range(4)]
-    assert evaluate(model, scenes)["dice"] >= 0.97
+    assert evaluate(model, scenes)["dice"] >= 0.985
 
 
 def test_carvana_finds_the_sample_car():
@@ -60,7 +60,7 @@ def test_carvana_finds_the_sample_car():
 
 def test_carvana_finds_cars_in_small_pictures_too():
     scenes = [render_scene(car, 1 + 5 * car % 16, size=(640, 960), seed=99) for car in range(2)]
-    assert evaluate(UNet.from_pretrained("carvana"), scenes)["dice"] >= 0.97
+    assert evaluate(UNet.from_pretrained("carvana"), scenes)["dice"] >= 0.985
 
 
 def test_microscopy_models_say_what_they_are():
