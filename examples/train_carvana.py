@@ -130,7 +130,7 @@ def train(
 
     # Model, loss, optimizer, schedule.
     if device.type == "cpu":
-        keep_freed()  # the maps of each step lie where those of the last one lay, which takes a quarter off a step's time
+        keep_freed()  # the maps of a step lie where those of the last one lay, and need no fresh pages
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from unetlib import UNetConfig, memory
+from unetlib import UNet, UNetConfig, memory
 from unetlib.memory import available_memory, bytes_per_pixel, pixels_in_one_pass
 
 
@@ -123,6 +124,20 @@ print(left())
     before, kept, after = map(int, done.stdout.split())
     assert kept > before + 240
     assert abs(after - before) < 16
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
+def test_a_prediction_lets_go_of_what_it_kept_and_of_nothing_else():
+    """A training run that keeps memory goes on doing so after it has validated."""
+    model, picture = UNet(features=(8,)).eval(), np.zeros((16, 16, 3), np.uint8)
+    memory.release_freed()
+    model.predict(picture)
+    assert memory.keep_freed()  # the prediction had begun it, and ended it
+    try:
+        model.predict(picture)
+        assert not memory.keep_freed()
+    finally:
+        memory.release_freed()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -23,6 +23,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 _LARGEST_TRIM_THRESHOLD, _MOST_MAPPINGS = 2**26, 2**16  # the first as glibc moves it by itself, the second its default
+_kept = False
 
 
 def pixels_in_one_pass(
@@ -81,24 +82,36 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     return min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")))
 
 
-def keep_freed() -> None:
+def keep_freed() -> bool:
     """Have glibc keep what this process frees, large blocks too, and hand it out again, until `release_freed`.
 
     Without it a large map goes back to the system, and the next one comes anew, page by page as it is first written to, which
     for large pictures takes longer than many an operation on them. For loops on a CPU that make maps of the same sizes again
     and again, such as training. It holds for the whole process; elsewhere than on Linux with glibc it does nothing.
 
+    Returns:
+        Whether this call began it: who finds it kept already should leave `release_freed` to whoever began.
+
     Example:
+        >>> began = keep_freed()
         >>> keep_freed()
-        >>> release_freed()
+        False
+        >>> if began:
+        ...     release_freed()
     """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    global _kept
+    if _kept or (libc := _glibc()) is None:
+        return False
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    _kept = True
+    return True
 
 
 def release_freed() -> None:
     """Give what `keep_freed` has kept back to the system, and go on as before it."""
+    global _kept
+    _kept = False
     if (libc := _glibc()) is not None:
         libc.mallopt(_MMAP_MAX, _MOST_MAPPINGS)
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)

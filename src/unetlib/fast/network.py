@@ -108,6 +108,7 @@ class FastUNet(nn.Module):
         self.dtype, self.device = dtype, model.head.weight.device
         self._head = copy.deepcopy(model.head).to(torch.float32 if other else dtype).requires_grad_(False)
         self._memory = threading.local()  # a pool for each thread
+        self._keeps_freed = False
         self._run: Callable[[Tensor], Tensor]
         self._parts: list[Parts] = []
         if other:
@@ -127,8 +128,8 @@ class FastUNet(nn.Module):
         check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
             self._memory.pool = Pool()
-        if self.device.type == "cpu":
-            keep_freed()
+        if self.device.type == "cpu" and keep_freed():
+            self._keeps_freed = True
         with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             return self._run(x).to(x.dtype)
 
@@ -144,7 +145,9 @@ class FastUNet(nn.Module):
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
-        release_freed()
+        if self._keeps_freed:  # by this copy, and not by a training run around it
+            release_freed()
+            self._keeps_freed = False
         if isinstance(self._run, (Graphs, OpenVINO)):
             self._run.clear()
 
