@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import data
 import pytest
@@ -86,11 +87,13 @@ def test_without_data_scenes_are_rendered(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("on_device", [True, False])
-def test_the_busy_share_is_one(folder, on_device):
+def test_the_busy_share_is_the_time_of_steps_over_that_with_loading(folder, on_device, monkeypatch):
+    clock = iter([1.0, 4.0, 5.0, 9.0])  # two steps take 3 seconds alone, and 4 with loading
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     carvana = CarvanaDataset(folder / "train", folder / "train_masks")
     args = data.parse(["--device", "cpu", "--steps", "2", "--batch", "2"])
-    share = data.busy_share(carvana, (32, 48), args, UNet(features=(4,)), on_device)
-    assert 0 < share < 1.5
+    assert data.busy_share(carvana, (32, 48), args, UNet(features=(4,)), on_device) == 0.75
+    assert next(clock, None) is None
 
 
 @pytest.mark.parametrize(
