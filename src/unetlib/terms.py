@@ -111,7 +111,7 @@ def border_map(reading: Reading, size: int) -> Tensor:
     """Pixels, bool (N, 1, *spatial), with between 1% and 99% of some class in the window of that side around them."""
     if size < 1 or size % 2 == 0:
         raise ValueError(f"border_size must be odd and positive, got {size}")
-    mask = reading.one_hot().to(torch.promote_types(reading.logits.dtype, torch.float32))
+    mask = reading.one_hot().to(reading.logits.dtype)
     for axis in range(2, mask.ndim):  # the mean over a window is the mean along each axis in turn
         line = mask.new_ones([side if other == axis else 1 for other, side in enumerate(mask.shape)])
         mask = window_sums(mask, size // 2, axis) / window_sums(line, size // 2, axis)  # of fewer pixels at the ends
