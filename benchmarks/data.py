@@ -104,6 +104,7 @@ def time_epoch(datasets: dict[str, Dataset], workers: int) -> dict[str, tuple[fl
             for index in range(pairs):
                 dataset[index]
         spent[name] = (time.perf_counter() - wall) / pairs, math.nan if workers else (time.process_time() - cpu) / pairs
+    release_freed()
     return spent
 
 

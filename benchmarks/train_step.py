@@ -132,6 +132,7 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
             table[name](images, masks)
 
     seconds = time_turns([functools.partial(turn, name) for name in table], rounds, device, warm_up=0, queued=False) / TURN
+    release_freed()
     for row, own in zip(rows.values(), seconds.T.tolist()):
         row["seconds"] = own
     return rows

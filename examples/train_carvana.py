@@ -57,7 +57,7 @@ from unetlib.config import MATCHES
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
 from unetlib.loading import Augmented, ShuffledBatches
-from unetlib.memory import keep_freed
+from unetlib.memory import keep_freed, release_freed
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import eval_transform, train_transform
 from unetlib.visualize import grid, learning_curves, mask_to_image
@@ -264,6 +264,7 @@ def train(
         learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
         save_predictions(UNet.from_pretrained(args.out / "model", device=device), val_set, args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
+    release_freed()
     return best
 
 
