@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import match_size
+from ..blocks import join_patches, match_size, split_patches
 from .folding import Layer, Parts
 from .pool import empty
 from .winograd import WinogradConv, nnpack_threads
@@ -79,6 +79,29 @@ class PlainLevel:
         return chain(self.up_convs, torch.cat((skip, x) if self.skip_first else (x, skip), dim=1))
 
 
+class PlainEnds:
+    """What comes before the first level and after the last, by PyTorch's own operations.
+
+    Args:
+        head: the last convolution.
+        side: of the patches.
+        dtype: of the maps.
+    """
+
+    def __init__(self, head: nn.Conv2d, side: int, dtype: torch.dtype) -> None:
+        self.convolve, self.side, self.dtype = copied(head, dtype), side, dtype
+
+    def split(self, x: Tensor) -> Tensor:
+        """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2, h, w)."""
+        if self.side > 1:  # in this layout the split takes half as long, and the first level most likely wants it
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+        return split_patches(x, self.side)
+
+    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
+        return join_patches(self.convolve(x.to(self.dtype)), self.side, size)
+
+
 class PrepackedLevel(PlainLevel):
     """Direct convolutions of oneDNN on the CPU: weights in its own layout, ReLU inside, sums instead of concatenations."""
 
@@ -89,26 +112,29 @@ class PrepackedLevel(PlainLevel):
             beside = first.weight.shape[1] - parts.width
             halves = torch.split(first.weight, [parts.width, beside] if parts.skip_first else [beside, parts.width], dim=1)
             of_skip, of_up = halves if parts.skip_first else reversed(halves)
-            self.skip_conv = _PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), dtype)
-            self.up_convs[0] = _PackedStep(replace(first, weight=of_up), dtype)
+            self.skip_conv = PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), dtype)
+            self.up_convs[0] = PackedStep(replace(first, weight=of_up), dtype)
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""
-        return _PackedStep(layer, self.dtype)
+        return PackedStep(layer, self.dtype)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve and pool."""
         skip = self.convolve(x)
-        return skip, _max_pool_channels_last(skip)
+        return skip, max_pool_channels_last(skip)
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample, concatenate and convolve."""
-        x = match_size(chain(self.upsample, self.enter(deeper)), skip, self.match)
+        return self.merge(match_size(chain(self.upsample, self.enter(deeper)), skip, self.match), skip)
+
+    def merge(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Convolve the upsampled map and the skip."""
         first, second = self.up_convs
         return second(first(x, self.skip_conv(skip)))  # type: ignore[call-arg]
 
 
-class _PackedStep:
+class PackedStep:
     """A layer by oneDNN, with weights in the layout that it wants for the map's size."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
@@ -228,7 +254,7 @@ def _max_pool(x: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0::2], rows[..., 1::2], out=empty(*x.shape[:2], height // 2, width // 2))
 
 
-def _max_pool_channels_last(x: Tensor) -> Tensor:
+def max_pool_channels_last(x: Tensor) -> Tensor:
     """The same in channels_last, where `max_pool2d` is slow for narrow maps."""
     height, width = (side // 2 * 2 for side in x.shape[-2:])
     pixels = x.permute(0, 2, 3, 1)[:, :height, :width]  # (N, H, W, C)
@@ -245,7 +271,7 @@ def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:
 
 def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in this type, with weights in channels_last."""
-    return copy.deepcopy(module).to(dtype).to(memory_format=torch.channels_last)
+    return copy.deepcopy(module).requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
 
 
 def chain(steps: Sequence[Step], x: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,23 +11,25 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..blocks import DoubleConv, join_patches, split_patches
+from ..blocks import DoubleConv
 from ..memory import keep_freed, release_freed
 from ..unet import UNet, check_input
+from . import native_kernels, winograd
 from .cuda import CudaLevel, compiled
 from .folding import Parts
 from .graphs import Graphs
-from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
+from .levels import Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
+from .native import NativeEnds, NativeLevel
 from .openvino import OpenVINO
 from .pool import Pool, pooled
-from .winograd import MOST_WORKSPACE, available
 
 Way = Callable[[Parts, torch.dtype], Level]
 
-_WIDTHS = (32, 64, 128, 256)  # of levels, at which the ways of the CPU are compared
-_LEAST_MAP = 1300  # bytes of a channel: for smaller ones, reading the transformed weights takes longer than it saves
-_LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before other threads have taken over
-_GAIN = 1.15  # by which Winograd must win on a small map: on large ones it waits for memory more
+_TRIALS = {16: 144, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side of the map on which ways are compared
+_LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
+_LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
+_NARROW = 16  # channels, for which NNPACK is not tried
+_GAIN = 1.15  # by which NNPACK must win on a small map: on large ones it waits for memory more
 
 
 def optimize_for_inference(
@@ -42,9 +42,10 @@ def optimize_for_inference(
 ) -> FastUNet:
     """A copy of a network that computes the same logits faster, for prediction only.
 
-    Batch norm is folded into the convolutions. On a CPU each level then takes direct convolutions of oneDNN, or, where a short
-    trial on the machine finds them faster, Winograd's in float32 (`unetlib.fast.winograd`); also with `dtype` bfloat16, where
-    they are more exact too. On CUDA in half precision a convolution, its bias and its ReLU are one kernel, of cuDNN or of
+    Batch norm is folded into the convolutions. On a CPU each level then takes, by a short trial on the machine, direct
+    convolutions of oneDNN, or Winograd's in float32: by code of this library's own, which the machine's C++ compiler makes when
+    it is first needed (`unetlib.fast.native_kernels`), or by NNPACK (`unetlib.fast.winograd`). With `dtype` bfloat16 too, where
+    they are more exact. On CUDA in half precision a convolution, its bias and its ReLU are one kernel, of cuDNN or of
     Triton, whichever a trial on the device finds faster; from the second call with a shape on, small batches run as a CUDA
     graph. The copy does not follow later changes of the model, and stays on its device.
 
@@ -106,7 +107,7 @@ class FastUNet(nn.Module):
         super().__init__()
         self.config, self.preprocessing = model.config, model.preprocessing
         self.dtype, self.device = dtype, model.head.weight.device
-        self._head = copy.deepcopy(model.head).to(torch.float32 if other else dtype).requires_grad_(False)
+        self._head = copy.deepcopy(model.head).requires_grad_(False)
         self._memory = threading.local()  # a pool for each thread
         self._keeps_freed = False
         self._run: Callable[[Tensor], Tensor]
@@ -118,6 +119,8 @@ class FastUNet(nn.Module):
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
         self._way = (lambda *_: PlainLevel) if compile else _way(self.device, dtype)
         self._levels: dict[tuple[int, Way], Level] = {}
+        self._plain_ends = PlainEnds(self._head, self.config.patch_size, dtype)
+        self._native_ends: NativeEnds | None = None
         self._run = compiled(self._logits, self.device) if compile else self._logits
         if self.device.type == "cuda":
             self._run = Graphs(self._run)
@@ -136,11 +139,14 @@ class FastUNet(nn.Module):
     @property
     def held_bytes(self) -> int:
         """What Winograd's method may hold beside the maps of a pass, at most: transformed weights, and a workspace."""
-        if self.device.type != "cpu" or not self._parts or not available():
+        if not self._parts or not _has_a_choice(self.device, self.dtype):
             return 0
-        wide = [parts for parts in self._parts if parts.width >= _WIDTHS[0]]
-        weights = sum(layer.weight.numel() for parts in wide for layer in (*parts.convs, *parts.up_convs))
-        return weights * 4 * 64 // 9 + MOST_WORKSPACE if wide else 0
+        held = 0
+        if native_kernels.available():
+            held += 36 * 4 * sum(_kernels(parts) for parts in self._parts)
+        if by_nnpack := [parts for parts in self._parts if fastest_ways(_like(parts.width), self.dtype)[0] is WinogradLevel]:
+            held += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
+        return held
 
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
@@ -153,16 +159,24 @@ class FastUNet(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         size, skips = x.shape[-2:], []
-        if self.config.patch_size > 1:  # in this layout the split takes half as long, and the first level most likely wants it
-            x = split_patches(x.to(self.dtype, memory_format=torch.channels_last), self.config.patch_size)
-        *levels, bottom = self._levels_for(*x.shape[-2:])
+        *levels, bottom = self._levels_for(*(-(-side // self.config.patch_size) for side in size))
+        ends = self._ends(levels[0])
+        x = ends.split(x)
         for level in levels:
             skip, x = level.encode(x)
             skips.append(skip)
         x = bottom.convolve(x)
         for level, skip in zip(reversed(levels), reversed(skips)):
             x = level.decode(x, skip)
-        return join_patches(self._head(x.to(self.dtype)), self.config.patch_size, size)
+        return ends.head(x, size)
+
+    def _ends(self, first: Level) -> PlainEnds:
+        """The ends that suit the first level."""
+        if not isinstance(first, NativeLevel):
+            return self._plain_ends
+        if self._native_ends is None:
+            self._native_ends = NativeEnds(self._head, self.config.patch_size, first.channels)
+        return self._native_ends
 
     def _levels_for(self, height: int, width: int) -> list[Level]:
         """The levels, each in the way that suits its map's size; made when first wanted, and kept."""
@@ -189,14 +203,23 @@ def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
     """A function from a level's channels, height and width to the way in which the device runs it fastest."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         return lambda *_: CudaLevel
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
+    if not _has_a_choice(device, dtype):
         return lambda *_: PlainLevel
 
     def way(channels: int, height: int, width: int) -> Way:
         much = 18 * channels**2 * height * width >= _LEAST_WORK and height * width * dtype.itemsize >= _LEAST_MAP
-        return WinogradLevel if much and channels >= narrowest_winograd(dtype) else PrepackedLevel
+        return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not WinogradLevel)
 
     return way
+
+
+def _has_a_choice(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_onednn()
+
+
+def _like(channels: int) -> int:
+    """The width of the trials that stands for this one."""
+    return min((width for width in _TRIALS if width >= channels), default=max(_TRIALS))
 
 
 def _has_onednn() -> bool:
@@ -205,27 +228,39 @@ def _has_onednn() -> bool:
 
 
 @functools.cache
-def narrowest_winograd(dtype: torch.dtype) -> float:
-    """The least width of a level at which this CPU is faster by Winograd's method than by direct convolutions in `dtype`.
+def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
+    """The ways to run a level of one of the widths of the trials on this CPU, the fastest first.
 
-    Found once in a process, on small maps, in some tenths of a second; infinite where there is no such width.
+    Found once in a process, in some hundredths of a second, by the least of a few times, taken in turn, since other work only
+    makes them longer.
     """
-    winning = itertools.takewhile(lambda width: _winograd_wins(width, dtype), reversed(_WIDTHS)) if available() else ()
-    return min(winning, default=math.inf)
+    handicaps: dict[Way, float] = {PrepackedLevel: 1}
+    if native_kernels.available():
+        handicaps[NativeLevel] = 1
+    if channels > _NARROW and winograd.available():
+        handicaps[WinogradLevel] = _GAIN
+    if len(handicaps) == 1:
+        return (PrepackedLevel,)
+    seconds = _trial(channels, dtype, tuple(handicaps))
+    return tuple(sorted(handicaps, key=lambda way: handicaps[way] * seconds[way]))
 
 
 @torch.inference_mode()
-def _winograd_wins(width: int, dtype: torch.dtype) -> bool:
-    """Whether it does at this width: by the least of a few times, taken in turn, since other work only makes them longer."""
-    x, parts = torch.rand(1, width, 36, 36), Parts.of(DoubleConv(width, width).eval())
-    ways: tuple[Level, ...] = (WinogradLevel(parts, dtype), PrepackedLevel(parts, dtype))
-    inputs = [level.enter(x) for level in ways]
-    times: list[list[float]] = [[], []]
+def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, float]:
+    """Seconds that each way takes for a double convolution."""
+    side, parts = _TRIALS[channels], Parts.of(DoubleConv(channels, channels).eval())
+    levels = {way: way(parts, dtype) for way in ways}
+    inputs = {way: level.enter(torch.rand(1, channels, side, side)) for way, level in levels.items()}
+    times: dict[Way, list[float]] = {way: [] for way in ways}
     with pooled(Pool()):
-        for _ in range(7):
-            for level, own, seconds in zip(ways, inputs, times):
+        for _ in range(5):
+            for way, level in levels.items():
                 began = time.perf_counter()
-                level.convolve(own)
-                seconds.append(time.perf_counter() - began)
-    winograd, direct = (min(seconds[2:]) for seconds in times)  # the first calls take memory and transform weights
-    return _GAIN * winograd < direct
+                level.convolve(inputs[way])
+                times[way].append(time.perf_counter() - began)
+    return {way: min(seconds[2:]) for way, seconds in times.items()}  # the first calls take memory and transform weights
+
+
+def _kernels(parts: Parts) -> int:
+    """3x3 kernels of a level: one for each pair of channels."""
+    return sum(layer.weight.shape[0] * layer.weight.shape[1] for layer in (*parts.convs, *parts.up_convs))

@@ -12,7 +12,8 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 _HUGE_PAGE = 2**21  # bytes
 _MADV_HUGEPAGE = 14
 _ALIGNMENT = 64  # bytes: what NNPACK needs
+_MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would take what a map is to come back to
 _local = threading.local()
 
 
@@ -29,17 +31,20 @@ class Pool:
     """Blocks that come back when the tensor that was made of them is gone, and are handed out again; for one thread."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: list[tuple[int, Tensor]] = []  # numbers in a block, and the block; the smallest first
 
-    def empty(self, *shape: int) -> Tensor:
-        """An uninitialised float32 tensor of this shape, contiguous."""
+    def empty(self, *shape: int, channels_last: bool = False) -> Tensor:
+        """An uninitialised float32 tensor of this shape, contiguous, or (N, C, H, W) in channels_last."""
         numbers = math.prod(shape)
-        fitting = [place for place, block in enumerate(self._free) if len(block) >= numbers]
-        best = min(fitting, key=lambda place: len(self._free[place]), default=None)
-        block = _fresh(numbers) if best is None else self._free.pop(best)
-        tensor = block[:numbers].view(shape)
-        weakref.finalize(tensor, self._free.append, block).atexit = False
+        best = bisect_left(self._free, numbers, key=_numbers)
+        fits = best < len(self._free) and self._free[best][0] <= _MOST_SPARE * numbers
+        held, block = self._free.pop(best) if fits else (numbers, _fresh(numbers))
+        tensor = _shaped(block[:numbers], shape, channels_last)
+        weakref.finalize(tensor, self._take_back, (held, block)).atexit = False
         return tensor
+
+    def _take_back(self, block: tuple[int, Tensor]) -> None:
+        insort(self._free, block, key=_numbers)
 
 
 @contextmanager
@@ -52,13 +57,29 @@ def pooled(pool: Pool) -> Iterator[None]:
         _local.pool = outer
 
 
-def empty(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor on the CPU, from the pool where there is one.
+def empty(*shape: int, channels_last: bool = False) -> Tensor:
+    """An uninitialised float32 tensor on the CPU, from the pool where there is one; (N, C, H, W) may be in channels_last.
 
-    A tensor of a pool must outlive its views.
+    Smaller ones than a huge page are PyTorch's own, which are had sooner. A tensor of a pool must outlive its views.
     """
     pool: Pool | None = getattr(_local, "pool", None)
-    return _fresh(math.prod(shape)).view(shape) if pool is None else pool.empty(*shape)
+    numbers = math.prod(shape)
+    if 4 * numbers < _HUGE_PAGE:
+        return torch.empty(shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if pool is None:
+        return _shaped(_fresh(numbers), shape, channels_last)
+    return pool.empty(*shape, channels_last=channels_last)
+
+
+def _numbers(block: tuple[int, Tensor]) -> int:
+    return block[0]
+
+
+def _shaped(block: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    if not channels_last:
+        return block.view(shape)
+    pictures, channels, height, width = shape
+    return block.view(pictures, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _fresh(numbers: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Winograd convolutions on the CPU, by the NNPACK that lies in PyTorch's own library.
+"""Winograd convolutions on the CPU without a compiler, by the NNPACK that lies in PyTorch's own library.
 
 A direct 3x3 convolution takes 9 multiplications for each output; F(6x6, 3x3) of Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", CVPR 2016 (arXiv:1509.09308), takes 64/36, and some additions. PyTorch ships an implementation

@@ -1,0 +1,151 @@
+"""A level on the CPU by this library's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import match_size
+from .folding import Layer, Parts
+from .levels import PackedStep, PlainEnds, PrepackedLevel, Step, chain, copied, max_pool_channels_last
+from .native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
+from .pool import empty
+
+_SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than it saves
+
+
+class NativeLevel(PrepackedLevel):
+    """Winograd's method in float32 and channels_last: pooled on the way down, of two maps as if concatenated on the way up.
+
+    A layer whose channels are no whole vectors, such as the first of most networks, is oneDNN's.
+
+    Args:
+        parts: what the level computes.
+        dtype: of the network: in which small maps are convolved, by oneDNN. All others are float32.
+    """
+
+    def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
+        first, *others = parts.convs
+        missing = -first.weight.shape[1] % lanes()
+        if missing <= lanes() // 2:  # of patches, for one: zeros make whole vectors of them
+            first = replace(first, weight=F.pad(first.weight, (0, 0, 0, 0, 0, missing)))
+        self.channels = first.weight.shape[1]
+        self.network_dtype = dtype
+        super().__init__(replace(parts, convs=(first, *others)), torch.float32)
+        self.doubling: NativeDoubling | None = None
+        if parts.up_convs and parts.width % lanes() == 0 and _is_whole(parts.up_convs[0].weight):
+            self.up_convs[0] = self.step(parts.up_convs[0])
+        if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d) and _is_whole(module.weight):
+            assert module.bias is not None
+            self.doubling = NativeDoubling(module.weight.detach(), module.bias.detach())
+
+    def step(self, layer: Layer) -> Step:
+        """A layer as a function of its map."""
+        return _NativeStep(layer, self.network_dtype) if _is_whole(layer.weight) else super().step(layer)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A map in this level's type and layout."""
+        return x.to(torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The double convolution alone."""
+        return chain(self.convs, self.widened(x))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve and pool."""
+        first, second = self.convs
+        if isinstance(second, _NativeStep):
+            return second.and_pool(first(self.widened(x)))
+        return super().encode(x)
+
+    def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
+        """Upsample, concatenate and convolve."""
+        if self.doubling is None:
+            return super().decode(deeper, skip)
+        return self.merge(_doubled(self.doubling, self.enter(deeper), skip, self.match), skip)
+
+    def merge(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Convolve the upsampled map and the skip."""
+        first, second = self.up_convs
+        if not isinstance(first, _NativeStep):
+            return super().merge(x, skip)
+        return second(first(skip, x) if self.skip_first else first(x, skip))
+
+    def widened(self, x: Tensor) -> Tensor:
+        """A map with as many channels as the first convolution takes, in this level's type and layout."""
+        return self.enter(x) if x.shape[1] == self.channels else split_picture(x.float(), 1, self.channels)
+
+
+class _NativeStep:
+    """A layer by Winograd's method, on small maps direct."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        self.conv = NativeConv(layer.weight, layer.bias, relu=layer.relu)
+        self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
+        self.small, self.dtype = PackedStep(layer, dtype), dtype
+
+    def __call__(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Convolve, two maps as if concatenated."""
+        if _is_small(x):
+            both = x if beside is None else torch.cat((x, beside), dim=1)
+            return self.small(both.to(self.dtype, memory_format=torch.channels_last)).float()
+        return chain(self.after, self.conv(_laid_out(x), None if beside is None else _laid_out(beside)))
+
+    def and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve, and pool the result."""
+        if self.after or _is_small(x):
+            result = self(x)
+            return result, max_pool_channels_last(result)
+        pooled = empty(len(x), self.conv.out_channels, x.shape[-2] // 2, x.shape[-1] // 2, channels_last=True)
+        return self.conv(_laid_out(x), pooled=pooled), pooled
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.shape[-2] * x.shape[-1] < _SMALL
+
+
+class NativeEnds(PlainEnds):
+    """Patches straight into the first level's layout, and logits straight from the last level's.
+
+    Args:
+        head: the last convolution.
+        side: of the patches.
+        channels: that the first level takes.
+    """
+
+    def __init__(self, head: nn.Conv2d, side: int, channels: int) -> None:
+        super().__init__(head, side, torch.float32)
+        assert head.bias is not None
+        self.channels = channels
+        self.apply_head = NativeHead(head.weight.detach(), head.bias.detach(), side)
+
+    def split(self, x: Tensor) -> Tensor:
+        """A picture's patches as pixels, (N, C, H, W) to (N, channels, h, w)."""
+        return split_picture(x.float(), self.side, self.channels)
+
+    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
+        return self.apply_head(_laid_out(x), size)
+
+
+def _is_whole(weight: Tensor) -> bool:
+    return all(channels % lanes() == 0 for channels in weight.shape[:2])
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _doubled(doubling: NativeDoubling, x: Tensor, skip: Tensor, match: str) -> Tensor:
+    """A map doubled and brought to the size of the skip, where possible in its place."""
+    height, width = (2 * side for side in x.shape[-2:])
+    if match == "resize":
+        return match_size(doubling(x, height, width), skip, match)
+    result = doubling(x, *skip.shape[-2:])
+    result[:, :, :height, width:] = result[:, :, :height, width - 1 : width] if match == "replicate" else 0
+    result[:, :, height:] = result[:, :, height - 1 : height] if match == "replicate" else 0
+    return result

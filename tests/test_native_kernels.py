@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unetlib.blocks import join_patches, split_patches
+from unetlib.fast import native_kernels
+from unetlib.fast.native_kernels import NativeConv, NativeDoubling, NativeHead, available, lanes, split_picture
+
+native = pytest.mark.skipif(not available(), reason="no native operations: no C++ compiler, or a CPU without AVX2")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def map_of(channels: int, *size: int, pictures: int = 2, seed: int = 1) -> torch.Tensor:
+    return random(pictures, channels, *size, seed=seed).to(memory_format=torch.channels_last)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@native
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (4, 4), (5, 13), (12, 31), (61, 147)])
+@pytest.mark.parametrize(("first", "second", "out"), [(1, 0, 1), (2, 0, 3), (1, 2, 1), (3, 1, 4)])  # in vectors
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_convolution_is_a_direct_one_of_the_maps_side_by_side(size, first, second, out, relu):
+    first, second, out = (count * lanes() for count in (first, second, out))
+    weight, bias, x = random(out, first + second, 3, 3), random(out), map_of(first, *size)
+    beside = map_of(second, *size, seed=2) if second else None
+    both = x if beside is None else torch.cat((x, beside), dim=1)
+    expected = F.conv2d(both.double(), weight.double(), bias.double(), padding=1)
+    found = NativeConv(weight, bias, relu=relu)(x, beside)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert error(found, expected.relu() if relu else expected) <= 2e-6
+
+
+@native
+@pytest.mark.parametrize("size", [(2, 2), (7, 9), (8, 12), (61, 147)])
+def test_the_pooled_map_is_that_of_the_result(size):
+    width = lanes()
+    x, pooled = map_of(width, *size), map_of(width, size[0] // 2, size[1] // 2)
+    found = NativeConv(random(width, width, 3, 3), random(width), relu=True)(x, pooled=pooled)
+    assert torch.equal(pooled, F.max_pool2d(found, 2))
+
+
+@native
+def test_large_maps_go_past_the_caches():
+    width = lanes()
+    weight, x = random(width, width, 3, 3), map_of(width, 600, 901, pictures=1)
+    assert x.numel() >= 4 * 2**20
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    assert error(NativeConv(weight, torch.zeros(width), relu=False)(x), expected) <= 2e-6
+
+
+@native
+def test_not_a_number_stays_one():
+    width, x = lanes(), map_of(lanes(), 9, 9)
+    x[0, 3, 4, 4] = float("nan")
+    found = NativeConv(random(width, width, 3, 3), random(width), relu=True)(x)
+    assert found[0, :, 4, 4].isnan().all()
+    assert not found[1].isnan().any()
+
+
+@native
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 30)])
+@pytest.mark.parametrize(("more_rows", "more_columns"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_doubling_is_a_transposed_convolution_and_leaves_what_is_beyond(size, more_rows, more_columns):
+    channels, out = 5, 3 * lanes()
+    weight, bias, x = random(channels, out, 2, 2), random(out), map_of(channels, *size)
+    height, width = (2 * side for side in size)
+    found = NativeDoubling(weight, bias)(x, height + more_rows, width + more_columns)
+    assert found.shape == (2, out, height + more_rows, width + more_columns)
+    expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride=2)
+    assert error(found[..., :height, :width], expected) <= 1e-6
+
+
+@native
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "turned"])
+def test_a_split_picture_is_its_patches_and_zeros(side, layout):
+    x = {
+        "contiguous": random(2, 3, 40, 71),
+        "channels_last": map_of(3, 40, 71),
+        "slice": random(2, 5, 90, 80)[:, 1:4, 2:42, 5:76],
+        "turned": random(2, 3, 71, 40).transpose(2, 3),
+    }[layout]
+    found, channels = split_picture(x, side, 3 * side**2 + 4), 3 * side**2
+    assert torch.equal(found[:, :channels], split_patches(x, side))
+    assert not found[:, channels:].any()
+
+
+@native
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "classes"), [(5, 1), (32, 3), (8, 20)])
+def test_the_head_is_a_convolution_of_one_pixel_whose_results_are_joined(side, channels, classes):
+    weight, bias, x = random(classes * side**2, channels, 1, 1), random(classes * side**2), map_of(channels, 9, 30)
+    size = 9 * side - side // 2, 30 * side - side // 3
+    expected = join_patches(F.conv2d(x.double(), weight.double(), bias.double()), side, size)
+    found = NativeHead(weight, bias, side)(x, size)
+    assert found.is_contiguous()
+    assert error(found, expected) <= 1e-6
+
+
+@native
+def test_results_do_not_depend_on_the_threads():
+    width, before = lanes(), torch.get_num_threads()
+    conv, x, found = NativeConv(random(width, width, 3, 3), random(width), relu=True), map_of(width, 61, 47), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(conv(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, found[0]) for result in found)
+
+
+@native
+def test_callers_side_by_side_do_not_disturb_each_other():
+    width = lanes()
+    conv, maps = NativeConv(random(width, width, 3, 3), random(width), relu=True), [map_of(width, 50 + n, 60) for n in range(4)]
+    expected, found = [conv(x) for x in maps], {}
+    workers = [threading.Thread(target=lambda n=n: found.update({n: [conv(maps[n]) for _ in range(20)]})) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(result, expected[n]) for n in range(4) for result in found[n])
+
+
+@native
+def test_code_for_cpus_without_avx512():
+    """In a process of its own, whose PyTorch takes the CPU for one of those."""
+    code = """
+import torch
+from unetlib import UNet
+from unetlib.fast import native_kernels, network, optimize_for_inference
+from unetlib.fast.native import NativeLevel
+assert native_kernels.available()
+network._way = lambda *_: lambda *_: NativeLevel
+model, x = UNet(features=(16, 24)).eval(), torch.rand(2, 3, 61, 77)
+found, expected = optimize_for_inference(model)(x), model(x)
+print(native_kernels.lanes(), float((found - expected).norm() / expected.norm()))
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    width, difference = done.stdout.split()
+    assert width == "8"
+    assert float(difference) <= 1e-5
+
+
+# --- compiling
+
+
+@pytest.fixture
+def unloaded(tmp_path, monkeypatch):
+    """As in a process that has not compiled yet, with a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (native_kernels._library, native_kernels._folder, native_kernels._temporary):
+        monkeypatch.setattr(native_kernels, function.__name__, functools.cache(function.__wrapped__))
+    return tmp_path / "unetlib"
+
+
+@native
+def test_is_compiled_once_and_kept(unloaded, monkeypatch):
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command) or run(command, **options))
+    assert available.__wrapped__()
+    (kept,) = unloaded.iterdir()  # and nothing beside it
+    assert kept.suffix == ".so"
+    native_kernels._library.cache_clear()
+    assert available.__wrapped__()
+    assert len(commands) == 1
+
+
+@native
+def test_another_compiler_or_other_code_is_compiled_anew(unloaded, tmp_path, monkeypatch):
+    flags = native_kernels._FLAGS[torch.backends.cpu.get_cpu_capability()]
+    first = native_kernels._built(flags)
+    changed = tmp_path / "changed.cpp"
+    changed.write_text(native_kernels._SOURCE.read_text() + "\n")
+    monkeypatch.setattr(native_kernels, "_SOURCE", changed)
+    second = native_kernels._built(flags)
+    assert len({first, second, native_kernels._built((*flags, "-g"))}) == 3
+
+
+@native
+def test_a_cache_that_cannot_be_written_is_no_error(unloaded, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert available.__wrapped__()
+    assert not unloaded.exists()
+    assert [path.suffix for path in Path(native_kernels._temporary().name).iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false", "true"])
+def test_without_a_compiler_that_works_there_are_other_ways(unloaded, monkeypatch, caplog, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.INFO, logger="unetlib"):
+        assert not available.__wrapped__()
+    assert "no native operations" in caplog.text
+    assert not list(unloaded.iterdir())
+
+
+def test_without_any_compiler_there_are_other_ways(unloaded, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with caplog.at_level(logging.INFO, logger="unetlib"):
+        assert not available.__wrapped__()
+    assert "no C++ compiler" in caplog.text
+
+
+def test_on_other_systems_there_are_other_ways(unloaded, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not available.__wrapped__()
+
+
+def test_on_cpus_without_avx2_there_are_other_ways(unloaded, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not available.__wrapped__()
+
+
+@native
+def test_code_that_computes_something_else_is_not_used(monkeypatch):
+    monkeypatch.setattr(NativeDoubling, "__call__", lambda self, x, height, width: torch.zeros(2, lanes(), height, width))
+    assert not available.__wrapped__()
