@@ -289,10 +289,10 @@ def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray
             raise _several_values(values, are_colors, source)
         return foreground
     # Pixels of one byte are judged by the few values in use, which is far quicker than to look at each pixel. Most masks
-    # have two, the least and the greatest; where there are more, all are counted.
+    # have two, the least and the greatest, often with none between; where there are more, all are counted.
     pixels = np.asarray(image)
-    low, high = pixels.min(), pixels.max()
-    two = ((pixels == low) | (pixels == high)).all()
+    low, high = int(pixels.min()), int(pixels.max())
+    two = high - low <= 1 or ((pixels == low) | (pixels == high)).all()
     used = np.unique([low, high]) if two else np.flatnonzero(image.histogram())
     looks, are_colors = (_palette_codes(image, used), True) if image.mode == "P" else (used, False)
     if are_colors and len(used) > 1 and len(set(looks)) == 1:
