@@ -291,7 +291,7 @@ def test_the_trial_compares_what_there_is(monkeypatch, dtype):
     monkeypatch.setattr(network, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
     monkeypatch.setattr(native_kernels, "available", lambda: True)
     monkeypatch.setattr(winograd, "available", lambda: True)
-    assert fastest_ways(64, dtype) == (NativeLevel, WinogradLevel, PrepackedLevel)  # NNPACK must win by more
+    assert fastest_ways(64, dtype) == (NativeLevel, WinogradLevel, PrepackedLevel)  # 0.8 * 2 and 1.15 * 1.8
     assert fastest_ways(16, dtype) == (NativeLevel, PrepackedLevel)
     monkeypatch.setattr(native_kernels, "available", lambda: False)
     assert fastest_ways(64, dtype) == (WinogradLevel, PrepackedLevel)

@@ -112,12 +112,12 @@ class PrepackedLevel(PlainLevel):
             beside = first.weight.shape[1] - parts.width
             halves = torch.split(first.weight, [parts.width, beside] if parts.skip_first else [beside, parts.width], dim=1)
             of_skip, of_up = halves if parts.skip_first else reversed(halves)
-            self.skip_conv = PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), dtype)
-            self.up_convs[0] = PackedStep(replace(first, weight=of_up), dtype)
+            self.skip_conv = _PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), dtype)
+            self.up_convs[0] = _PackedStep(replace(first, weight=of_up), dtype)
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""
-        return PackedStep(layer, self.dtype)
+        return _PackedStep(layer, self.dtype)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve and pool."""
@@ -134,7 +134,7 @@ class PrepackedLevel(PlainLevel):
         return second(first(x, self.skip_conv(skip)))  # type: ignore[call-arg]
 
 
-class PackedStep:
+class _PackedStep:
     """A layer by oneDNN, with weights in the layout that it wants for the map's size."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from ..blocks import match_size
 from .folding import Layer, Parts
-from .levels import PackedStep, PlainEnds, PrepackedLevel, Step, chain, copied, max_pool_channels_last
+from .levels import PlainEnds, PrepackedLevel, Step, chain, copied, max_pool_channels_last
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
 from .pool import empty
-
-_SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than it saves
 
 
 class NativeLevel(PrepackedLevel):
@@ -25,7 +23,7 @@ class NativeLevel(PrepackedLevel):
 
     Args:
         parts: what the level computes.
-        dtype: of the network: in which small maps are convolved, by oneDNN. All others are float32.
+        dtype: of the network; the maps are float32 all the same.
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
@@ -34,7 +32,6 @@ class NativeLevel(PrepackedLevel):
         if missing <= lanes() // 2:  # of patches, for one: zeros make whole vectors of them
             first = replace(first, weight=F.pad(first.weight, (0, 0, 0, 0, 0, missing)))
         self.channels = first.weight.shape[1]
-        self.network_dtype = dtype
         super().__init__(replace(parts, convs=(first, *others)), torch.float32)
         self.doubling: NativeDoubling | None = None
         if parts.up_convs and parts.width % lanes() == 0 and _is_whole(parts.up_convs[0].weight):
@@ -45,7 +42,7 @@ class NativeLevel(PrepackedLevel):
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""
-        return _NativeStep(layer, self.network_dtype) if _is_whole(layer.weight) else super().step(layer)
+        return _NativeStep(layer) if _is_whole(layer.weight) else super().step(layer)
 
     def enter(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout."""
@@ -81,31 +78,23 @@ class NativeLevel(PrepackedLevel):
 
 
 class _NativeStep:
-    """A layer by Winograd's method, on small maps direct."""
+    """A layer by this library's own code."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.conv = NativeConv(layer.weight, layer.bias, relu=layer.relu)
         self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
-        self.small, self.dtype = PackedStep(layer, dtype), dtype
 
     def __call__(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """Convolve, two maps as if concatenated."""
-        if _is_small(x):
-            both = x if beside is None else torch.cat((x, beside), dim=1)
-            return self.small(both.to(self.dtype, memory_format=torch.channels_last)).float()
         return chain(self.after, self.conv(_laid_out(x), None if beside is None else _laid_out(beside)))
 
     def and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve, and pool the result."""
-        if self.after or _is_small(x):
+        if self.after:
             result = self(x)
             return result, max_pool_channels_last(result)
         pooled = empty(len(x), self.conv.out_channels, x.shape[-2] // 2, x.shape[-1] // 2, channels_last=True)
         return self.conv(_laid_out(x), pooled=pooled), pooled
-
-
-def _is_small(x: Tensor) -> bool:
-    return x.shape[-2] * x.shape[-1] < _SMALL
 
 
 class NativeEnds(PlainEnds):

@@ -34,10 +34,10 @@ struct Threads {
 // A 3x3 convolution with padding 1 of one map, or of two as if concatenated. Channels are whole vectors.
 struct Convolution {
     const float *first, *second;  // second may be null
-    const float *weights;         // transformed: (36, out / LANES, in, LANES)
-    const float *bias;
-    float *out, *pooled;  // pooled, by 2x2, may be null
-    float *workspace;     // workspace_size() for each thread
+    const float *weights;         // of `convolve`: transformed, (36, out / LANES, in, LANES);
+    const float *bias;            // of `convolve_directly`: (out / LANES, 9 * in, LANES)
+    float *out, *pooled;          // pooled, by 2x2, may be null
+    float *workspace;             // workspace_size() for each thread; or 9 * in for each pixel
     int64_t pictures, height, width, first_channels, second_channels, out_channels, relu;
     Threads threads;
 };
@@ -251,6 +251,44 @@ void convolve(const Convolution *convolution) {
             for (int64_t channel = 0; channel < of.out_channels; channel += LANES)
                 write_tile(of, products + tile * of.out_channels + channel, picture, (start + tile) / across * SIDE,
                            (start + tile) % across * SIDE, channel);
+    });
+}
+
+// The same as a product with the windows of all pixels, for maps of so few that transformed weights would be most of the work.
+void convolve_directly(const Convolution *convolution) {
+    const Convolution of = *convolution;
+    const int64_t in = of.first_channels + of.second_channels, area = of.height * of.width, pixels = of.pictures * area;
+    share(of.threads, pixels, [&](int64_t, int64_t pixel) {
+        float *window = of.workspace + pixel * 9 * in;
+        for (int64_t tap = 0; tap < 9; tap++) {
+            const int64_t y = pixel % area / of.width + tap / 3 - 1, x = pixel % of.width + tap % 3 - 1;
+            const bool inside = y >= 0 && y < of.height && x >= 0 && x < of.width;
+            const int64_t place = pixel / area * area + y * of.width + x;
+            for (int64_t c = 0; c < in; c += LANES, window += LANES) {
+                const bool beside = c >= of.first_channels;
+                const float *from = beside ? of.second + place * of.second_channels + c - of.first_channels
+                                           : of.first + place * of.first_channels + c;
+                store(window, inside ? load(from) : Vector{});
+            }
+        }
+    });
+    share(of.threads, of.out_channels / LANES, [&](int64_t, int64_t block) {
+        const int64_t channel = block * LANES;
+        for (int64_t pixel = 0; pixel < pixels; pixel += TILES) {
+            float *out = of.out + pixel * of.out_channels + channel;
+            const int64_t count = smaller(TILES, pixels - pixel);
+            multiply(count, of.workspace + pixel * 9 * in, 9 * in, of.weights + channel * 9 * in, of.bias + channel, LANES, out,
+                     of.out_channels);
+            for (int64_t n = 0; of.relu && n < count; n++)
+                store(out + n * of.out_channels, larger(load(out + n * of.out_channels), Vector{}));
+        }
+        for (int64_t y = 0; of.pooled && y < of.pictures * (of.height / 2); y++)
+            for (int64_t x = 0; x < of.width / 2; x++) {
+                const int64_t corner = y / (of.height / 2) * area + y % (of.height / 2) * 2 * of.width + 2 * x;
+                const float *from = of.out + corner * of.out_channels + channel, *below = from + of.width * of.out_channels;
+                store(of.pooled + (y * (of.width / 2) + x) * of.out_channels + channel,
+                      larger(larger(load(from), load(from + of.out_channels)), larger(load(below), load(below + of.out_channels))));
+            }
     });
 }
 

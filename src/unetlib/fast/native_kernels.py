@@ -36,6 +36,7 @@ _FLAGS = {  # by what PyTorch finds the CPU capable of
     "AVX2": ("-march=x86-64-v3",),
 }
 _OPENMP = ("libgomp", "libiomp5", "libomp")
+_SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than they save
 _ROOT = math.sqrt(2)
 _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
     (1, 0, 0),
@@ -49,7 +50,7 @@ _log = logging.getLogger("unetlib")
 
 
 class NativeConv:
-    """A 3x3 convolution with padding 1, of one map or of two as if concatenated.
+    """A 3x3 convolution with padding 1, of one map or of two as if concatenated: by Winograd's method, of small maps direct.
 
     Args:
         weight: (out, in, 3, 3), both channels multiples of `lanes()`.
@@ -65,9 +66,18 @@ class NativeConv:
 
     def __init__(self, weight: Tensor, bias: Tensor, *, relu: bool) -> None:
         self.out_channels, self.in_channels = weight.shape[:2]
+        self.weight, self.bias, self.relu = weight, bias.float().contiguous(), relu
+
+    @functools.cached_property
+    def transformed(self) -> Tensor:
+        """The weights for Winograd's method."""
         row = torch.tensor(_WEIGHTS, dtype=torch.float64)
-        self.weights = _packed(torch.einsum("ia,ocab,jb->ijoc", row, weight.double(), row).flatten(0, 1))
-        self.bias, self.relu = bias.float().contiguous(), relu
+        return _packed(torch.einsum("ia,ocab,jb->ijoc", row, self.weight.double(), row).flatten(0, 1))
+
+    @functools.cached_property
+    def direct(self) -> Tensor:
+        """The weights for small maps."""
+        return _packed(self.weight.permute(0, 2, 3, 1).flatten(1)[None])
 
     def __call__(self, first: Tensor, second: Tensor | None = None, *, pooled: Tensor | None = None) -> Tensor:
         """Convolve.
@@ -81,11 +91,15 @@ class NativeConv:
             (N, out, H, W), in channels_last.
         """
         pictures, channels, height, width = first.shape
-        out = empty(pictures, self.out_channels, height, width, channels_last=True)
-        size = _library().workspace_size(self.in_channels, self.out_channels)
-        workspace = empty(torch.get_num_threads() * size)
-        _library().convolve(byref(_Convolution(
-            *map(_address, (first, second, self.weights, self.bias, out, pooled, workspace)),
+        if height * width < _SMALL:
+            convolve, weights = _library().convolve_directly, self.direct
+            size = pictures * height * width * 9 * self.in_channels
+        else:
+            convolve, weights = _library().convolve, self.transformed
+            size = torch.get_num_threads() * _library().workspace_size(self.in_channels, self.out_channels)
+        out, workspace = empty(pictures, self.out_channels, height, width, channels_last=True), empty(size)
+        convolve(byref(_Convolution(
+            *map(_address, (first, second, weights, self.bias, out, pooled, workspace)),
             pictures, height, width, channels, self.in_channels - channels, self.out_channels, self.relu, _threads(),
         )))  # fmt: skip
         return out
@@ -279,7 +293,13 @@ def _library() -> Any:
     library = ctypes.CDLL(str(_built(_FLAGS[torch.backends.cpu.get_cpu_capability()])))
     library.lanes.restype = library.workspace_size.restype = c_int64
     library.workspace_size.argtypes = (c_int64, c_int64)
-    for operation in (library.convolve, library.double_map, library.split_picture, library.apply_head):
+    for operation in (
+        library.convolve,
+        library.convolve_directly,
+        library.double_map,
+        library.split_picture,
+        library.apply_head,
+    ):
         operation.argtypes, operation.restype = (c_void_p,), None
     return library
 

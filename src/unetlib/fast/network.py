@@ -29,7 +29,8 @@ _TRIALS = {16: 144, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side 
 _LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
 _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
 _NARROW = 16  # channels, for which NNPACK is not tried
-_GAIN = 1.15  # by which NNPACK must win on a small map: on large ones it waits for memory more
+_NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those of the trials, for want of memory's speed
+_NATIVE_SPARES = 0.8  # what pooling and concatenation, which are not in the trials, leave of the native way's time
 
 
 def optimize_for_inference(
@@ -236,9 +237,9 @@ def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
     """
     handicaps: dict[Way, float] = {PrepackedLevel: 1}
     if native_kernels.available():
-        handicaps[NativeLevel] = 1
+        handicaps[NativeLevel] = _NATIVE_SPARES
     if channels > _NARROW and winograd.available():
-        handicaps[WinogradLevel] = _GAIN
+        handicaps[WinogradLevel] = _NNPACK_WAITS
     if len(handicaps) == 1:
         return (PrepackedLevel,)
     seconds = _trial(channels, dtype, tuple(handicaps))
