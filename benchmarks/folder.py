@@ -48,8 +48,8 @@ def measure(model: UNet, names: Sequence[str], args: argparse.Namespace, folder:
     start = time.perf_counter()
     plain_loop(model, names, args.pictures, folder / "loop")
     middle = time.perf_counter()
-    settings = argparse.Namespace(**{**vars(args), "masks": folder / "script"})
-    outcomes = list(predict_folder.predict_files(model, names, settings))
+    settings = argparse.Namespace(**{**vars(args), "masks": folder / "script", "precision": "float32"})
+    outcomes = list(predict_folder.predict_files(predict_folder.prepared(model, names, settings), names, settings))
     end = time.perf_counter()
     if wrong := [reason for _, reason in outcomes if reason]:
         sys.exit(wrong[0])

@@ -138,9 +138,9 @@ ENDS = {"/Unprepared": Unprepared, "/OSError": OSError}
 
 
 def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
-    """The model on its device, or a copy in another precision; int8 takes its ranges from the first pictures to be read."""
+    """The model on its device, or a fast copy; int8 takes its ranges from the first pictures to be read."""
     model.to(args.device)
-    if args.precision == "float32":
+    if args.precision == "float32" and torch.device(args.device).type != "cpu":
         return model
     dtype, options = getattr(torch, args.precision), {}
     if dtype == torch.int8:

@@ -282,6 +282,10 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
     }.items():
         assert way(channels, height, width) is expected
     assert set(asked) == {16, 64, 128, 256}
+    way = network._way(torch.device("cpu"), torch.bfloat16)
+    assert way(512, 20, 30) is PrepackedLevel  # reading the weights is most of the work
+    assert way(512, 40, 60) is nnpack
+    assert way(192, 5, 7) is native
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 
 from unetlib import UNet
+from unetlib.fast import network
+from unetlib.fast.levels import PrepackedLevel
 from unetlib.imaging import read_image
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "predict_folder.py"
@@ -248,11 +250,12 @@ def test_pictures_too_large_for_the_gpu_fail_alone(script, pictures, model, tmp_
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-def test_other_precisions_find_nearly_the_same_masks(script, pictures, model, tmp_path, precision):
+def test_other_precisions_find_nearly_the_same_masks(script, pictures, model, tmp_path, monkeypatch, precision):
     if precision == "int8":
         pytest.importorskip("nncf", reason="needs the extra int8")
     elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no fast bfloat16 convolutions")
+    monkeypatch.setattr(network, "fastest_ways", lambda *_: (PrepackedLevel,))  # which computes in the precision asked for
     (pictures / "0.png").write_text("no picture, and the first to be read")
     for masks, options in (("exact", []), ("masks", ["--precision", precision])):
         assert script.main([str(pictures), str(tmp_path / masks), "--model", model, "--device", "cpu", *options]) == 1

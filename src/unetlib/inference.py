@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .fast import optimize_for_inference as optimize_for_inference
+from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
@@ -228,6 +228,7 @@ def evaluate(
 
 
 _ALL = slice(None)
+_MOST_ON_CPU = 2**20  # pixels: larger batches take memory, and no less time for each picture
 
 
 class _Source(NamedTuple):
@@ -302,7 +303,9 @@ class _Passes:
 
     def pictures(self, size: tuple[int, int]) -> int:
         """How many of this size, at the network's input, go through it at a time."""
-        return max(1, min(self.batch_size, self._pixels() // (size[0] * size[1])))
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        most = min(self._pixels(), _MOST_ON_CPU) if on_cpu else self._pixels()
+        return max(1, min(self.batch_size, most // (size[0] * size[1])))
 
     def window(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """Height and width of a tile of a picture that has this size at the network's input; None keeps it whole."""
@@ -335,7 +338,7 @@ class _Passes:
 
     @cached_property
     def _held(self) -> int:
-        fast = fast_copy(self.model)
+        fast = self.model if isinstance(self.model, FastUNet) else fast_copy(self.model)
         return 0 if fast is None else fast.held_bytes
 
     def _pixels(self) -> int:

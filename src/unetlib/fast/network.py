@@ -28,6 +28,7 @@ Way = Callable[[Parts, torch.dtype], Level]
 _TRIALS = {16: 144, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side of the map on which ways are compared
 _LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
 _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
+_HEAVY, _FEW = 256, 700  # on fewer pixels than these of more channels, reading weights counts: bfloat16 halves it
 _NARROW = 16  # channels, for which NNPACK is not tried
 _NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those of the trials, for want of memory's speed
 _NATIVE_SPARES = 0.8  # what pooling and concatenation, which are not in the trials, leave of the native way's time
@@ -208,7 +209,10 @@ def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
         return lambda *_: PlainLevel
 
     def way(channels: int, height: int, width: int) -> Way:
-        much = 18 * channels**2 * height * width >= _LEAST_WORK and height * width * dtype.itemsize >= _LEAST_MAP
+        pixels = height * width
+        if dtype == torch.bfloat16 and channels >= _HEAVY and pixels < _FEW:
+            return PrepackedLevel
+        much = 18 * channels**2 * pixels >= _LEAST_WORK and pixels * dtype.itemsize >= _LEAST_MAP
         return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not WinogradLevel)
 
     return way
