@@ -31,9 +31,9 @@ from ..blocks import join_patches, split_patches
 from .pool import empty
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = {  # by what PyTorch finds the CPU capable of
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "AVX2": ("-march=x86-64-v3",),
+_FLAGS = {  # by what PyTorch finds the CPU capable of; older compilers do not know the names of whole levels
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
 }
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 _SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than they save
