@@ -482,13 +482,18 @@ def _forward(model: UNet, batch: Tensor) -> Tensor:
 def _normalized(model: UNet, batch: Tensor) -> Tensor:
     """The network's input, in its type and on its device, for a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
     weight = next(model.parameters())
-    batch = batch.to(weight.device)
-    pixels = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+    pixels = batch.to(weight.device, torch.float32, copy=True)  # so that all else can be done in its place
+    if batch.dtype == torch.uint8:
+        pixels.div_(255)
     mean, std = (
         torch.tensor(values, device=weight.device).view(-1, 1, 1)
         for values in (model.preprocessing.mean, model.preprocessing.std)
     )
-    return ((pixels - mean) / std).to(weight.dtype)
+    if mean.any():
+        pixels.sub_(mean)
+    if (std != 1).any():
+        pixels.div_(std)
+    return pixels.to(weight.dtype)
 
 
 @contextmanager
