@@ -6,7 +6,9 @@ import copy
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +113,8 @@ class FastUNet(nn.Module):
         self.dtype, self.device = dtype, model.head.weight.device
         self._head = copy.deepcopy(model.head).requires_grad_(False)
         self._memory = threading.local()  # a pool for each thread
-        self._keeps_freed = False
-        self._run: Callable[[Tensor], Tensor]
+        self._release: weakref.finalize[..., Any] | None = None  # gives freed memory back, which this copy has had kept
+        self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, whose bound method would be a cycle
         self._parts: list[Parts] = []
         if other:
             self._run = other
@@ -123,9 +125,10 @@ class FastUNet(nn.Module):
         self._levels: dict[tuple[int, Way], Level] = {}
         self._plain_ends = PlainEnds(self._head, self.config.patch_size, dtype)
         self._native_ends: NativeEnds | None = None
-        self._run = compiled(self._logits, self.device) if compile else self._logits
+        if compile:
+            self._run = compiled(self._logits, self.device)
         if self.device.type == "cuda":
-            self._run = Graphs(self._run)
+            self._run = Graphs(self._run or self._logits)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
@@ -134,9 +137,10 @@ class FastUNet(nn.Module):
         if not hasattr(self._memory, "pool"):
             self._memory.pool = Pool()
         if self.device.type == "cpu" and keep_freed():
-            self._keeps_freed = True
+            self._release = weakref.finalize(self, release_freed)
+            self._release.atexit = False
         with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            return self._run(x).to(x.dtype)
+            return (self._run or self._logits)(x).to(x.dtype)
 
     @property
     def held_bytes(self) -> int:
@@ -153,9 +157,8 @@ class FastUNet(nn.Module):
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
-        if self._keeps_freed:  # by this copy, and not by a training run around it
-            release_freed()
-            self._keeps_freed = False
+        if self._release:  # by this copy, and not by a training run around it
+            self._release()
         if isinstance(self._run, (Graphs, OpenVINO)):
             self._run.clear()
 
