@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 import struct
@@ -323,13 +324,18 @@ def test_any_shapes_in_a_study_checkpoint_are_a_network_or_a_value_error(tmp_pat
     load(UNet.from_pretrained, tmp_path / "a.safetensors")
 
 
+@functools.cache  # addresses stand in legacy files, and their lengths must not change from example to example
+def study_checkpoint(legacy: bool) -> bytes:
+    stream = io.BytesIO()
+    torch.save(StudyUNet(features=(2, 4)).state_dict(), stream, _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
 @settings(fuzz, derandomize=True)  # torch's own reader is under test here: the same files every time
 @given(data=st.data(), legacy=st.booleans())
 def test_any_checkpoint_is_a_network_or_a_value_error(tmp_path, data, legacy):
-    stream = io.BytesIO()
-    torch.save(StudyUNet(features=(2, 4)).state_dict(), stream, _use_new_zipfile_serialization=not legacy)
     path = tmp_path / "a.pth"
-    path.write_bytes(data.draw(mutated(stream.getvalue())))
+    path.write_bytes(data.draw(mutated(study_checkpoint(legacy))))
     load(UNet.from_pretrained, path)
 
 
