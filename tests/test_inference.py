@@ -146,6 +146,23 @@ def test_progress_shows_a_bar_with_the_number_of_pictures(model, picture, capsys
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("most", "expected"), [(10**6, [3]), (2 * 37 * 50, [2, 1]), (1, [1, 1, 1])])
+def test_on_a_cpu_a_batch_has_only_so_many_pixels(model, picture, monkeypatch, most, expected):
+    monkeypatch.setattr(inference, "_MOST_ON_CPU", most)
+    batches = []
+    model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    model.predict([picture] * 3)
+    assert batches == expected
+
+
+def test_a_picture_of_floats_stays_as_it_is(model, picture):
+    model.preprocessing = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    floats = torch.from_numpy(picture).permute(2, 0, 1) / 255
+    before = floats.clone()
+    model.predict(floats)
+    assert torch.equal(floats, before)
+
+
 def test_iter_logits_reads_a_batch_at_a_time(model, picture):
     taken = []
 

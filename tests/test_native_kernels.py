@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -136,13 +136,10 @@ def test_results_do_not_depend_on_the_threads():
 def test_callers_side_by_side_do_not_disturb_each_other():
     width = lanes()
     conv, maps = NativeConv(random(width, width, 3, 3), random(width), relu=True), [map_of(width, 50 + n, 60) for n in range(4)]
-    expected, found = [conv(x) for x in maps], {}
-    workers = [threading.Thread(target=lambda n=n: found.update({n: [conv(maps[n]) for _ in range(20)]})) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(torch.equal(result, expected[n]) for n in range(4) for result in found[n])
+    expected = [conv(x) for x in maps]
+    with ThreadPoolExecutor(len(maps)) as pool:
+        found = list(pool.map(lambda x: [conv(x) for _ in range(20)], maps))
+    assert all(torch.equal(result, one) for results, one in zip(found, expected) for result in results)
 
 
 @native

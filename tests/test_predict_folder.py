@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from unetlib import UNet
-from unetlib.fast import network
+from unetlib.fast import FastUNet, network
 from unetlib.fast.levels import PrepackedLevel
 from unetlib.imaging import read_image
 
@@ -263,6 +264,14 @@ def test_other_precisions_find_nearly_the_same_masks(script, pictures, model, tm
     different = [(one != other).mean() for one, other in zip(exact, found, strict=True)]
     assert 0 < np.mean(different) < 0.1
     assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", *options]) == 1  # again
+
+
+def test_on_a_cpu_a_fast_copy_keeps_its_memory_between_batches(script, model):
+    plain = UNet.from_pretrained(model)
+    args = SimpleNamespace(device="cpu", precision="float32")
+    assert isinstance(script.prepared(plain, [], args), FastUNet)
+    args.device = "meta"  # stands for a GPU, where the copy has not been tried
+    assert script.prepared(plain, [], args) is plain
 
 
 def test_a_precision_that_is_not_to_be_had_stops_the_run(script, pictures, model, tmp_path, monkeypatch):

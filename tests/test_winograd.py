@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,13 +79,10 @@ def test_small_maps_keep_transformed_weights_from_the_second_call_on_and_large_o
 @needs_nnpack
 def test_threads_side_by_side_do_not_disturb_each_other():
     conv, xs = WinogradConv(*layer(8, 8), relu=True), [torch.rand(1, 8, 50 + n, 60) for n in range(4)]
-    expected, found = [conv(x) for x in xs], {}
-    workers = [threading.Thread(target=lambda n=n: found.update({n: [conv(xs[n]) for _ in range(20)]})) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(torch.equal(result, expected[n]) for n in range(4) for result in found[n])
+    expected = [conv(x) for x in xs]
+    with ThreadPoolExecutor(len(xs)) as pool:
+        found = list(pool.map(lambda x: [conv(x) for _ in range(20)], xs))
+    assert all(torch.equal(result, one) for results, one in zip(found, expected) for result in results)
 
 
 @needs_nnpack

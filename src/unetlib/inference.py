@@ -68,7 +68,8 @@ def predict(
             `preprocessing.size` is not square. Eight or four times the work. "mirror": over the picture and its mirror image,
             left to right, alone, for models that know no upside down.
         probabilities: return probabilities instead of classes.
-        batch_size: pictures, or tiles of a given size, in one forward pass; fewer where memory is short.
+        batch_size: pictures, or tiles of a given size, in one forward pass; fewer where memory is short, and on a CPU
+            at most a million pixels, or one picture.
         progress: show a progress bar of pictures, and one of the tiles of each.
         out: file to write the result of a single picture to instead of returning it: `.npy`, or for masks `.tif`, tiled. It
             appears when it is whole.
@@ -228,7 +229,7 @@ def evaluate(
 
 
 _ALL = slice(None)
-_MOST_ON_CPU = 2**20  # pixels: larger batches take memory, and no less time for each picture
+_MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
 
 
 class _Source(NamedTuple):
@@ -485,14 +486,11 @@ def _normalized(model: UNet, batch: Tensor) -> Tensor:
     pixels = batch.to(weight.device, torch.float32, copy=True)  # so that all else can be done in its place
     if batch.dtype == torch.uint8:
         pixels.div_(255)
-    mean, std = (
-        torch.tensor(values, device=weight.device).view(-1, 1, 1)
-        for values in (model.preprocessing.mean, model.preprocessing.std)
-    )
-    if mean.any():
-        pixels.sub_(mean)
-    if (std != 1).any():
-        pixels.div_(std)
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    if any(mean):
+        pixels.sub_(torch.tensor(mean, device=weight.device).view(-1, 1, 1))
+    if any(value != 1 for value in std):
+        pixels.div_(torch.tensor(std, device=weight.device).view(-1, 1, 1))
     return pixels.to(weight.dtype)
 
 

@@ -38,10 +38,8 @@ class CudaLevel(PlainLevel):
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
-        first, *others = parts.convs
-        self.missing = -first.weight.shape[1] % _ALIGNED
-        weight = F.pad(first.weight, (0, 0, 0, 0, 0, self.missing))
-        super().__init__(replace(parts, convs=(replace(first, weight=weight), *others)), dtype)
+        self.missing = -parts.channels % _ALIGNED
+        super().__init__(parts.widened(parts.channels + self.missing), dtype)
         self.width = parts.width
         self.total = parts.up_convs[0].weight.shape[1] if parts.up_convs else self.width
         self.up_conv: _Fastest | None = None

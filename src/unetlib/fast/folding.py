@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import DoubleConv, Up
@@ -51,9 +52,20 @@ class Parts:
     skip_first: bool = True
 
     @property
+    def channels(self) -> int:
+        """Channels of the map that comes in from above."""
+        return self.convs[0].weight.shape[1]
+
+    @property
     def width(self) -> int:
         """Channels of the skip."""
         return len(self.convs[-1].weight)
+
+    def widened(self, channels: int) -> Parts:
+        """The same for a map with this many channels, of which the last, beyond those of now, are zeros."""
+        first, *others = self.convs
+        weight = F.pad(first.weight, (0, 0, 0, 0, 0, channels - self.channels))
+        return replace(self, convs=(replace(first, weight=weight), *others))
 
     @classmethod
     def of(cls, block: DoubleConv, up: Up | None = None) -> Parts:

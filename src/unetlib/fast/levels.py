@@ -79,6 +79,16 @@ class PlainLevel:
         return chain(self.up_convs, torch.cat((skip, x) if self.skip_first else (x, skip), dim=1))
 
 
+class Ends(Protocol):
+    """What comes before the first level and after the last."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2 or more, h, w)."""
+
+    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
+
+
 class PlainEnds:
     """What comes before the first level and after the last, by PyTorch's own operations.
 
@@ -107,13 +117,17 @@ class PrepackedLevel(PlainLevel):
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         super().__init__(parts, dtype)
-        if parts.up_convs:  # conv(cat(skip, x)) = conv_a(skip) + conv_b(x), and nothing is copied
-            first = parts.up_convs[0]
-            beside = first.weight.shape[1] - parts.width
-            halves = torch.split(first.weight, [parts.width, beside] if parts.skip_first else [beside, parts.width], dim=1)
-            of_skip, of_up = halves if parts.skip_first else reversed(halves)
-            self.skip_conv = _PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), dtype)
-            self.up_convs[0] = _PackedStep(replace(first, weight=of_up), dtype)
+        if parts.up_convs:
+            self.prepare_merge(parts)
+
+    def prepare_merge(self, parts: Parts) -> None:
+        """Halve the first convolution on the way up: conv(cat(skip, x)) = conv_a(skip) + conv_b(x), and nothing is copied."""
+        first = parts.up_convs[0]
+        beside = first.weight.shape[1] - parts.width
+        halves = torch.split(first.weight, [parts.width, beside] if parts.skip_first else [beside, parts.width], dim=1)
+        of_skip, of_up = halves if parts.skip_first else reversed(halves)
+        self.skip_conv = _PackedStep(Layer(of_skip, torch.zeros_like(first.bias), ()), self.dtype)
+        self.up_convs[0] = _PackedStep(replace(first, weight=of_up), self.dtype)
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""

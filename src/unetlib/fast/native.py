@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import match_size
 from .folding import Layer, Parts
-from .levels import PlainEnds, PrepackedLevel, Step, chain, copied, max_pool_channels_last
+from .levels import PrepackedLevel, Step, chain, copied, max_pool_channels_last
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
 from .pool import empty
 
@@ -27,15 +25,11 @@ class NativeLevel(PrepackedLevel):
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
-        first, *others = parts.convs
-        missing = -first.weight.shape[1] % lanes()
-        if missing <= lanes() // 2:  # of patches, for one: zeros make whole vectors of them
-            first = replace(first, weight=F.pad(first.weight, (0, 0, 0, 0, 0, missing)))
-        self.channels = first.weight.shape[1]
-        super().__init__(replace(parts, convs=(first, *others)), torch.float32)
+        missing = -parts.channels % lanes()
+        few = missing <= lanes() // 2  # as of patches: then zeros make whole vectors
+        self.channels = parts.channels + (missing if few else 0)
+        super().__init__(parts.widened(self.channels), torch.float32)
         self.doubling: NativeDoubling | None = None
-        if parts.up_convs and parts.width % lanes() == 0 and _is_whole(parts.up_convs[0].weight):
-            self.up_convs[0] = self.step(parts.up_convs[0])
         if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d) and _is_whole(module.weight):
             assert module.bias is not None
             self.doubling = NativeDoubling(module.weight.detach(), module.bias.detach())
@@ -44,9 +38,10 @@ class NativeLevel(PrepackedLevel):
         """A layer as a function of its map."""
         return _NativeStep(layer) if _is_whole(layer.weight) else super().step(layer)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """A map in this level's type and layout."""
-        return x.to(torch.float32).contiguous(memory_format=torch.channels_last)
+    def prepare_merge(self, parts: Parts) -> None:
+        """Halve the first convolution on the way up, if this library's own cannot take both maps."""
+        if parts.width % lanes() or not _is_whole(parts.up_convs[0].weight):
+            super().prepare_merge(parts)
 
     def convolve(self, x: Tensor) -> Tensor:
         """The double convolution alone."""
@@ -63,7 +58,7 @@ class NativeLevel(PrepackedLevel):
         """Upsample, concatenate and convolve."""
         if self.doubling is None:
             return super().decode(deeper, skip)
-        return self.merge(_doubled(self.doubling, self.enter(deeper), skip, self.match), skip)
+        return self.merge(_doubled(self.doubling, _laid_out(self.enter(deeper)), skip, self.match), skip)
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         """Convolve the upsampled map and the skip."""
@@ -97,7 +92,7 @@ class _NativeStep:
         return self.conv(_laid_out(x), pooled=pooled), pooled
 
 
-class NativeEnds(PlainEnds):
+class NativeEnds:
     """Patches straight into the first level's layout, and logits straight from the last level's.
 
     Args:
@@ -107,9 +102,8 @@ class NativeEnds(PlainEnds):
     """
 
     def __init__(self, head: nn.Conv2d, side: int, channels: int) -> None:
-        super().__init__(head, side, torch.float32)
         assert head.bias is not None
-        self.channels = channels
+        self.side, self.channels = side, channels
         self.apply_head = NativeHead(head.weight.detach(), head.bias.detach(), side)
 
     def split(self, x: Tensor) -> Tensor:

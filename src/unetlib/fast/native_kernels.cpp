@@ -54,9 +54,9 @@ struct Doubling {
 
 // Squares of pixels as channels, and zeros for further channels; the last row and column go on beyond the picture.
 struct Splitting {
-    const float *picture;  // (pictures, channels, height, width), in steps of:
-    int64_t steps[4];
+    const float *picture;
     float *out;
+    int64_t steps[4];  // in the picture, from one of its (pictures, channels, height, width) to the next
     int64_t pictures, channels, height, width, side, out_height, out_width, out_channels;
     Threads threads;
 };
@@ -140,7 +140,7 @@ void multiply(int64_t count, const float *x, int64_t in, const float *weights, c
     if (c < channels) multiply_some<1>(count, x, in, weights + c * in, start ? start + c : start, out + c, stride);
 }
 
-// Interpolation at 0, the square roots of 1/2 and 2 with either sign, and infinity: half the rounding error of 0, 1 and 2.
+// Interpolation at 0, the square roots of 1/2 and 2 with either sign, and infinity: less rounding error than at 0, 1 and 2.
 constexpr float ROOT = 1.41421356f;
 
 INLINE void transform_input(const Vector d[WINDOW], Vector result[WINDOW]) {

@@ -150,7 +150,7 @@ def split_picture(x: Tensor, side: int, channels: int) -> Tensor:
     """
     out = empty(len(x), channels, -(-x.shape[-2] // side), -(-x.shape[-1] // side), channels_last=True)
     _library().split_picture(byref(_Splitting(
-        _address(x), *x.stride(), _address(out), *x.shape, side, *out.shape[-2:], channels, _threads(),
+        _address(x), _address(out), *x.stride(), *x.shape, side, *out.shape[-2:], channels, _threads(),
     )))  # fmt: skip
     return out
 
@@ -236,38 +236,23 @@ class _Threads(Structure):
     _fields_ = (("parallel", c_void_p), ("count", c_int64))
 
 
-def _arguments(addresses: str, numbers: str) -> tuple[tuple[str, Any], ...]:
-    return (*((name, c_void_p) for name in addresses.split()), *((name, c_int64) for name in numbers.split()))
+def _arguments(addresses: str, numbers: str) -> type[Structure]:
+    """The structure of an operation's arguments, as `native_kernels.cpp` has it."""
+    fields: list[tuple[str, Any]] = [(name, c_void_p) for name in addresses.split()]
+    fields += [(name, c_int64) for name in numbers.split()]
+    return type("Arguments", (Structure,), {"_fields_": [*fields, ("threads", _Threads)]})
 
 
-class _Convolution(Structure):
-    _fields_ = (
-        *_arguments("first second weights bias out pooled workspace", "pictures height width first_channels second_channels"),
-        *_arguments("", "out_channels relu"),
-        ("threads", _Threads),
-    )
-
-
-class _Doubling(Structure):
-    _fields_ = (
-        *_arguments("map weights bias out", "pictures height width channels out_height out_width out_channels"),
-        ("threads", _Threads),
-    )
-
-
-class _Splitting(Structure):
-    _fields_ = (
-        *_arguments("picture", "step_pictures step_channels step_height step_width"),
-        *_arguments("out", "pictures channels height width side out_height out_width out_channels"),
-        ("threads", _Threads),
-    )
-
-
-class _Head(Structure):
-    _fields_ = (
-        *_arguments("map weights bias out", "pictures height width channels side out_height out_width out_channels"),
-        ("threads", _Threads),
-    )
+_Convolution = _arguments(
+    "first second weights bias out pooled workspace",
+    "pictures height width first_channels second_channels out_channels relu",
+)
+_Doubling = _arguments("map weights bias out", "pictures height width channels out_height out_width out_channels")
+_Splitting = _arguments(
+    "picture out",
+    "step_pictures step_channels step_height step_width pictures channels height width side out_height out_width out_channels",
+)
+_Head = _arguments("map weights bias out", "pictures height width channels side out_height out_width out_channels")
 
 
 def _threads() -> _Threads:

@@ -20,7 +20,7 @@ from . import native_kernels, winograd
 from .cuda import CudaLevel, compiled
 from .folding import Parts
 from .graphs import Graphs
-from .levels import Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
+from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
 from .native import NativeEnds, NativeLevel
 from .openvino import OpenVINO
 from .pool import Pool, pooled
@@ -111,7 +111,9 @@ class FastUNet(nn.Module):
         super().__init__()
         self.config, self.preprocessing = model.config, model.preprocessing
         self.dtype, self.device = dtype, model.head.weight.device
-        self._head = copy.deepcopy(model.head).requires_grad_(False)
+        # `predict` makes its input in this one's type, and counts on maps of it: on a CPU they may be float32 whatever `dtype`.
+        maps = dtype if self.device.type == "cuda" else torch.promote_types(model.head.weight.dtype, torch.float32)
+        self._head = copy.deepcopy(model.head).requires_grad_(False).to(maps)
         self._memory = threading.local()  # a pool for each thread
         self._release: weakref.finalize[..., Any] | None = None  # gives freed memory back, which this copy has had kept
         self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, whose bound method would be a cycle
@@ -175,7 +177,7 @@ class FastUNet(nn.Module):
             x = level.decode(x, skip)
         return ends.head(x, size)
 
-    def _ends(self, first: Level) -> PlainEnds:
+    def _ends(self, first: Level) -> Ends:
         """The ends that suit the first level."""
         if not isinstance(first, NativeLevel):
             return self._plain_ends
@@ -239,8 +241,8 @@ def _has_onednn() -> bool:
 def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
     """The ways to run a level of one of the widths of the trials on this CPU, the fastest first.
 
-    Found once in a process, in some hundredths of a second, by the least of a few times, taken in turn, since other work only
-    makes them longer.
+    Found once in a process, in a few tenths of a second for all widths, by the least of a few times, taken in turn, since other
+    work only makes them longer.
     """
     handicaps: dict[Way, float] = {PrepackedLevel: 1}
     if native_kernels.available():
