@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_native, needs_nnpack
 from torch import nn
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
@@ -44,6 +45,7 @@ OPTIONS = [
     {"patch_size": 3, "match": "replicate"},
 ]
 WAYS = {"plain": PlainLevel, "direct": PrepackedLevel, "winograd": WinogradLevel, "native": NativeLevel, "mixed": None}
+NEEDS = {"winograd": needs_nnpack, "mixed": needs_nnpack, "native": needs_native}
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 fast_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no fast bfloat16 convolutions"
@@ -72,13 +74,11 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(
+    params=[pytest.param(way, marks=NEEDS[way]) if way in NEEDS else way for way in WAYS],
+)
 def way(request, monkeypatch):
     """Every level in the way of this name; mixed: the first one direct, the second Winograd's, the bottleneck direct."""
-    if request.param in ("winograd", "mixed") and not winograd.available():
-        pytest.skip("this PyTorch or CPU has no NNPACK")
-    if request.param == "native" and not native_kernels.available():
-        pytest.skip("no native operations: no C++ compiler, or a CPU without AVX2")
     kinds = {8: PrepackedLevel, 16: WinogradLevel}
     monkeypatch.setattr(
         network, "_way", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, PrepackedLevel)
@@ -100,7 +100,7 @@ def test_gives_the_logits_of_the_model(way, options, size):
         assert error(found, expected) <= 1e-5
 
 
-@pytest.mark.skipif(not native_kernels.available(), reason="no native operations here")
+@needs_native
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gives_the_logits_of_the_model_where_channels_are_whole_vectors(monkeypatch, options, size):

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 
 from unetlib.blocks import join_patches, split_patches
 from unetlib.fast import native_kernels
 from unetlib.fast.native_kernels import NativeConv, NativeDoubling, NativeHead, available, lanes, split_picture
-
-native = pytest.mark.skipif(not available(), reason="no native operations: no C++ compiler, or a CPU without AVX2")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +31,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (11, 13), (12, 12), (1, 150), (12, 31), (61, 147)])
 @pytest.mark.parametrize(("first", "second", "out"), [(1, 0, 1), (2, 0, 3), (1, 2, 1), (3, 1, 4)])  # in vectors
 @pytest.mark.parametrize("relu", [False, True])
@@ -47,7 +46,7 @@ def test_a_convolution_is_a_direct_one_of_the_maps_side_by_side(size, first, sec
     assert error(found, expected.relu() if relu else expected) <= 2e-6
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("size", [(2, 2), (7, 9), (12, 12), (13, 15), (61, 147)])
 def test_the_pooled_map_is_that_of_the_result(size):
     width = lanes()
@@ -56,7 +55,7 @@ def test_the_pooled_map_is_that_of_the_result(size):
     assert torch.equal(pooled, F.max_pool2d(found, 2))
 
 
-@native
+@needs_native
 def test_large_maps_go_past_the_caches():
     width = lanes()
     weight, x = random(width, width, 3, 3), map_of(width, 600, 901, pictures=1)
@@ -65,7 +64,7 @@ def test_large_maps_go_past_the_caches():
     assert error(NativeConv(weight, torch.zeros(width), relu=False)(x), expected) <= 2e-6
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("size", [(9, 9), (13, 13)])
 def test_not_a_number_stays_one(size):
     width, x = lanes(), map_of(lanes(), *size)
@@ -75,7 +74,7 @@ def test_not_a_number_stays_one(size):
     assert not found[1].isnan().any()
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 30)])
 @pytest.mark.parametrize(("more_rows", "more_columns"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_doubling_is_a_transposed_convolution_and_leaves_what_is_beyond(size, more_rows, more_columns):
@@ -88,7 +87,7 @@ def test_doubling_is_a_transposed_convolution_and_leaves_what_is_beyond(size, mo
     assert error(found[..., :height, :width], expected) <= 1e-6
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "turned"])
 def test_a_split_picture_is_its_patches_and_zeros(side, layout):
@@ -103,7 +102,7 @@ def test_a_split_picture_is_its_patches_and_zeros(side, layout):
     assert not found[:, channels:].any()
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize(("channels", "classes"), [(5, 1), (32, 3), (8, 20)])
 def test_the_head_is_a_convolution_of_one_pixel_whose_results_are_joined(side, channels, classes):
@@ -115,7 +114,7 @@ def test_the_head_is_a_convolution_of_one_pixel_whose_results_are_joined(side, c
     assert error(found, expected) <= 1e-6
 
 
-@native
+@needs_native
 def test_results_do_not_depend_on_the_threads():
     width, before = lanes(), torch.get_num_threads()
     conv, maps, found = (
@@ -132,7 +131,7 @@ def test_results_do_not_depend_on_the_threads():
     assert all(torch.equal(result, first) for results in found for result, first in zip(results, found[0]))
 
 
-@native
+@needs_native
 def test_callers_side_by_side_do_not_disturb_each_other():
     width = lanes()
     conv, maps = NativeConv(random(width, width, 3, 3), random(width), relu=True), [map_of(width, 50 + n, 60) for n in range(4)]
@@ -142,7 +141,7 @@ def test_callers_side_by_side_do_not_disturb_each_other():
     assert all(torch.equal(result, one) for results, one in zip(found, expected) for result in results)
 
 
-@native
+@needs_native
 def test_code_for_cpus_without_avx512():
     """In a process of its own, whose PyTorch takes the CPU for one of those."""
     code = """
@@ -166,6 +165,11 @@ print(native_kernels.lanes(), float((found - expected).norm() / expected.norm())
 # --- compiling
 
 
+@needs_native
+def test_here_it_is_available():
+    assert available()
+
+
 @pytest.fixture
 def unloaded(tmp_path, monkeypatch):
     """As in a process that has not compiled yet, with a cache folder of its own."""
@@ -175,7 +179,7 @@ def unloaded(tmp_path, monkeypatch):
     return tmp_path / "unetlib"
 
 
-@native
+@needs_native
 def test_is_compiled_once_and_kept(unloaded, monkeypatch):
     commands, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command) or run(command, **options))
@@ -187,7 +191,7 @@ def test_is_compiled_once_and_kept(unloaded, monkeypatch):
     assert len(commands) == 1
 
 
-@native
+@needs_native
 def test_another_compiler_or_other_code_is_compiled_anew(unloaded, tmp_path, monkeypatch):
     flags = native_kernels._FLAGS[torch.backends.cpu.get_cpu_capability()]
     first = native_kernels._built(flags)
@@ -198,7 +202,7 @@ def test_another_compiler_or_other_code_is_compiled_anew(unloaded, tmp_path, mon
     assert len({first, second, native_kernels._built((*flags, "-g"))}) == 3
 
 
-@native
+@needs_native
 def test_a_cache_that_cannot_be_written_is_no_error(unloaded, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -234,7 +238,7 @@ def test_on_cpus_without_avx2_there_are_other_ways(unloaded, monkeypatch):
     assert not available.__wrapped__()
 
 
-@native
+@needs_native
 def test_code_that_computes_something_else_is_not_used(monkeypatch):
     monkeypatch.setattr(NativeDoubling, "__call__", lambda self, x, height, width: torch.zeros(2, lanes(), height, width))
     assert not available.__wrapped__()

@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_nnpack
 
 from unetlib.fast import winograd
 from unetlib.fast.pool import Pool, empty, pooled
 from unetlib.fast.winograd import WinogradConv, available
-
-needs_nnpack = pytest.mark.skipif(not available(), reason="this PyTorch or CPU has no NNPACK")
 
 
 def layer(in_channels: int, out_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +99,11 @@ def test_a_forked_process_has_threads_of_its_own():
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+@needs_nnpack
+def test_here_it_is_available():
+    assert available()
 
 
 def test_a_pytorch_without_nnpack_is_no_error(monkeypatch):

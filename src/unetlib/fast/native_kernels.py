@@ -291,8 +291,7 @@ def _library() -> Any:
 
 def _built(flags: tuple[str, ...]) -> Path:
     """The compiled code, from the cache or from the compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if (compiler := _compiler()) is None:
         raise FileNotFoundError("there is no C++ compiler")
     command = (*shlex.split(compiler), "-std=c++17", "-O3", "-shared", "-fPIC", *flags)
     folder, version = _folder(), hashlib.sha256(_SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
@@ -303,6 +302,11 @@ def _built(flags: tuple[str, ...]) -> Path:
             subprocess.run([*command, "-o", made, _SOURCE], check=True, capture_output=True)
             made.replace(library)
     return library
+
+
+def _compiler() -> str | None:
+    """The command of the C++ compiler."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @functools.cache

@@ -1,0 +1,26 @@
+"""Marks of tests that need a compiler or a library: by what is there, and not by whether our own code works with it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from unetlib.fast import native_kernels, winograd
+
+
+def _nnpack_runs() -> bool:
+    try:
+        return winograd._nnpack().nnp_initialize() == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _can_compile() -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return sys.platform == "linux" and capability in native_kernels._FLAGS and native_kernels._compiler() is not None
+
+
+needs_native = pytest.mark.skipif(not _can_compile(), reason="no C++ compiler, or not Linux on a CPU with AVX2")
+needs_nnpack = pytest.mark.skipif(not _nnpack_runs(), reason="this PyTorch or CPU has no NNPACK")
