@@ -102,7 +102,11 @@ def test_gives_the_logits_of_the_model(way, options, size):
 
 @needs_native
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS, {"features": (24, 32), "up_features": (8, 32), "mid_features": (16, 32), "decoder_features": (16, 32)}],
+    ids=str,
+)
 def test_gives_the_logits_of_the_model_where_channels_are_whole_vectors(monkeypatch, options, size):
     monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(**{"features": (16, 32)} | options)

@@ -155,11 +155,15 @@ def test_on_a_cpu_a_batch_has_only_so_many_pixels(model, picture, monkeypatch, m
     assert batches == expected
 
 
-def test_a_picture_of_floats_stays_as_it_is(model, picture):
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_picture_of_floats_is_normalised_once_for_each_pass_and_stays_as_it_is(model, picture, tta):
     model.preprocessing = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     floats = torch.from_numpy(picture).permute(2, 0, 1) / 255
     before = floats.clone()
-    model.predict(floats)
+    found = model.predict(floats, probabilities=True, tta=tta)
+    np.testing.assert_allclose(found, model.predict(picture, probabilities=True, tta=tta), atol=1e-6)
+    assert torch.equal(floats, before)
+    inference._normalized(model, floats[None])  # no caller's batch is changed in its place
     assert torch.equal(floats, before)
 
 
