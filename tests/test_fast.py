@@ -18,6 +18,7 @@ from unetlib.fast import native_kernels, network, optimize_for_inference, winogr
 from unetlib.fast.folding import Parts, layers
 from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
 from unetlib.fast.native import NativeLevel
+from unetlib.fast.native_replay import NativeReplay
 
 OPTIONS = [
     {},
@@ -112,8 +113,55 @@ def test_gives_the_logits_of_the_model_where_channels_are_whole_vectors(monkeypa
     model = trained(**{"features": (16, 32)} | options)
     x = pictures(model, *size)
     fast = optimize_for_inference(model)
-    for _ in range(2):
+    for _ in range(3):  # the third one is a replay, where all is native
         assert error(fast(x), model(x)) <= 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("options", "replayed"),
+    [
+        ({}, True),
+        ({"match": "zeros"}, True),
+        ({"match": "resize"}, False),
+        ({"norm": "group"}, False),
+        ({"upsample": "bilinear"}, False),
+    ],
+)
+def test_native_passes_of_small_pictures_are_replayed(monkeypatch, options, replayed):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    model = trained(**{"features": (16, 32), "patch_size": 2, "match": "replicate"} | options)
+    fast = optimize_for_inference(model)
+    xs = [
+        pictures(model, 37, 51),
+        pictures(model, 40, 52, count=1),
+        pictures(model, 37, 51).to(memory_format=torch.channels_last),
+    ]
+    for x in xs * 3:
+        assert error(fast(x), model(x)) <= 1e-5
+    kept = fast._memory.replays._replays.values()
+    assert [isinstance(replay, NativeReplay) for replay in kept] == [replayed] * 3
+    fast.free_memory()
+    assert not fast._memory.replays._replays
+    large = pictures(model, 1024, 640, count=1)
+    for _ in range(3):
+        fast(large)
+    assert not fast._memory.replays._replays
+
+
+@needs_native
+def test_replays_are_of_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    model, before = trained(features=(16, 32), patch_size=2), torch.get_num_threads()
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                assert error(fast(x), model(x)) <= 1e-5
+    finally:
+        torch.set_num_threads(before)
+    assert [replay._recording._threads.count for replay in fast._memory.replays._replays.values()] == [1, 3]
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5])

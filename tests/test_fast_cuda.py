@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from test_fast import OPTIONS, error, on_cuda, pictures, trained
 
-from unetlib.fast import cuda, graphs, network, optimize_for_inference
+from unetlib.fast import cuda, network, optimize_for_inference, replays
 from unetlib.fast.cuda import CudaLevel, fastest
 from unetlib.fast.folding import Layer
-from unetlib.fast.graphs import Graphs
 
 
 @pytest.fixture(autouse=True)
@@ -232,92 +231,6 @@ def test_only_narrow_layers_try_kernels_of_triton():
     assert not set(cuda._TILES) & set(level.step(layer(128, 136)).routes)
 
 
-# --- graphs
-
-
-class Recorder:
-    """A function that counts its calls, and captures of it that count theirs."""
-
-    def __init__(self):
-        self.calls = self.captures = self.replays = 0
-        self.besides = []
-
-    def __call__(self, x):
-        self.calls += 1
-        return 2 * x
-
-    def capture(self, function, x, beside):
-        self.captures += 1
-        self.besides.append(beside)
-
-        def replay(x):
-            self.replays += 1
-            return 2 * x
-
-        return replay
-
-
-def test_a_shape_is_captured_when_it_comes_again():
-    recorder = Recorder()
-    doubled, x = Graphs(recorder, recorder.capture), torch.rand(1, 3, 4, 5)
-    for _ in range(4):
-        assert torch.equal(doubled(x), 2 * x)
-    assert (recorder.calls, recorder.captures, recorder.replays) == (1, 1, 3)
-    doubled(x.double())
-    doubled(x[..., :4])
-    assert (recorder.calls, recorder.captures) == (3, 1)
-    doubled(x.double())
-    assert recorder.besides[0] is None
-    assert recorder.besides[1] is not None
-    doubled.clear()
-    doubled(x)
-    assert recorder.calls == 4
-
-
-def test_few_shapes_are_kept_the_last_used_ones():
-    recorder = Recorder()
-    doubled = Graphs(recorder, recorder.capture)
-    xs = [torch.rand(1, 1, 4, width) for width in range(1, graphs._KEPT + 2)]
-    for x in (*xs[:-1], xs[0], xs[-1]):
-        doubled(x)
-    assert recorder.captures == 1
-    doubled(xs[0])
-    assert (recorder.captures, recorder.replays) == (1, 2)
-    doubled(xs[1])  # the least recently used one was dropped
-    assert recorder.captures == 1
-
-
-def test_large_batches_and_captures_within_captures_go_to_the_function(monkeypatch):
-    recorder = Recorder()
-    doubled, x = Graphs(recorder, recorder.capture), torch.rand(2, 3, 4, 5)
-    monkeypatch.setattr(graphs, "_MOST_PIXELS", 39)
-    for _ in range(3):
-        doubled(x)
-    assert (recorder.calls, recorder.captures) == (3, 0)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for _ in range(3):
-        doubled(x)
-    assert (recorder.calls, recorder.captures) == (6, 0)
-
-
-def test_a_capture_that_fails_is_not_tried_again():
-    attempts = []
-
-    def capture(function, x, beside):
-        attempts.append(beside)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    recorder = Recorder()
-    doubled = Graphs(recorder, capture)
-    for width in (3, 4):
-        x = torch.rand(1, 1, 2, width)
-        for _ in range(3):
-            assert torch.equal(doubled(x), 2 * x)
-    assert attempts == [None, None]
-    assert recorder.calls == 6
-
-
 # --- Triton's kernels
 
 
@@ -420,7 +333,7 @@ def test_replays_give_what_the_first_call_gives_and_results_stay(dtype):
     kept = [fast(x) for _ in range(4) for x in xs]
     assert all(error(found, eager[place % 3]) <= 1e-2 for place, found in enumerate(kept))
     assert len(fast._run._replays) == 2
-    assert all(isinstance(replay, graphs.CudaReplay) for replay in fast._run._replays.values())
+    assert all(isinstance(replay, replays.CudaReplay) for replay in fast._run._replays.values())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

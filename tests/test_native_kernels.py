@@ -15,7 +15,14 @@ from needs import needs_native
 
 from unetlib.blocks import join_patches, split_patches
 from unetlib.fast import native_kernels
-from unetlib.fast.native_kernels import NativeConv, NativeDoubling, NativeHead, available, lanes, split_picture
+from unetlib.fast.native_kernels import (
+    NativeConv,
+    NativeDoubling,
+    NativeHead,
+    available,
+    lanes,
+    split_picture,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,15 +83,16 @@ def test_not_a_number_stays_one(size):
 
 @needs_native
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 30)])
-@pytest.mark.parametrize(("more_rows", "more_columns"), [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_doubling_is_a_transposed_convolution_and_leaves_what_is_beyond(size, more_rows, more_columns):
+@pytest.mark.parametrize(("more_rows", "more_columns"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("replicate", [False, True])
+def test_doubling_is_a_transposed_convolution_and_goes_on_beyond(size, more_rows, more_columns, replicate):
     channels, out = 5, 3 * lanes()
     weight, bias, x = random(channels, out, 2, 2), random(out), map_of(channels, *size)
     height, width = (2 * side for side in size)
-    found = NativeDoubling(weight, bias)(x, height + more_rows, width + more_columns)
-    assert found.shape == (2, out, height + more_rows, width + more_columns)
-    expected = F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride=2)
-    assert error(found[..., :height, :width], expected) <= 1e-6
+    found = NativeDoubling(weight, bias)(x, height + more_rows, width + more_columns, replicate=replicate)
+    doubled = F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride=2)
+    expected = F.pad(doubled, (0, more_columns, 0, more_rows), mode="replicate" if replicate else "constant")
+    assert error(found, expected) <= 1e-6
 
 
 @needs_native
@@ -116,18 +124,21 @@ def test_the_head_is_a_convolution_of_one_pixel_whose_results_are_joined(side, c
 
 @needs_native
 def test_results_do_not_depend_on_the_threads():
-    width, before = lanes(), torch.get_num_threads()
-    conv, maps, found = (
+    width, before = 4 * lanes(), torch.get_num_threads()
+    conv, maps, found, operations = (
         NativeConv(random(width, width, 3, 3), random(width), relu=True),
-        [map_of(width, 61, 47), map_of(width, 6, 7)],
+        [map_of(width, 61, 47), map_of(width, 12, 13), map_of(width, 6, 7)],
         [],
+        set(),
     )
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 9):
             torch.set_num_threads(threads)
+            operations |= {conv._operation(*x.shape[::2], x.shape[-1])[0] for x in maps}
             found.append([conv(x) for x in maps])
     finally:
         torch.set_num_threads(before)
+    assert operations == {"convolve", "convolve_in_stages", "convolve_directly"}
     assert all(torch.equal(result, first) for results in found for result, first in zip(results, found[0]))
 
 

@@ -323,7 +323,7 @@ def _halved(x: Tensor) -> tuple[int, int]:
 
 
 def compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The function by `torch.compile`; on CUDA tuned, without graphs, which `graphs` makes.
+    """The function by `torch.compile`; on CUDA tuned, without graphs, which `replays` makes.
 
     There convolutions stay with cuDNN, as Inductor's own kernel for them gives wrong results in some versions.
     """

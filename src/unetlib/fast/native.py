@@ -125,10 +125,6 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _doubled(doubling: NativeDoubling, x: Tensor, skip: Tensor, match: str) -> Tensor:
     """A map doubled and brought to the size of the skip, where possible in its place."""
-    height, width = (2 * side for side in x.shape[-2:])
-    if match == "resize" or skip.shape[-2:] == (height, width):
-        return match_size(doubling(x, height, width), skip, match)
-    result = doubling(x, *skip.shape[-2:])
-    result[:, :, :height, width:] = result[:, :, :height, width - 1 : width] if match == "replicate" else 0
-    result[:, :, height:] = result[:, :, height - 1 : height] if match == "replicate" else 0
-    return result
+    if match == "resize":
+        return match_size(doubling(x, *(2 * side for side in x.shape[-2:])), skip, match)
+    return doubling(x, *skip.shape[-2:], replicate=match == "replicate")

@@ -26,30 +26,59 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 
 using Job = void (*)(void *);
 
+// OpenMP's, and how many of its threads are wanted.
 struct Threads {
     void (*parallel)(Job, void *, unsigned threads, unsigned flags);  // GOMP_parallel
+    void (*wait)();                                                   // GOMP_barrier
+    int (*number)();                                                  // omp_get_num_threads
     int64_t count;
+};
+
+// One of the threads that go through the same list of operations together.
+struct Member {
+    // What they share: the next job of this operation, and of the one after it.
+    struct Team {
+        const Threads &threads;
+        std::atomic<int64_t> members{0}, jobs[2] = {};
+    } &team;
+    int64_t size, number, turn = 0;
+
+    // work(job) for each job, the next one for whichever thread is free; then all of them wait for the last.
+    template <class Work>
+    void share(int64_t jobs, Work work) {
+        auto &next = team.jobs[turn++ % 2];
+        for (int64_t job; (job = next++) < jobs;) work(job);
+        if (number == 0) team.jobs[turn % 2] = 0;
+        _mm_sfence();  // what was streamed is there for the others
+        if (size > 1) team.threads.wait();
+    }
+};
+
+using Operation = void (*)(const void *arguments, Member &);
+
+struct Call {
+    Operation operation;
+    const void *arguments;
 };
 
 // A 3x3 convolution with padding 1 of one map, or of two as if concatenated. Channels are whole vectors.
 struct Convolution {
     const float *first, *second;  // second may be null
-    const float *weights;         // of `convolve`: transformed, (36, out / LANES, in, LANES);
-    const float *bias;            // of `convolve_directly`: (out / LANES, 9 * in, LANES)
+    const float *weights;         // transformed, (36, out / LANES, in, LANES); of `convolve_directly` (out / LANES, 9 * in, LANES)
+    const float *bias;
     float *out, *pooled;          // pooled, by 2x2, may be null
-    float *workspace;             // workspace_size() for each thread; or 9 * in for each pixel
+    float *workspace;             // 36 * (in + out) for each tile, or for TILES of each thread; or 9 * in for each pixel
     int64_t pictures, height, width, first_channels, second_channels, out_channels, relu;
-    Threads threads;
 };
 
-// A transposed convolution of 2x2 windows that do not overlap, into a map that may be larger by a row and a column.
+// A transposed convolution of 2x2 windows that do not overlap, into a map that may be larger: what is beyond is zeros, or the
+// last row and column go on.
 struct Doubling {
     const float *map;
     const float *weights;  // (4, out / LANES, in, LANES)
     const float *bias;
     float *out;
-    int64_t pictures, height, width, channels, out_height, out_width, out_channels;
-    Threads threads;
+    int64_t pictures, height, width, channels, out_height, out_width, out_channels, replicate;
 };
 
 // Squares of pixels as channels, and zeros for further channels; the last row and column go on beyond the picture.
@@ -58,7 +87,6 @@ struct Splitting {
     float *out;
     int64_t steps[4];  // in the picture, from one of its (pictures, channels, height, width) to the next
     int64_t pictures, channels, height, width, side, out_height, out_width, out_channels;
-    Threads threads;
 };
 
 // A 1x1 convolution whose results are squares of pixels; what lies beyond the result is left out.
@@ -68,7 +96,6 @@ struct Head {
     const float *bias;
     float *out;  // (pictures, out_channels, out_height, out_width)
     int64_t pictures, height, width, channels, side, out_height, out_width, out_channels;
-    Threads threads;
 };
 
 namespace {
@@ -86,24 +113,6 @@ INLINE void stream(float *place, Vector vector) {
 INLINE Vector larger(Vector a, Vector b) { return a < b ? b : a; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-// work(thread, job) for each job, the next one for whichever thread is free.
-template <class Work>
-void share(Threads threads, int64_t jobs, Work work) {
-    struct Shared {
-        Work &work;
-        int64_t jobs;
-        std::atomic<int64_t> job{0}, thread{0};
-    } shared{work, jobs};
-    Job run = [](void *data) {
-        auto &shared = *static_cast<Shared *>(data);
-        const int64_t thread = shared.thread++;
-        for (int64_t job; (job = shared.job++) < shared.jobs;) shared.work(thread, job);
-        _mm_sfence();  // what was streamed is there for the other threads
-    };
-    if (threads.count > 1 && jobs > 1) threads.parallel(run, &shared, smaller(threads.count, jobs), 0);
-    else run(&shared);
-}
 
 // out[n][v] = start[v] + sum over k of x[n][k] weights[v][k], for `count` rows of x and `vectors` vectors of channels.
 template <int count, int vectors>
@@ -161,9 +170,9 @@ INLINE void transform_output(const Vector m[WINDOW], Vector result[SIDE]) {
     result[3] = b / 2 + 2 * d + m[5];
 }
 
-// Windows of `tiles` neighbours in a row, transformed: (36, TILES, pitch).
-void read_tiles(const float *map, int64_t height, int64_t width, int64_t channels, int64_t top, int64_t left, int64_t tiles,
-                float *result, int64_t pitch) {
+// Windows of `tiles` neighbours in a row, transformed: (36, tiles, pitch), with `step` from one place to the next.
+void read_row(const float *map, int64_t height, int64_t width, int64_t channels, int64_t top, int64_t left, int64_t tiles,
+              float *result, int64_t pitch, int64_t step) {
     Vector columns[WINDOW][SIDE * TILES + 2];
     for (int64_t c = 0; c < channels; c += LANES) {
         for (int64_t j = 0; j < SIDE * tiles + 2; j++) {
@@ -181,18 +190,19 @@ void read_tiles(const float *map, int64_t height, int64_t width, int64_t channel
             for (int i = 0; i < WINDOW; i++) {
                 Vector row[WINDOW];
                 transform_input(&columns[i][SIDE * tile], row);
-                for (int j = 0; j < WINDOW; j++) store(result + ((i * WINDOW + j) * TILES + tile) * pitch + c, row[j]);
+                for (int j = 0; j < WINDOW; j++) store(result + (i * WINDOW + j) * step + tile * pitch + c, row[j]);
             }
     }
 }
 
-// A tile's products, (36, TILES, out), as pixels of the result.
-void write_tile(const Convolution &of, const float *products, int64_t picture, int64_t top, int64_t left, int64_t channel) {
+// A tile's products, with `step` from one place to the next, as pixels of the result.
+void write_tile(const Convolution &of, const float *products, int64_t step, int64_t picture, int64_t top, int64_t left,
+                int64_t channel) {
     const Vector bias = load(of.bias + channel);
     Vector halves[SIDE][WINDOW], y[SIDE][SIDE];
     for (int j = 0; j < WINDOW; j++) {
         Vector column[WINDOW], half[SIDE];
-        for (int i = 0; i < WINDOW; i++) column[i] = load(products + (i * WINDOW + j) * TILES * of.out_channels);
+        for (int i = 0; i < WINDOW; i++) column[i] = load(products + (i * WINDOW + j) * step);
         transform_output(column, half);
         for (int i = 0; i < SIDE; i++) halves[i][j] = half[i];
     }
@@ -217,48 +227,99 @@ void write_tile(const Convolution &of, const float *products, int64_t picture, i
                   larger(larger(y[i][j], y[i][j + 1]), larger(y[i + 1][j], y[i + 1][j + 1])));
 }
 
+// The tiles of all pictures, row by row.
+struct Tiles {
+    const Convolution &of;
+    int64_t across, in_picture, count;
+
+    explicit Tiles(const Convolution &of)
+        : of(of), across(parts(of.width, SIDE)), in_picture(across * parts(of.height, SIDE)), count(of.pictures * in_picture) {}
+
+    // The windows of some, transformed: (36, count, channels), with `step` from one place to the next.
+    void read(int64_t start, int64_t count, float *windows, int64_t step) const {
+        const int64_t area = of.height * of.width, in = of.first_channels + of.second_channels;
+        for (int64_t tile = start, run; tile < start + count; tile += run, windows += run * in) {  // those that lie in one row
+            const int64_t picture = tile / in_picture, top = tile % in_picture / across * SIDE, left = tile % across * SIDE;
+            run = smaller(start + count - tile, across - left / SIDE);
+            read_row(of.first + picture * area * of.first_channels, of.height, of.width, of.first_channels, top, left, run, windows,
+                     in, step);
+            if (of.second)
+                read_row(of.second + picture * area * of.second_channels, of.height, of.width, of.second_channels, top, left, run,
+                         windows + of.first_channels, in, step);
+        }
+    }
+
+    // Their products, laid out likewise, as pixels of the result.
+    void write(int64_t start, int64_t count, const float *products, int64_t step) const {
+        for (int64_t tile = start; tile < start + count; tile++)
+            for (int64_t channel = 0; channel < of.out_channels; channel += LANES)
+                write_tile(of, products + (tile - start) * of.out_channels + channel, step, tile / in_picture,
+                           tile % in_picture / across * SIDE, tile % across * SIDE, channel);
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
+// Each operation in turn, by all threads.
+void run(const Call *calls, int64_t count, const Threads *threads) {
+    struct Run {
+        const Call *calls;
+        int64_t count;
+        Member::Team team;
+    } all{calls, count, {*threads}};
+    Job job = [](void *data) {
+        auto &all = *static_cast<Run *>(data);
+        const Threads &threads = all.team.threads;
+        Member member{all.team, threads.count > 1 ? threads.number() : 1, all.team.members++};
+        for (int64_t n = 0; n < all.count; n++) all.calls[n].operation(all.calls[n].arguments, member);
+    };
+    if (threads->count > 1) threads->parallel(job, &all, threads->count, 0);
+    else job(&all);
+}
+
 int64_t lanes() { return LANES; }
+int64_t tiles() { return TILES; }
 
-// Numbers that a convolution needs for each thread.
-int64_t workspace_size(int64_t in_channels, int64_t out_channels) { return PLACES * TILES * (in_channels + out_channels); }
-
-void convolve(const Convolution *convolution) {
-    const Convolution of = *convolution;
-    const int64_t in = of.first_channels + of.second_channels;
-    const int64_t across = parts(of.width, SIDE), tiles = across * parts(of.height, SIDE);
-    const int64_t rounds = parts(tiles, TILES * of.threads.count);  // of all threads, each with about as many tiles
-    const int64_t block = parts(tiles, rounds * of.threads.count), blocks = parts(tiles, block);
-    share(of.threads, of.pictures * blocks, [&](int64_t thread, int64_t job) {
-        float *windows = of.workspace + thread * workspace_size(in, of.out_channels), *products = windows + PLACES * TILES * in;
-        const int64_t picture = job / blocks, start = job % blocks * block, count = smaller(block, tiles - start);
-        const float *first = of.first + picture * of.height * of.width * of.first_channels;
-        const float *second = of.second + picture * of.height * of.width * of.second_channels;
-        for (int64_t tile = 0, run; tile < count; tile += run) {  // those that lie in one row
-            const int64_t top = (start + tile) / across * SIDE, left = (start + tile) % across * SIDE;
-            run = smaller(count - tile, across - left / SIDE);
-            float *into = windows + tile * in;
-            read_tiles(first, of.height, of.width, of.first_channels, top, left, run, into, in);
-            if (of.second) read_tiles(second, of.height, of.width, of.second_channels, top, left, run, into + of.first_channels, in);
-        }
+// Tiles transformed, multiplied and transformed back, as many at a time as stay in the nearest caches.
+void convolve(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Convolution *>(arguments);
+    const Tiles tiles(of);
+    const int64_t in = of.first_channels + of.second_channels, out = of.out_channels;
+    const int64_t rounds = parts(tiles.count, TILES * member.size);  // of all threads, each with about as many tiles
+    const int64_t block = parts(tiles.count, rounds * member.size);
+    member.share(parts(tiles.count, block), [&](int64_t job) {
+        float *windows = of.workspace + member.number * PLACES * TILES * (in + out), *products = windows + PLACES * TILES * in;
+        const int64_t start = job * block, count = smaller(block, tiles.count - start);
+        tiles.read(start, count, windows, TILES * in);
         for (int64_t place = 0; place < PLACES; place++)
-            multiply(count, windows + place * TILES * in, in, of.weights + place * of.out_channels * in, nullptr, of.out_channels,
-                     products + place * TILES * of.out_channels, of.out_channels);
-        for (int64_t tile = 0; tile < count; tile++)
-            for (int64_t channel = 0; channel < of.out_channels; channel += LANES)
-                write_tile(of, products + tile * of.out_channels + channel, picture, (start + tile) / across * SIDE,
-                           (start + tile) % across * SIDE, channel);
+            multiply(count, windows + place * TILES * in, in, of.weights + place * out * in, nullptr, out,
+                     products + place * TILES * out, out);
+        tiles.write(start, count, products, TILES * out);
     });
 }
 
+// The same with all tiles at a time, for so few that it is the weights that count: each is read by one thread.
+void convolve_in_stages(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Convolution *>(arguments);
+    const Tiles tiles(of);
+    const int64_t in = of.first_channels + of.second_channels, out = of.out_channels;
+    float *windows = of.workspace, *products = windows + PLACES * tiles.count * in;
+    member.share(tiles.count, [&](int64_t tile) { tiles.read(tile, 1, windows + tile * in, tiles.count * in); });
+    member.share(PLACES, [&](int64_t place) {
+        for (int64_t tile = 0; tile < tiles.count; tile += TILES)
+            multiply(smaller(TILES, tiles.count - tile), windows + (place * tiles.count + tile) * in, in,
+                     of.weights + place * out * in, nullptr, out, products + (place * tiles.count + tile) * out, out);
+    });
+    member.share(tiles.count, [&](int64_t tile) { tiles.write(tile, 1, products + tile * out, tiles.count * out); });
+}
+
 // The same as a product with the windows of all pixels, for maps of so few that transformed weights would be most of the work.
-void convolve_directly(const Convolution *convolution) {
-    const Convolution of = *convolution;
+void convolve_directly(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Convolution *>(arguments);
     const int64_t in = of.first_channels + of.second_channels, area = of.height * of.width, pixels = of.pictures * area;
-    share(of.threads, pixels, [&](int64_t, int64_t pixel) {
+    member.share(pixels, [&](int64_t pixel) {
         float *window = of.workspace + pixel * 9 * in;
         for (int64_t tap = 0; tap < 9; tap++) {
             const int64_t y = pixel % area / of.width + tap / 3 - 1, x = pixel % of.width + tap % 3 - 1;
@@ -272,7 +333,7 @@ void convolve_directly(const Convolution *convolution) {
             }
         }
     });
-    share(of.threads, of.out_channels / LANES, [&](int64_t, int64_t block) {
+    member.share(of.out_channels / LANES, [&](int64_t block) {
         const int64_t channel = block * LANES;
         for (int64_t pixel = 0; pixel < pixels; pixel += TILES) {
             float *out = of.out + pixel * of.out_channels + channel;
@@ -292,22 +353,29 @@ void convolve_directly(const Convolution *convolution) {
     });
 }
 
-void double_map(const Doubling *doubling) {
-    const Doubling of = *doubling;
-    share(of.threads, of.pictures * of.height, [&](int64_t, int64_t row) {
+void double_map(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Doubling *>(arguments);
+    const int64_t pixel = of.out_channels, across = of.out_width * pixel;
+    const auto beyond = [&](float *from, float *end, int64_t back) {
+        for (; from < end; from += LANES) store(from, of.replicate ? load(from - back) : Vector{});
+    };
+    member.share(of.pictures * of.height, [&](int64_t row) {
         const float *pixels = of.map + row * of.width * of.channels;
-        float *out = of.out + (row / of.height * of.out_height + row % of.height * 2) * of.out_width * of.out_channels;
+        const int64_t top = row % of.height * 2;
+        float *out = of.out + (row / of.height * of.out_height + top) * across;
         for (int64_t left = 0; left < of.width; left += TILES)
             for (int64_t corner = 0; corner < 4; corner++)
                 multiply(smaller(TILES, of.width - left), pixels + left * of.channels, of.channels,
                          of.weights + corner * of.out_channels * of.channels, of.bias, of.out_channels,
-                         out + (corner / 2 * of.out_width + 2 * left + corner % 2) * of.out_channels, 2 * of.out_channels);
+                         out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
+        for (int y = 0; y < 2; y++) beyond(out + y * across + 2 * of.width * pixel, out + (y + 1) * across, pixel);
+        if (top + 2 == 2 * of.height) beyond(out + 2 * across, out + (of.out_height - top) * across, across);
     });
 }
 
-void split_picture(const Splitting *splitting) {
-    const Splitting of = *splitting;
-    share(of.threads, of.pictures * of.out_height, [&](int64_t, int64_t row) {
+void split_picture(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Splitting *>(arguments);
+    member.share(of.pictures * of.out_height, [&](int64_t row) {
         const float *picture = of.picture + row / of.out_height * of.steps[0];
         float *out = of.out + row * of.out_width * of.out_channels;
         for (int64_t left = 0; left < of.out_width; left += STRETCH)
@@ -322,9 +390,9 @@ void split_picture(const Splitting *splitting) {
     });
 }
 
-void apply_head(const Head *head) {
-    const Head of = *head;
-    share(of.threads, of.pictures * of.height, [&](int64_t, int64_t row) {
+void apply_head(const void *arguments, Member &member) {
+    const auto of = *static_cast<const Head *>(arguments);
+    member.share(of.pictures * of.height, [&](int64_t row) {
         const int64_t picture = row / of.height, top = row % of.height * of.side, all = of.out_channels * of.side * of.side;
         for (int64_t left = 0; left < of.width; left += TILES)
             for (int64_t channel = 0; channel < all; channel += LANES) {

@@ -18,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import Structure, byref, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ _FLAGS = {  # by what PyTorch finds the CPU capable of; older compilers do not k
 }
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 _SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than they save
+_PLACES = 36  # of Winograd's method
 _ROOT = math.sqrt(2)
 _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
     (1, 0, 0),
@@ -47,6 +50,7 @@ _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
     (0, 0, 1),
 )
 _log = logging.getLogger("unetlib")
+_local = threading.local()
 
 
 class NativeConv:
@@ -91,18 +95,24 @@ class NativeConv:
             (N, out, H, W), in channels_last.
         """
         pictures, channels, height, width = first.shape
-        if height * width < _SMALL:
-            convolve, weights = _library().convolve_directly, self.direct
-            size = pictures * height * width * 9 * self.in_channels
-        else:
-            convolve, weights = _library().convolve, self.transformed
-            size = torch.get_num_threads() * _library().workspace_size(self.in_channels, self.out_channels)
+        operation, size = self._operation(pictures, height, width)
+        weights = self.direct if operation == "convolve_directly" else self.transformed
         out, workspace = empty(pictures, self.out_channels, height, width, channels_last=True), empty(size)
-        convolve(byref(_Convolution(
+        _run(operation, _Convolution(
             *map(_address, (first, second, weights, self.bias, out, pooled, workspace)),
-            pictures, height, width, channels, self.in_channels - channels, self.out_channels, self.relu, _threads(),
-        )))  # fmt: skip
+            pictures, height, width, channels, self.in_channels - channels, self.out_channels, self.relu,
+        ))  # fmt: skip
         return out
+
+    def _operation(self, pictures: int, height: int, width: int) -> tuple[str, int]:
+        """What suits maps of this size, and the numbers in its workspace."""
+        if height * width < _SMALL:
+            return "convolve_directly", pictures * height * width * 9 * self.in_channels
+        tiles, threads = pictures * -(-height // 4) * -(-width // 4), torch.get_num_threads()
+        a_tile = _PLACES * (self.in_channels + self.out_channels)
+        if 2 * tiles * a_tile < (threads - 1) * _PLACES * self.in_channels * self.out_channels:  # written and read, or weights
+            return "convolve_in_stages", tiles * a_tile
+        return "convolve", threads * _library().tiles() * a_tile
 
 
 class NativeDoubling:
@@ -118,22 +128,23 @@ class NativeDoubling:
         self.weights = _packed(weight.permute(2, 3, 1, 0).flatten(0, 1))
         self.bias = bias.float().contiguous()
 
-    def __call__(self, x: Tensor, height: int, width: int) -> Tensor:
+    def __call__(self, x: Tensor, height: int, width: int, *, replicate: bool = False) -> Tensor:
         """Double a map.
 
         Args:
             x: (N, in, h, w) float32, contiguous in channels_last.
-            height: of the result, at least 2 * h; rows beyond are left as they come.
+            height: of the result, at least 2 * h.
             width: likewise.
+            replicate: the last row and column go on in what is beyond; else it is zeros.
 
         Returns:
             (N, out, height, width), in channels_last.
         """
         out = empty(len(x), self.out_channels, height, width, channels_last=True)
-        _library().double_map(byref(_Doubling(
+        _run("double_map", _Doubling(
             *map(_address, (x, self.weights, self.bias, out)),
-            len(x), *x.shape[-2:], x.shape[1], height, width, self.out_channels, _threads(),
-        )))  # fmt: skip
+            len(x), *x.shape[-2:], x.shape[1], height, width, self.out_channels, replicate,
+        ))  # fmt: skip
         return out
 
 
@@ -149,9 +160,9 @@ def split_picture(x: Tensor, side: int, channels: int) -> Tensor:
         (N, channels, ceil(H / side), ceil(W / side)), in channels_last.
     """
     out = empty(len(x), channels, -(-x.shape[-2] // side), -(-x.shape[-1] // side), channels_last=True)
-    _library().split_picture(byref(_Splitting(
-        _address(x), _address(out), *x.stride(), *x.shape, side, *out.shape[-2:], channels, _threads(),
-    )))  # fmt: skip
+    _run("split_picture", _Splitting(
+        _address(x), _address(out), *x.stride(), *x.shape, side, *out.shape[-2:], channels,
+    ))  # fmt: skip
     return out
 
 
@@ -181,10 +192,10 @@ class NativeHead:
             (N, C, *size), contiguous, in memory of its own.
         """
         out = torch.empty(len(x), self.out_channels, *size)
-        _library().apply_head(byref(_Head(
+        _run("apply_head", _Head(
             *map(_address, (x, self.weights, self.bias, out)),
-            len(x), *x.shape[-2:], x.shape[1], self.side, *size, self.out_channels, _threads(),
-        )))  # fmt: skip
+            len(x), *x.shape[-2:], x.shape[1], self.side, *size, self.out_channels,
+        ))  # fmt: skip
         return out
 
 
@@ -232,42 +243,92 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-class _Threads(Structure):
-    _fields_ = (("parallel", c_void_p), ("count", c_int64))
-
-
-def _arguments(addresses: str, numbers: str) -> type[Structure]:
-    """The structure of an operation's arguments, as `native_kernels.cpp` has it."""
+def _structure(addresses: str, numbers: str = "") -> type[Structure]:
+    """A structure of `native_kernels.cpp`."""
     fields: list[tuple[str, Any]] = [(name, c_void_p) for name in addresses.split()]
     fields += [(name, c_int64) for name in numbers.split()]
-    return type("Arguments", (Structure,), {"_fields_": [*fields, ("threads", _Threads)]})
+    return type("_Structure", (Structure,), {"_fields_": fields})
 
 
-_Convolution = _arguments(
+_Convolution = _structure(
     "first second weights bias out pooled workspace",
     "pictures height width first_channels second_channels out_channels relu",
 )
-_Doubling = _arguments("map weights bias out", "pictures height width channels out_height out_width out_channels")
-_Splitting = _arguments(
+_Doubling = _structure("map weights bias out", "pictures height width channels out_height out_width out_channels replicate")
+_Splitting = _structure(
     "picture out",
     "step_pictures step_channels step_height step_width pictures channels height width side out_height out_width out_channels",
 )
-_Head = _arguments("map weights bias out", "pictures height width channels side out_height out_width out_channels")
+_Head = _structure("map weights bias out", "pictures height width channels side out_height out_width out_channels")
 
 
-def _threads() -> _Threads:
+_Threads = _structure("parallel wait number", "count")
+_Call = _structure("operation arguments")
+
+
+def _run(operation: str, arguments: Structure) -> None:
+    call = _Call(_address_of(operation), ctypes.addressof(arguments))
+    _library().run(byref(call), 1, byref(_threads()))
+    if (recording := getattr(_local, "recording", None)) is not None:
+        recording.append(call, arguments)
+
+
+class Recording:
+    """Operations that were made, to be made again."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Structure, Structure]] = []
+        self._threads = _threads()
+
+    def append(self, call: Structure, arguments: Structure) -> None:
+        """One more operation."""
+        self._made.append((call, arguments))
+
+    def places(self, tensor: Tensor) -> list[tuple[Structure, str]]:
+        """The addresses of a tensor among the arguments, each as a structure and the name of its field."""
+        fields = ((arguments, *field[:2]) for _, arguments in self._made for field in arguments._fields_)
+        addresses = ((arguments, name) for arguments, name, kind in fields if kind is c_void_p)
+        return [place for place in addresses if getattr(*place) == tensor.data_ptr()]
+
+    def play(self) -> None:
+        """Make all operations, in one call of the compiled code, by as many threads as the first time."""
+        _library().run(self._calls, len(self._calls), byref(self._threads))
+
+    @functools.cached_property
+    def _calls(self) -> Any:
+        return (_Call * len(self._made))(*(call for call, _ in self._made))
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Within it, this thread's operations are recorded."""
+    _local.recording = recording = Recording()
+    try:
+        yield recording
+    finally:
+        _local.recording = None
+
+
+def _threads() -> Structure:
     """PyTorch's own threads: others beside them would take the cores from each other."""
-    return _Threads(_parallel(), torch.get_num_threads())
+    return _Threads(*_openmp(), torch.get_num_threads())
 
 
 @functools.cache
-def _parallel() -> int | None:
-    """The address of the function of OpenMP that has threads run another function."""
+def _address_of(operation: str) -> int | None:
+    return ctypes.cast(getattr(_library(), operation), c_void_p).value
+
+
+@functools.cache
+def _openmp() -> tuple[int | None, ...]:
+    """The addresses of OpenMP's functions that have threads run a function, have them wait, and tell their number."""
     loaded = {Path(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
     own = Path(torch.__file__).parent  # another library may have brought another OpenMP
     for path in sorted(loaded, key=lambda path: (not path.is_relative_to(own), path)):
         if path.name.startswith(_OPENMP):
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value
+            openmp = ctypes.CDLL(str(path))
+            functions = (openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_num_threads)
+            return tuple(ctypes.cast(function, c_void_p).value for function in functions)
     raise OSError(f"PyTorch's OpenMP is none of {', '.join(_OPENMP)}")
 
 
@@ -276,16 +337,8 @@ def _library() -> Any:
     if sys.platform != "linux":
         raise OSError(f"not tried on {sys.platform}")
     library = ctypes.CDLL(str(_built(_FLAGS[torch.backends.cpu.get_cpu_capability()])))
-    library.lanes.restype = library.workspace_size.restype = c_int64
-    library.workspace_size.argtypes = (c_int64, c_int64)
-    for operation in (
-        library.convolve,
-        library.convolve_directly,
-        library.double_map,
-        library.split_picture,
-        library.apply_head,
-    ):
-        operation.argtypes, operation.restype = (c_void_p,), None
+    library.lanes.restype = library.tiles.restype = c_int64
+    library.run.argtypes, library.run.restype = (c_void_p, c_int64, c_void_p), None
     return library
 
 

@@ -19,11 +19,12 @@ from ..unet import UNet, check_input
 from . import native_kernels, winograd
 from .cuda import CudaLevel, compiled
 from .folding import Parts
-from .graphs import Graphs
 from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
 from .native import NativeEnds, NativeLevel
+from .native_replay import NativeReplay
 from .openvino import OpenVINO
 from .pool import Pool, pooled
+from .replays import Replays
 
 Way = Callable[[Parts, torch.dtype], Level]
 
@@ -31,6 +32,7 @@ _TRIALS = {16: 144, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side 
 _LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
 _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
 _HEAVY, _FEW = 256, 700  # on fewer pixels than these of more channels, reading weights counts: bfloat16 halves it
+_MOST_REPLAYED = 2**19  # pixels of a batch: with more, Python takes a share that does not count, and a replay keeps much memory
 _NARROW = 16  # channels, for which NNPACK is not tried
 _NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those of the trials, for want of memory's speed
 _NATIVE_SPARES = 0.8  # what pooling and concatenation, which are not in the trials, leave of the native way's time
@@ -114,9 +116,9 @@ class FastUNet(nn.Module):
         # `predict` makes its input in this one's type, and counts on maps of it: on a CPU they may be float32 whatever `dtype`.
         maps = dtype if self.device.type == "cuda" else torch.promote_types(model.head.weight.dtype, torch.float32)
         self._head = copy.deepcopy(model.head).requires_grad_(False).to(maps)
-        self._memory = threading.local()  # a pool for each thread
+        self._memory = threading.local()  # a pool and replays for each thread
         self._release: weakref.finalize[..., Any] | None = None  # gives freed memory back, which this copy has had kept
-        self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, whose bound method would be a cycle
+        self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, or a replay of it
         self._parts: list[Parts] = []
         if other:
             self._run = other
@@ -130,19 +132,19 @@ class FastUNet(nn.Module):
         if compile:
             self._run = compiled(self._logits, self.device)
         if self.device.type == "cuda":
-            self._run = Graphs(self._run or self._logits)
+            self._run = Replays(self._run or self._logits)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
         check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
-            self._memory.pool = Pool()
+            self.free_memory()
         if self.device.type == "cpu" and keep_freed():
             self._release = weakref.finalize(self, release_freed)
             self._release.atexit = False
         with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            return (self._run or self._logits)(x).to(x.dtype)
+            return (self._run or self._memory.replays)(x).to(x.dtype)
 
     @property
     def held_bytes(self) -> int:
@@ -159,9 +161,16 @@ class FastUNet(nn.Module):
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._memory.pool = Pool()
+        logits = weakref.WeakMethod(self._logits)
+        self._memory.replays = Replays(
+            lambda x: logits()(x),  # type: ignore[misc]
+            NativeReplay,
+            key=lambda x: (x.shape, x.dtype, x.stride(), torch.get_num_threads()),
+            most_pixels=_MOST_REPLAYED,
+        )
         if self._release:  # by this copy, and not by a training run around it
             self._release()
-        if isinstance(self._run, (Graphs, OpenVINO)):
+        if isinstance(self._run, (Replays, OpenVINO)):
             self._run.clear()
 
     def _logits(self, x: Tensor) -> Tensor:

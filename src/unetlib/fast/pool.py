@@ -28,9 +28,14 @@ _local = threading.local()
 
 
 class Pool:
-    """Blocks that come back when the tensor that was made of them is gone, and are handed out again; for one thread."""
+    """Blocks that come back when the tensor that was made of them is gone, and are handed out again; for one thread.
 
-    def __init__(self) -> None:
+    Args:
+        least: bytes of a block; smaller tensors are PyTorch's own, which are had sooner.
+    """
+
+    def __init__(self, least: int = _HUGE_PAGE) -> None:
+        self.least = least
         self._free: list[tuple[int, Tensor]] = []  # numbers in a block, and the block; the smallest first
 
     def empty(self, *shape: int, channels_last: bool = False) -> Tensor:
@@ -60,11 +65,11 @@ def pooled(pool: Pool) -> Iterator[None]:
 def empty(*shape: int, channels_last: bool = False) -> Tensor:
     """An uninitialised float32 tensor on the CPU, from the pool where there is one; (N, C, H, W) may be in channels_last.
 
-    Smaller ones than a huge page are PyTorch's own, which are had sooner. A tensor of a pool must outlive its views.
+    A tensor of a pool must outlive its views.
     """
     pool: Pool | None = getattr(_local, "pool", None)
     numbers = math.prod(shape)
-    if 4 * numbers < _HUGE_PAGE:
+    if 4 * numbers < (_HUGE_PAGE if pool is None else pool.least):
         return torch.empty(shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if pool is None:
         return _shaped(_fresh(numbers), shape, channels_last)

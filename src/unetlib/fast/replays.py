@@ -1,17 +1,17 @@
-"""CUDA graphs: the work of a call captured once and launched again as a whole, which spares small pictures the launches."""
+"""The work of a call captured once and made again as a whole, which spares small pictures the calls; on CUDA by graphs."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MOST_PIXELS = 2**22  # in a batch: with more, the device is slower than the launches, and a capture keeps gigabytes
+_MOST_PIXELS = 2**22  # in a batch: with more, a GPU is slower than the launches, and a capture keeps gigabytes
 _KEPT = 4  # shapes
 Function = Callable[[Tensor], Tensor]
 logger = logging.getLogger("unetlib")
@@ -51,7 +51,7 @@ class CudaReplay:
         return result
 
 
-class Graphs:
+class Replays:
     """A function of batches of pictures, captured for each shape at the second call with it, and replayed from then on.
 
     The last few shapes are kept. Large batches, and calls within another capture or in `torch.compile`, go to the function, as
@@ -60,23 +60,32 @@ class Graphs:
     Args:
         function: from (N, C, H, W) to a tensor of its own.
         capture: makes a replay of the function, an input, and another replay or None.
+        key: of an input, in what those that share a capture are the same.
+        most_pixels: of a batch that is captured.
 
     Example:
-        >>> double = Graphs(lambda x: 2 * x, capture=lambda function, x, beside: function)
+        >>> double = Replays(lambda x: 2 * x, capture=lambda function, x, beside: function)
         >>> [float(double(torch.ones(1, 1, 1, 1))) for _ in range(3)]
         [2.0, 2.0, 2.0]
     """
 
-    def __init__(self, function: Function, capture: Callable[[Function, Tensor, Any], Function] = CudaReplay) -> None:
-        self._function, self._capture = function, capture
-        self._replays: OrderedDict[tuple[torch.Size, torch.dtype], Function | None] = OrderedDict()
+    def __init__(
+        self,
+        function: Function,
+        capture: Callable[[Function, Tensor, Any], Function] = CudaReplay,
+        *,
+        key: Callable[[Tensor], Hashable] = lambda x: (x.shape, x.dtype),
+        most_pixels: int = _MOST_PIXELS,
+    ) -> None:
+        self._function, self._capture, self._key, self._most_pixels = function, capture, key, most_pixels
+        self._replays: OrderedDict[Hashable, Function | None] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function's result."""
-        if len(x) * x.shape[-2] * x.shape[-1] > _MOST_PIXELS or _within_capture(x):
+        if len(x) * x.shape[-2] * x.shape[-1] > self._most_pixels or _within_capture(x):
             return self._function(x)
-        key = (x.shape, x.dtype)
+        key = self._key(x)
         with self._lock:
             if key in self._replays:
                 self._replays.move_to_end(key)
@@ -97,7 +106,7 @@ class Graphs:
         try:
             return self._capture(self._function, x, beside)
         except Exception as error:  # whatever it is, the function itself is right
-            logger.debug("no CUDA graph for %s: %r", tuple(x.shape), error)
+            logger.debug("no capture for %s: %r", tuple(x.shape), error)
             return self._function
 
 

@@ -1,0 +1,65 @@
+"""A pass of this library's own operations on the CPU, made again as one call of the compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .native_kernels import recorded
+from .pool import Pool, pooled
+
+
+class NativeReplay:
+    """A function of native operations alone, made again without Python between them, which counts where maps are small.
+
+    Args:
+        function: of a tensor on the CPU; it has been called with this shape before, so that nothing is left to prepare.
+        x: an input, float32; others are to have its shape, type and strides.
+        beside: another replay, whose memory for what lies between this one uses too; the two never run at once.
+
+    Raises:
+        NotNative: for a function that has PyTorch do anything but make views and memory.
+
+    Example:
+        >>> from unetlib.fast.native_kernels import available, split_picture
+        >>> if available():
+        ...     split = NativeReplay(lambda x: split_picture(x, 2, 16), torch.rand(1, 3, 8, 8))
+        ...     assert split(torch.ones(1, 3, 8, 8)).sum() == 3 * 8 * 8
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, beside: NativeReplay | None = None) -> None:
+        self._pool: Pool = Pool(least=0) if beside is None else beside._pool
+        with pooled(self._pool), recorded() as self._recording, _NativeOnly():
+            result = function(x)
+        self._inputs, self._results = self._recording.places(x), self._recording.places(result)
+        self._like = torch.empty_like(result, device="meta")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function's result for x, in memory of its own."""
+        result = torch.empty_like(self._like, device="cpu")
+        for places, tensor in ((self._inputs, x), (self._results, result)):
+            for arguments, name in places:
+                setattr(arguments, name, tensor.data_ptr())
+        self._recording.play()
+        return result
+
+
+class NotNative(Exception):
+    """PyTorch was to compute something."""
+
+
+class _NativeOnly(TorchDispatchMode):
+    """Within it, PyTorch only makes views, and memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation of PyTorch's."""
+        if not function.is_view and function is not torch.ops.aten.empty.memory_format:
+            raise NotNative(f"{function} is not native")
+        return function(*args, **(kwargs or {}))

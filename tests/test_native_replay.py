@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from needs import needs_native
+
+from unetlib.fast.native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
+from unetlib.fast.native_replay import NativeReplay, NotNative
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def native_pass(seed: int = 0):
+    """Some operations after each other, as a function of a picture; several maps are of the same size."""
+    width, side = lanes(), 2
+    convs = [NativeConv(random(width, width, 3, 3, seed=seed + n), random(width), relu=True) for n in range(2)]
+    doubling, head = (
+        NativeDoubling(random(width, width, 2, 2), random(width)),
+        NativeHead(random(side**2, width, 1, 1), random(4), side),
+    )
+
+    def function(x):
+        x = split_picture(x, side, width)
+        height, wide = x.shape[-2:]
+        return head(convs[1](convs[0](doubling(convs[0](convs[1](x)), 2 * height, 2 * wide))), (4 * height, 4 * wide))
+
+    return function
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(6, 10), (50, 71), (300, 200)])
+def test_a_replay_gives_what_the_calls_give(size):
+    function, xs = native_pass(), [random(2, 3, *size, seed=n) for n in range(3)]
+    expected = [function(x) for x in xs]
+    replay = NativeReplay(function, xs[0])
+    found = [replay(x) for x in xs]  # all of them there at the end: a result has its own memory
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+@needs_native
+def test_replays_may_share_memory():
+    functions, xs = [native_pass(0), native_pass(7)], [random(1, 3, 60, 90), random(1, 3, 80, 30)]
+    expected = [function(x) for function, x in zip(functions, xs)]
+    first = NativeReplay(functions[0], xs[0])
+    second = NativeReplay(functions[1], xs[1], first)
+    for _ in range(2):
+        assert torch.equal(first(xs[0]), expected[0])
+        assert torch.equal(second(xs[1]), expected[1])
+    assert first._pool is second._pool
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "other", [torch.relu, torch.clone, lambda x: x.double().float(), lambda x: torch.cat((x, x)), lambda x: x.zero_()]
+)
+def test_what_is_not_native_is_not_replayed(other):
+    function, x = native_pass(), random(1, 3, 8, 8)
+    function(x)
+    with pytest.raises(NotNative, match="aten"):
+        NativeReplay(lambda x: other(function(x)), x)
+    assert torch.equal(NativeReplay(function, x)(x), function(x))  # nothing is left of the attempt
