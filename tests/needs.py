@@ -23,4 +23,8 @@ def _can_compile() -> bool:
 
 
 needs_native = pytest.mark.skipif(not _can_compile(), reason="no C++ compiler, or not Linux on a CPU with AVX2")
+needs_halves = pytest.mark.skipif(
+    not (_can_compile() and torch.cpu._is_avx512_bf16_supported()),
+    reason="no C++ compiler, or not Linux on a CPU with AVX-512 BF16",
+)
 needs_nnpack = pytest.mark.skipif(not _nnpack_runs(), reason="this PyTorch or CPU has no NNPACK")

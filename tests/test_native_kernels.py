@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from needs import needs_native
+from needs import needs_halves, needs_native
 
 from unetlib.blocks import join_patches, split_patches
 from unetlib.fast import native_kernels
@@ -53,13 +53,56 @@ def test_a_convolution_is_a_direct_one_of_the_maps_side_by_side(size, first, sec
     assert error(found, expected.relu() if relu else expected) <= 2e-6
 
 
-@needs_native
+@pytest.mark.parametrize("halves", [pytest.param(False, marks=needs_native), pytest.param(True, marks=needs_halves)])
 @pytest.mark.parametrize("size", [(2, 2), (7, 9), (12, 12), (13, 15), (61, 147)])
-def test_the_pooled_map_is_that_of_the_result(size):
+def test_the_pooled_map_is_that_of_the_result(size, halves):
     width = lanes()
     x, pooled = map_of(width, *size), map_of(width, size[0] // 2, size[1] // 2)
-    found = NativeConv(random(width, width, 3, 3), random(width), relu=True)(x, pooled=pooled)
+    found = NativeConv(random(width, width, 3, 3), random(width), relu=True, halves=halves)(x, pooled=pooled)
     assert torch.equal(pooled, F.max_pool2d(found, 2))
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """To the nearest number of bfloat16."""
+    return x.bfloat16().double()
+
+
+def in_halves(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Winograd's method with what is multiplied in bfloat16, from its formula: Y = A' [(G g G') * (B' d B)] A."""
+    root, (height, width) = 2**0.5, x.shape[-2:]
+    points, unit = torch.tensor([0, 1 / root, -1 / root, root, -root], dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    a = torch.cat(
+        (points[:, None] ** torch.arange(4), unit[:1, [1, 2, 3, 0]])
+    ).T  # values of a polynomial, and the last coefficient
+    g = torch.tensor(native_kernels._WEIGHTS, dtype=torch.float64)
+    # With a kernel of a single tap, its k-th one, the result is d moved by k, which determines B'.
+    taps, moved = torch.cat([a * g[:, k] for k in range(3)]), torch.cat([unit[k : k + 4] for k in range(3)])
+    b = torch.linalg.lstsq(taps, moved).solution
+    windows = F.pad(x.double(), (1, -width % 4 + 1, 1, -height % 4 + 1)).unfold(2, 6, 4).unfold(3, 6, 4)
+    windows = rounded(torch.einsum("ia,ncyxab,jb->ncyxij", b, windows, b))
+    kernels = rounded(torch.einsum("ia,ocab,jb->ocij", g, weight.double(), g))
+    tiles = torch.einsum("ai,noyxij,bj->noyaxb", a, torch.einsum("ncyxij,ocij->noyxij", windows, kernels), a)
+    return tiles.flatten(4, 5).flatten(2, 3)[..., :height, :width]
+
+
+@needs_halves
+@pytest.mark.parametrize("size", [(12, 13), (61, 147)])
+@pytest.mark.parametrize("threads", [1, 9])
+def test_halves_multiply_numbers_of_bfloat16(size, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # more of them take small maps in stages
+    weight, x, beside = random(48, 80, 3, 3), map_of(48, *size), map_of(32, *size, seed=2)
+    both = torch.cat((x, beside), dim=1)
+    found = NativeConv(weight, torch.zeros(48), relu=False, halves=True)(x, beside)
+    assert error(found, in_halves(both, weight)) <= 1e-4
+    assert 5e-3 <= error(found, F.conv2d(both.double(), weight.double(), padding=1)) <= 2e-2
+
+
+@needs_halves
+def test_halves_of_small_maps_are_direct():
+    weight, bias, x, beside = random(16, 48, 3, 3), random(16), map_of(16, 7, 9), map_of(32, 7, 9, seed=2)
+    found = NativeConv(weight, bias, relu=True, halves=True)(x, beside)
+    expected = F.conv2d(rounded(torch.cat((x, beside), dim=1)), rounded(weight), bias.double(), padding=1)
+    assert error(found, expected.relu()) <= 1e-6
 
 
 @needs_native
@@ -71,12 +114,12 @@ def test_large_maps_go_past_the_caches():
     assert error(NativeConv(weight, torch.zeros(width), relu=False)(x), expected) <= 2e-6
 
 
-@needs_native
+@pytest.mark.parametrize("halves", [pytest.param(False, marks=needs_native), pytest.param(True, marks=needs_halves)])
 @pytest.mark.parametrize("size", [(9, 9), (13, 13)])
-def test_not_a_number_stays_one(size):
+def test_not_a_number_stays_one(size, halves):
     width, x = lanes(), map_of(lanes(), *size)
     x[0, 3, 4, 4] = float("nan")
-    found = NativeConv(random(width, width, 3, 3), random(width), relu=True)(x)
+    found = NativeConv(random(width, width, 3, 3), random(width), relu=True, halves=halves)(x)
     assert found[0, :, 4, 4].isnan().all()
     assert not found[1].isnan().any()
 
@@ -164,6 +207,8 @@ assert native_kernels.available()
 network._way = lambda *_: lambda *_: NativeLevel
 model, x = UNet(features=(16, 24)).eval(), torch.rand(2, 3, 61, 77)
 found, expected = optimize_for_inference(model)(x), model(x)
+assert not native_kernels.has_halves()
+assert torch.equal(optimize_for_inference(model, dtype=torch.bfloat16)(x), optimize_for_inference(model)(x))
 print(native_kernels.lanes(), float((found - expected).norm() / expected.norm()))
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}

@@ -10,21 +10,22 @@ from torch import Tensor, nn
 from ..blocks import match_size
 from .folding import Layer, Parts
 from .levels import PrepackedLevel, Step, chain, copied, max_pool_channels_last
-from .native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
+from .native_kernels import NativeConv, NativeDoubling, NativeHead, has_halves, lanes, split_picture
 from .pool import empty
 
 
 class NativeLevel(PrepackedLevel):
-    """Winograd's method in float32 and channels_last: pooled on the way down, of two maps as if concatenated on the way up.
+    """Winograd's method in channels_last: pooled on the way down, of two maps as if concatenated on the way up.
 
     A layer whose channels are no whole vectors, such as the first of most networks, is oneDNN's.
 
     Args:
         parts: what the level computes.
-        dtype: of the network; the maps are float32 all the same.
+        dtype: of the network; the maps are float32 all the same. In bfloat16 convolutions multiply in it, where the CPU can.
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
+        self.halves = dtype == torch.bfloat16 and has_halves()
         missing = -parts.channels % lanes()
         few = missing <= lanes() // 2  # as of patches: then zeros make whole vectors
         self.channels = parts.channels + (missing if few else 0)
@@ -36,7 +37,7 @@ class NativeLevel(PrepackedLevel):
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""
-        return _NativeStep(layer) if _is_whole(layer.weight) else super().step(layer)
+        return _NativeStep(layer, self.halves) if _is_whole(layer.weight) else super().step(layer)
 
     def prepare_merge(self, parts: Parts) -> None:
         """Halve the first convolution on the way up, if this library's own cannot take both maps."""
@@ -75,8 +76,8 @@ class NativeLevel(PrepackedLevel):
 class _NativeStep:
     """A layer by this library's own code."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.conv = NativeConv(layer.weight, layer.bias, relu=layer.relu)
+    def __init__(self, layer: Layer, halves: bool) -> None:
+        self.conv = NativeConv(layer.weight, layer.bias, relu=layer.relu, halves=halves)
         self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
 
     def __call__(self, x: Tensor, beside: Tensor | None = None) -> Tensor:

@@ -69,6 +69,7 @@ struct Convolution {
     float *out, *pooled;          // pooled, by 2x2, may be null
     float *workspace;             // 36 * (in + out) for each tile, or for TILES of each thread; or 9 * in for each pixel
     int64_t pictures, height, width, first_channels, second_channels, out_channels, relu;
+    int64_t halves;  // weights are bfloat16, with two channels of `in` side by side, and so is what they are multiplied with
 };
 
 // A transposed convolution of 2x2 windows that do not overlap, into a map that may be larger: what is beyond is zeros, or the
@@ -114,8 +115,30 @@ INLINE Vector larger(Vector a, Vector b) { return a < b ? b : a; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+// A number of x times a vector of weights; of halves, two numbers of bfloat16 side by side, times two for each lane.
+template <bool halves>
+INLINE Vector add_product(Vector sum, float x, Vector weight) {
+#if defined(__AVX512BF16__)
+    if constexpr (halves) return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)weight);
+#endif
+    return sum + x * weight;
+}
+
+// Numbers as what add_product takes of x, from `offset` on.
+template <bool halves>
+INLINE void put(float *x, int64_t offset, Vector numbers) {
+#if defined(__AVX512BF16__)
+    if constexpr (halves) {
+        auto place = reinterpret_cast<__m256i_u *>(reinterpret_cast<uint16_t *>(x) + offset);
+        *place = (__m256i)_mm512_cvtneps_pbh((__m512)numbers);
+        return;
+    }
+#endif
+    store(x + offset, numbers);
+}
+
 // out[n][v] = start[v] + sum over k of x[n][k] weights[v][k], for `count` rows of x and `vectors` vectors of channels.
-template <int count, int vectors>
+template <bool halves, int count, int vectors>
 INLINE void multiply_all(const float *x, int64_t in, const float *weights, const float *start, float *out, int64_t stride) {
     Vector sums[count][vectors];
     UNROLL for (int n = 0; n < count; n++)
@@ -124,29 +147,30 @@ INLINE void multiply_all(const float *x, int64_t in, const float *weights, const
         Vector weight[vectors];
         UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + (v * in + k) * LANES);
         UNROLL for (int n = 0; n < count; n++)
-            UNROLL for (int v = 0; v < vectors; v++) sums[n][v] += x[n * in + k] * weight[v];
+            UNROLL for (int v = 0; v < vectors; v++) sums[n][v] = add_product<halves>(sums[n][v], x[n * in + k], weight[v]);
     }
     UNROLL for (int n = 0; n < count; n++)
         UNROLL for (int v = 0; v < vectors; v++) store(out + n * stride + v * LANES, sums[n][v]);
 }
 
 // The same for a count that only the call knows, up to TILES.
-template <int vectors, int most = TILES>
+template <bool halves, int vectors, int most = TILES>
 INLINE void multiply_some(int64_t count, const float *x, int64_t in, const float *weights, const float *start, float *out,
                           int64_t stride) {
     if constexpr (most > 0) {
-        if (count == most) multiply_all<most, vectors>(x, in, weights, start, out, stride);
-        else multiply_some<vectors, most - 1>(count, x, in, weights, start, out, stride);
+        if (count == most) multiply_all<halves, most, vectors>(x, in, weights, start, out, stride);
+        else multiply_some<halves, vectors, most - 1>(count, x, in, weights, start, out, stride);
     }
 }
 
-// The same for any number of channels. Without a start it is zero.
+// The same for any number of channels. Without a start it is zero. Of halves, `in` counts pairs.
+template <bool halves>
 void multiply(int64_t count, const float *x, int64_t in, const float *weights, const float *start, int64_t channels, float *out,
               int64_t stride) {
     int64_t c = 0;
     for (; c + 2 * LANES <= channels; c += 2 * LANES)
-        multiply_some<2>(count, x, in, weights + c * in, start ? start + c : start, out + c, stride);
-    if (c < channels) multiply_some<1>(count, x, in, weights + c * in, start ? start + c : start, out + c, stride);
+        multiply_some<halves, 2>(count, x, in, weights + c * in, start ? start + c : start, out + c, stride);
+    if (c < channels) multiply_some<halves, 1>(count, x, in, weights + c * in, start ? start + c : start, out + c, stride);
 }
 
 // Interpolation at 0, the square roots of 1/2 and 2 with either sign, and infinity: less rounding error than at 0, 1 and 2.
@@ -170,7 +194,8 @@ INLINE void transform_output(const Vector m[WINDOW], Vector result[SIDE]) {
     result[3] = b / 2 + 2 * d + m[5];
 }
 
-// Windows of `tiles` neighbours in a row, transformed: (36, tiles, pitch), with `step` from one place to the next.
+// Windows of `tiles` neighbours in a row, transformed, with `pitch` from one to the next and `step` from place to place.
+template <bool halves>
 void read_row(const float *map, int64_t height, int64_t width, int64_t channels, int64_t top, int64_t left, int64_t tiles,
               float *result, int64_t pitch, int64_t step) {
     Vector columns[WINDOW][SIDE * TILES + 2];
@@ -190,7 +215,7 @@ void read_row(const float *map, int64_t height, int64_t width, int64_t channels,
             for (int i = 0; i < WINDOW; i++) {
                 Vector row[WINDOW];
                 transform_input(&columns[i][SIDE * tile], row);
-                for (int j = 0; j < WINDOW; j++) store(result + (i * WINDOW + j) * step + tile * pitch + c, row[j]);
+                for (int j = 0; j < WINDOW; j++) put<halves>(result + (i * WINDOW + j) * step + tile * pitch, c, row[j]);
             }
     }
 }
@@ -227,25 +252,33 @@ void write_tile(const Convolution &of, const float *products, int64_t step, int6
                   larger(larger(y[i][j], y[i][j + 1]), larger(y[i + 1][j], y[i + 1][j + 1])));
 }
 
+template <bool halves>
+constexpr int64_t IN_A_FLOAT = halves ? 2 : 1;  // numbers, in what is multiplied
+
 // The tiles of all pictures, row by row.
+template <bool halves>
 struct Tiles {
     const Convolution &of;
-    int64_t across, in_picture, count;
+    int64_t across, in_picture, count, in;
 
     explicit Tiles(const Convolution &of)
-        : of(of), across(parts(of.width, SIDE)), in_picture(across * parts(of.height, SIDE)), count(of.pictures * in_picture) {}
+        : of(of),
+          across(parts(of.width, SIDE)),
+          in_picture(across * parts(of.height, SIDE)),
+          count(of.pictures * in_picture),
+          in((of.first_channels + of.second_channels) / IN_A_FLOAT<halves>) {}
 
-    // The windows of some, transformed: (36, count, channels), with `step` from one place to the next.
+    // The windows of some, transformed: (36, count, in), with `step` from one place to the next.
     void read(int64_t start, int64_t count, float *windows, int64_t step) const {
-        const int64_t area = of.height * of.width, in = of.first_channels + of.second_channels;
+        const int64_t area = of.height * of.width;
         for (int64_t tile = start, run; tile < start + count; tile += run, windows += run * in) {  // those that lie in one row
             const int64_t picture = tile / in_picture, top = tile % in_picture / across * SIDE, left = tile % across * SIDE;
             run = smaller(start + count - tile, across - left / SIDE);
-            read_row(of.first + picture * area * of.first_channels, of.height, of.width, of.first_channels, top, left, run, windows,
+            read_row<halves>(of.first + picture * area * of.first_channels, of.height, of.width, of.first_channels, top, left, run, windows,
                      in, step);
             if (of.second)
-                read_row(of.second + picture * area * of.second_channels, of.height, of.width, of.second_channels, top, left, run,
-                         windows + of.first_channels, in, step);
+                read_row<halves>(of.second + picture * area * of.second_channels, of.height, of.width, of.second_channels, top, left, run,
+                         windows + of.first_channels / IN_A_FLOAT<halves>, in, step);
         }
     }
 
@@ -257,6 +290,78 @@ struct Tiles {
                            tile % in_picture / across * SIDE, tile % across * SIDE, channel);
     }
 };
+
+// Tiles transformed, multiplied and transformed back, as many at a time as stay in the nearest caches.
+template <bool halves>
+void by_tiles(const Convolution &of, Member &member) {
+    const Tiles<halves> tiles(of);
+    const int64_t in = tiles.in, out = of.out_channels;
+    const int64_t rounds = parts(tiles.count, TILES * member.size);  // of all threads, each with about as many tiles
+    const int64_t block = parts(tiles.count, rounds * member.size);
+    member.share(parts(tiles.count, block), [&](int64_t job) {
+        float *windows = of.workspace + member.number * PLACES * TILES * (in + out), *products = windows + PLACES * TILES * in;
+        const int64_t start = job * block, count = smaller(block, tiles.count - start);
+        tiles.read(start, count, windows, TILES * in);
+        for (int64_t place = 0; place < PLACES; place++)
+            multiply<halves>(count, windows + place * TILES * in, in, of.weights + place * out * in, nullptr, out,
+                             products + place * TILES * out, out);
+        tiles.write(start, count, products, TILES * out);
+    });
+}
+
+// The same with all tiles at a time, for so few that it is the weights that count: each is read by one thread.
+template <bool halves>
+void by_places(const Convolution &of, Member &member) {
+    const Tiles<halves> tiles(of);
+    const int64_t in = tiles.in, out = of.out_channels;
+    float *windows = of.workspace, *products = windows + PLACES * tiles.count * in;
+    member.share(tiles.count, [&](int64_t tile) { tiles.read(tile, 1, windows + tile * in, tiles.count * in); });
+    member.share(PLACES, [&](int64_t place) {
+        for (int64_t tile = 0; tile < tiles.count; tile += TILES)
+            multiply<halves>(smaller(TILES, tiles.count - tile), windows + (place * tiles.count + tile) * in, in,
+                             of.weights + place * out * in, nullptr, out, products + (place * tiles.count + tile) * out, out);
+    });
+    member.share(tiles.count, [&](int64_t tile) { tiles.write(tile, 1, products + tile * out, tiles.count * out); });
+}
+
+// Not by Winograd's method, but as a product with the windows of all pixels.
+template <bool halves>
+void by_pixels(const Convolution &of, Member &member) {
+    const int64_t area = of.height * of.width, pixels = of.pictures * area;
+    const int64_t channels = of.first_channels + of.second_channels, in = 9 * channels / IN_A_FLOAT<halves>;
+    member.share(pixels, [&](int64_t pixel) {
+        float *window = of.workspace + pixel * in;
+        for (int64_t tap = 0; tap < 9; tap++) {
+            const int64_t y = pixel % area / of.width + tap / 3 - 1, x = pixel % of.width + tap % 3 - 1;
+            const bool inside = y >= 0 && y < of.height && x >= 0 && x < of.width;
+            const int64_t place = pixel / area * area + y * of.width + x;
+            for (int64_t c = 0; c < channels; c += LANES) {
+                const bool beside = c >= of.first_channels;
+                const float *from = beside ? of.second + place * of.second_channels + c - of.first_channels
+                                           : of.first + place * of.first_channels + c;
+                put<halves>(window, tap * channels + c, inside ? load(from) : Vector{});
+            }
+        }
+    });
+    member.share(of.out_channels / LANES, [&](int64_t block) {
+        const int64_t channel = block * LANES;
+        for (int64_t pixel = 0; pixel < pixels; pixel += TILES) {
+            float *out = of.out + pixel * of.out_channels + channel;
+            const int64_t count = smaller(TILES, pixels - pixel);
+            multiply<halves>(count, of.workspace + pixel * in, in, of.weights + channel * in, of.bias + channel, LANES, out,
+                             of.out_channels);
+            for (int64_t n = 0; of.relu && n < count; n++)
+                store(out + n * of.out_channels, larger(load(out + n * of.out_channels), Vector{}));
+        }
+        for (int64_t y = 0; of.pooled && y < of.pictures * (of.height / 2); y++)
+            for (int64_t x = 0; x < of.width / 2; x++) {
+                const int64_t corner = y / (of.height / 2) * area + y % (of.height / 2) * 2 * of.width + 2 * x;
+                const float *from = of.out + corner * of.out_channels + channel, *below = from + of.width * of.out_channels;
+                store(of.pooled + (y * (of.width / 2) + x) * of.out_channels + channel,
+                      larger(larger(load(from), load(from + of.out_channels)), larger(load(below), load(below + of.out_channels))));
+            }
+    });
+}
 
 }  // namespace
 
@@ -281,76 +386,27 @@ void run(const Call *calls, int64_t count, const Threads *threads) {
 
 int64_t lanes() { return LANES; }
 int64_t tiles() { return TILES; }
+int64_t has_halves() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
-// Tiles transformed, multiplied and transformed back, as many at a time as stay in the nearest caches.
 void convolve(const void *arguments, Member &member) {
     const auto of = *static_cast<const Convolution *>(arguments);
-    const Tiles tiles(of);
-    const int64_t in = of.first_channels + of.second_channels, out = of.out_channels;
-    const int64_t rounds = parts(tiles.count, TILES * member.size);  // of all threads, each with about as many tiles
-    const int64_t block = parts(tiles.count, rounds * member.size);
-    member.share(parts(tiles.count, block), [&](int64_t job) {
-        float *windows = of.workspace + member.number * PLACES * TILES * (in + out), *products = windows + PLACES * TILES * in;
-        const int64_t start = job * block, count = smaller(block, tiles.count - start);
-        tiles.read(start, count, windows, TILES * in);
-        for (int64_t place = 0; place < PLACES; place++)
-            multiply(count, windows + place * TILES * in, in, of.weights + place * out * in, nullptr, out,
-                     products + place * TILES * out, out);
-        tiles.write(start, count, products, TILES * out);
-    });
+    of.halves ? by_tiles<true>(of, member) : by_tiles<false>(of, member);
 }
 
-// The same with all tiles at a time, for so few that it is the weights that count: each is read by one thread.
 void convolve_in_stages(const void *arguments, Member &member) {
     const auto of = *static_cast<const Convolution *>(arguments);
-    const Tiles tiles(of);
-    const int64_t in = of.first_channels + of.second_channels, out = of.out_channels;
-    float *windows = of.workspace, *products = windows + PLACES * tiles.count * in;
-    member.share(tiles.count, [&](int64_t tile) { tiles.read(tile, 1, windows + tile * in, tiles.count * in); });
-    member.share(PLACES, [&](int64_t place) {
-        for (int64_t tile = 0; tile < tiles.count; tile += TILES)
-            multiply(smaller(TILES, tiles.count - tile), windows + (place * tiles.count + tile) * in, in,
-                     of.weights + place * out * in, nullptr, out, products + (place * tiles.count + tile) * out, out);
-    });
-    member.share(tiles.count, [&](int64_t tile) { tiles.write(tile, 1, products + tile * out, tiles.count * out); });
+    of.halves ? by_places<true>(of, member) : by_places<false>(of, member);
 }
 
-// The same as a product with the windows of all pixels, for maps of so few that transformed weights would be most of the work.
 void convolve_directly(const void *arguments, Member &member) {
     const auto of = *static_cast<const Convolution *>(arguments);
-    const int64_t in = of.first_channels + of.second_channels, area = of.height * of.width, pixels = of.pictures * area;
-    member.share(pixels, [&](int64_t pixel) {
-        float *window = of.workspace + pixel * 9 * in;
-        for (int64_t tap = 0; tap < 9; tap++) {
-            const int64_t y = pixel % area / of.width + tap / 3 - 1, x = pixel % of.width + tap % 3 - 1;
-            const bool inside = y >= 0 && y < of.height && x >= 0 && x < of.width;
-            const int64_t place = pixel / area * area + y * of.width + x;
-            for (int64_t c = 0; c < in; c += LANES, window += LANES) {
-                const bool beside = c >= of.first_channels;
-                const float *from = beside ? of.second + place * of.second_channels + c - of.first_channels
-                                           : of.first + place * of.first_channels + c;
-                store(window, inside ? load(from) : Vector{});
-            }
-        }
-    });
-    member.share(of.out_channels / LANES, [&](int64_t block) {
-        const int64_t channel = block * LANES;
-        for (int64_t pixel = 0; pixel < pixels; pixel += TILES) {
-            float *out = of.out + pixel * of.out_channels + channel;
-            const int64_t count = smaller(TILES, pixels - pixel);
-            multiply(count, of.workspace + pixel * 9 * in, 9 * in, of.weights + channel * 9 * in, of.bias + channel, LANES, out,
-                     of.out_channels);
-            for (int64_t n = 0; of.relu && n < count; n++)
-                store(out + n * of.out_channels, larger(load(out + n * of.out_channels), Vector{}));
-        }
-        for (int64_t y = 0; of.pooled && y < of.pictures * (of.height / 2); y++)
-            for (int64_t x = 0; x < of.width / 2; x++) {
-                const int64_t corner = y / (of.height / 2) * area + y % (of.height / 2) * 2 * of.width + 2 * x;
-                const float *from = of.out + corner * of.out_channels + channel, *below = from + of.width * of.out_channels;
-                store(of.pooled + (y * (of.width / 2) + x) * of.out_channels + channel,
-                      larger(larger(load(from), load(from + of.out_channels)), larger(load(below), load(below + of.out_channels))));
-            }
-    });
+    of.halves ? by_pixels<true>(of, member) : by_pixels<false>(of, member);
 }
 
 void double_map(const void *arguments, Member &member) {
@@ -365,7 +421,7 @@ void double_map(const void *arguments, Member &member) {
         float *out = of.out + (row / of.height * of.out_height + top) * across;
         for (int64_t left = 0; left < of.width; left += TILES)
             for (int64_t corner = 0; corner < 4; corner++)
-                multiply(smaller(TILES, of.width - left), pixels + left * of.channels, of.channels,
+                multiply<false>(smaller(TILES, of.width - left), pixels + left * of.channels, of.channels,
                          of.weights + corner * of.out_channels * of.channels, of.bias, of.out_channels,
                          out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
         for (int y = 0; y < 2; y++) beyond(out + y * across + 2 * of.width * pixel, out + (y + 1) * across, pixel);
@@ -398,7 +454,7 @@ void apply_head(const void *arguments, Member &member) {
             for (int64_t channel = 0; channel < all; channel += LANES) {
                 const int64_t count = smaller(TILES, of.width - left);
                 float results[TILES][LANES];
-                multiply(count, of.map + (row * of.width + left) * of.channels, of.channels, of.weights + channel * of.channels,
+                multiply<false>(count, of.map + (row * of.width + left) * of.channels, of.channels, of.weights + channel * of.channels,
                          of.bias + channel, LANES, results[0], LANES);
                 for (int64_t k = channel; k < smaller(all, channel + LANES); k++) {
                     const int64_t plane = picture * of.out_channels + k / (of.side * of.side), y = top + k / of.side % of.side;

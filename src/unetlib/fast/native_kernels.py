@@ -60,6 +60,7 @@ class NativeConv:
         weight: (out, in, 3, 3), both channels multiples of `lanes()`.
         bias: (out,).
         relu: apply a ReLU to the result.
+        halves: multiply numbers of bfloat16, and sum in float32, which takes `has_halves()`.
 
     Example:
         >>> if available():
@@ -68,20 +69,20 @@ class NativeConv:
         ...     assert torch.allclose(conv(map, map)[..., 4, 4], torch.tensor(288.0))
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, relu: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, relu: bool, halves: bool = False) -> None:
         self.out_channels, self.in_channels = weight.shape[:2]
-        self.weight, self.bias, self.relu = weight, bias.float().contiguous(), relu
+        self.weight, self.bias, self.relu, self.halves = weight, bias.float().contiguous(), relu, halves
 
     @functools.cached_property
     def transformed(self) -> Tensor:
         """The weights for Winograd's method."""
         row = torch.tensor(_WEIGHTS, dtype=torch.float64)
-        return _packed(torch.einsum("ia,ocab,jb->ijoc", row, self.weight.double(), row).flatten(0, 1))
+        return _packed(torch.einsum("ia,ocab,jb->ijoc", row, self.weight.double(), row).flatten(0, 1), halves=self.halves)
 
     @functools.cached_property
     def direct(self) -> Tensor:
         """The weights for small maps."""
-        return _packed(self.weight.permute(0, 2, 3, 1).flatten(1)[None])
+        return _packed(self.weight.permute(0, 2, 3, 1).flatten(1)[None], halves=self.halves)
 
     def __call__(self, first: Tensor, second: Tensor | None = None, *, pooled: Tensor | None = None) -> Tensor:
         """Convolve.
@@ -100,7 +101,7 @@ class NativeConv:
         out, workspace = empty(pictures, self.out_channels, height, width, channels_last=True), empty(size)
         _run(operation, _Convolution(
             *map(_address, (first, second, weights, self.bias, out, pooled, workspace)),
-            pictures, height, width, channels, self.in_channels - channels, self.out_channels, self.relu,
+            pictures, height, width, channels, self.in_channels - channels, self.out_channels, self.relu, self.halves,
         ))  # fmt: skip
         return out
 
@@ -215,6 +216,12 @@ def lanes() -> int:
     return int(_library().lanes())
 
 
+@functools.cache
+def has_halves() -> bool:
+    """Whether this CPU multiplies numbers of bfloat16."""
+    return bool(_library().has_halves())
+
+
 @torch.inference_mode()
 def _agrees() -> bool:
     few, many, generator = lanes(), 2 * lanes(), torch.Generator().manual_seed(0)
@@ -233,10 +240,12 @@ def _agrees() -> bool:
     return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-3) for found, expected in pairs)
 
 
-def _packed(weights: Tensor) -> Tensor:
-    """(places, out, in) as (places, out / lanes, in, lanes)."""
+def _packed(weights: Tensor, *, halves: bool = False) -> Tensor:
+    """(places, out, in) as (places, out / lanes, in, lanes); halves as (places, out / lanes, in / 2, lanes, 2)."""
     places, out_channels, in_channels = weights.shape
-    return weights.float().view(places, out_channels // lanes(), lanes(), in_channels).transpose(2, 3).contiguous()
+    together = 2 if halves else 1
+    packed = weights.view(places, out_channels // lanes(), lanes(), in_channels // together, together).transpose(2, 3)
+    return packed.to(torch.bfloat16 if halves else torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -252,7 +261,7 @@ def _structure(addresses: str, numbers: str = "") -> type[Structure]:
 
 _Convolution = _structure(
     "first second weights bias out pooled workspace",
-    "pictures height width first_channels second_channels out_channels relu",
+    "pictures height width first_channels second_channels out_channels relu halves",
 )
 _Doubling = _structure("map weights bias out", "pictures height width channels out_height out_width out_channels replicate")
 _Splitting = _structure(
@@ -336,8 +345,11 @@ def _openmp() -> tuple[int | None, ...]:
 def _library() -> Any:
     if sys.platform != "linux":
         raise OSError(f"not tried on {sys.platform}")
-    library = ctypes.CDLL(str(_built(_FLAGS[torch.backends.cpu.get_cpu_capability()])))
-    library.lanes.restype = library.tiles.restype = c_int64
+    flags = _FLAGS[torch.backends.cpu.get_cpu_capability()]
+    if flags == _FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported():
+        flags += ("-mavx512bf16",)
+    library = ctypes.CDLL(str(_built(flags)))
+    library.lanes.restype = library.tiles.restype = library.has_halves.restype = c_int64
     library.run.argtypes, library.run.restype = (c_void_p, c_int64, c_void_p), None
     return library
 

@@ -31,7 +31,6 @@ Way = Callable[[Parts, torch.dtype], Level]
 _TRIALS = {16: 144, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side of the map on which ways are compared
 _LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
 _LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
-_HEAVY, _FEW = 256, 700  # on fewer pixels than these of more channels, reading weights counts: bfloat16 halves it
 _MOST_REPLAYED = 2**19  # pixels of a batch: with more, Python takes a share that does not count, and a replay keeps much memory
 _NARROW = 16  # channels, for which NNPACK is not tried
 _NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those of the trials, for want of memory's speed
@@ -49,11 +48,11 @@ def optimize_for_inference(
     """A copy of a network that computes the same logits faster, for prediction only.
 
     Batch norm is folded into the convolutions. On a CPU each level then takes, by a short trial on the machine, direct
-    convolutions of oneDNN, or Winograd's in float32: by code of this library's own, which the machine's C++ compiler makes when
-    it is first needed (`unetlib.fast.native_kernels`), or by NNPACK (`unetlib.fast.winograd`). With `dtype` bfloat16 too, where
-    they are more exact. On CUDA in half precision a convolution, its bias and its ReLU are one kernel, of cuDNN or of
-    Triton, whichever a trial on the device finds faster; from the second call with a shape on, small batches run as a CUDA
-    graph. The copy does not follow later changes of the model, and stays on its device.
+    convolutions of oneDNN, or Winograd's: by code of this library's own, which the machine's C++ compiler makes when it is
+    first needed (`unetlib.fast.native_kernels`), or in float32 by NNPACK (`unetlib.fast.winograd`). On CUDA in half precision a
+    convolution, its bias and its ReLU are one kernel, of cuDNN or of Triton, whichever a trial on the device finds faster.
+    Small batches are recorded at the second call with a shape and replayed from then on: on CUDA as a graph, on a CPU as one
+    call of this library's own code. The copy does not follow later changes of the model, and stays on its device.
 
     Args:
         model: the network, in training or evaluation mode; it stays as it is.
@@ -224,8 +223,6 @@ def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
 
     def way(channels: int, height: int, width: int) -> Way:
         pixels = height * width
-        if dtype == torch.bfloat16 and channels >= _HEAVY and pixels < _FEW:
-            return PrepackedLevel
         much = 18 * channels**2 * pixels >= _LEAST_WORK and pixels * dtype.itemsize >= _LEAST_MAP
         return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not WinogradLevel)
 
