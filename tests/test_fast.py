@@ -275,7 +275,7 @@ from unetlib import UNet
 from unetlib.inference import optimize_for_inference
 def resident(): return int(Path("/proc/self/statm").read_text().split()[1])
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-fast, x = optimize_for_inference(UNet(features=(16, 16), bottleneck=16)), torch.rand(1, 3, 1024, 1536)
+fast, x = optimize_for_inference(UNet(features=(12, 12), bottleneck=12)), torch.rand(1, 3, 1024, 1536)
 fast(x[..., :64, :64])  # code and threads
 before = resident()
 counts = [faults()]
@@ -288,7 +288,7 @@ print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     faults, held, left = map(int, done.stdout.split())
-    map_of_a_level = 16 * 1024 * 1536 * 4 // 4096
+    map_of_a_level = 12 * 1024 * 1536 * 4 // 4096
     assert held > 2 * map_of_a_level
     assert left < map_of_a_level / 2
     if platform.libc_ver()[0] == "glibc":

@@ -17,7 +17,7 @@ from .pool import empty
 class NativeLevel(PrepackedLevel):
     """Winograd's method in channels_last: pooled on the way down, of two maps as if concatenated on the way up.
 
-    A layer whose channels are no whole vectors, such as the first of most networks, is oneDNN's.
+    A layer whose channels are no whole vectors is oneDNN's.
 
     Args:
         parts: what the level computes.
@@ -26,9 +26,8 @@ class NativeLevel(PrepackedLevel):
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         self.halves = dtype == torch.bfloat16 and has_halves()
-        missing = -parts.channels % lanes()
-        few = missing <= lanes() // 2  # as of patches: then zeros make whole vectors
-        self.channels = parts.channels + (missing if few else 0)
+        whole = len(parts.convs[0].weight) % lanes() == 0
+        self.channels = parts.channels + (-parts.channels % lanes() if whole else 0)  # by zeros, as those of a picture
         super().__init__(parts.widened(self.channels), torch.float32)
         self.doubling: NativeDoubling | None = None
         if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d) and _is_whole(module.weight):

@@ -1,4 +1,4 @@
-// A U-Net's operations on a CPU in float32, on maps that lie as (pictures, height, width, channels).
+// A U-Net's operations on a CPU, on maps of float32 that lie as (pictures, height, width, channels).
 //
 // 3x3 convolutions go by Winograd's method, F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
 // CVPR 2016 (arXiv:1509.09308): a tile of 4x4 results comes from 6x6 pixels by 36 multiplications, where a direct convolution
