@@ -6,6 +6,7 @@ from needs import needs_native
 
 from unetlib.fast.native_kernels import NativeConv, NativeDoubling, NativeHead, lanes, split_picture
 from unetlib.fast.native_replay import NativeReplay, NotNative
+from unetlib.fast.pool import Pool
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,21 +35,21 @@ def native_pass(seed: int = 0):
 def test_a_replay_gives_what_the_calls_give(size):
     function, xs = native_pass(), [random(2, 3, *size, seed=n) for n in range(3)]
     expected = [function(x) for x in xs]
-    replay = NativeReplay(function, xs[0])
+    replay = NativeReplay(function, xs[0], Pool())
     found = [replay(x) for x in xs]  # all of them there at the end: a result has its own memory
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
 
 
 @needs_native
-def test_replays_may_share_memory():
+def test_replays_share_memory():
     functions, xs = [native_pass(0), native_pass(7)], [random(1, 3, 60, 90), random(1, 3, 80, 30)]
-    expected = [function(x) for function, x in zip(functions, xs)]
-    first = NativeReplay(functions[0], xs[0])
-    second = NativeReplay(functions[1], xs[1], first)
+    expected, pool = [function(x) for function, x in zip(functions, xs)], Pool()
+    replays = [NativeReplay(function, x, pool) for function, x in zip(functions, xs)]
     for _ in range(2):
-        assert torch.equal(first(xs[0]), expected[0])
-        assert torch.equal(second(xs[1]), expected[1])
-    assert first._pool is second._pool
+        assert all(torch.equal(replay(x), result) for replay, x, result in zip(replays, xs, expected))
+    held = len(pool._free)
+    NativeReplay(functions[0], xs[0], pool)
+    assert len(pool._free) == held
 
 
 @needs_native
@@ -59,5 +60,5 @@ def test_what_is_not_native_is_not_replayed(other):
     function, x = native_pass(), random(1, 3, 8, 8)
     function(x)
     with pytest.raises(NotNative, match="aten"):
-        NativeReplay(lambda x: other(function(x)), x)
-    assert torch.equal(NativeReplay(function, x)(x), function(x))  # nothing is left of the attempt
+        NativeReplay(lambda x: other(function(x)), x, Pool())
+    assert torch.equal(NativeReplay(function, x, Pool())(x), function(x))  # nothing is left of the attempt

@@ -19,7 +19,7 @@ class NativeReplay:
     Args:
         function: of a tensor on the CPU; it has been called with this shape before, so that nothing is left to prepare.
         x: an input, float32; others are to have its shape, type and strides.
-        beside: another replay, whose memory for what lies between this one uses too; the two never run at once.
+        pool: of the memory for what lies between; all that use it are to run one after the other.
 
     Raises:
         NotNative: for a function that has PyTorch do anything but make views and memory.
@@ -27,13 +27,13 @@ class NativeReplay:
     Example:
         >>> from unetlib.fast.native_kernels import available, split_picture
         >>> if available():
-        ...     split = NativeReplay(lambda x: split_picture(x, 2, 16), torch.rand(1, 3, 8, 8))
+        ...     split = NativeReplay(lambda x: split_picture(x, 2, 16), torch.rand(1, 3, 8, 8), Pool())
         ...     assert split(torch.ones(1, 3, 8, 8)).sum() == 3 * 8 * 8
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, beside: NativeReplay | None = None) -> None:
-        self._pool: Pool = Pool(least=0) if beside is None else beside._pool
-        with pooled(self._pool), recorded() as self._recording, _NativeOnly():
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, pool: Pool) -> None:
+        self._pool = pool  # whose blocks stay as long as it does
+        with pooled(pool, least=0), recorded() as self._recording, _NativeOnly():
             result = function(x)
         self._inputs, self._results = self._recording.places(x), self._recording.places(result)
         self._like = torch.empty_like(result, device="meta")

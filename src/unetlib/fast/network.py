@@ -159,11 +159,11 @@ class FastUNet(nn.Module):
 
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
-        self._memory.pool = Pool()
+        self._memory.pool = pool = Pool()
         logits = weakref.WeakMethod(self._logits)
         self._memory.replays = Replays(
             lambda x: logits()(x),  # type: ignore[misc]
-            NativeReplay,
+            lambda function, x, _: NativeReplay(function, x, pool),
             key=lambda x: (x.shape, x.dtype, x.stride(), torch.get_num_threads()),
             most_pixels=_MOST_REPLAYED,
         )

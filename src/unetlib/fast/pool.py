@@ -28,14 +28,9 @@ _local = threading.local()
 
 
 class Pool:
-    """Blocks that come back when the tensor that was made of them is gone, and are handed out again; for one thread.
+    """Blocks that come back when the tensor that was made of them is gone, and are handed out again; for one thread."""
 
-    Args:
-        least: bytes of a block; smaller tensors are PyTorch's own, which are had sooner.
-    """
-
-    def __init__(self, least: int = _HUGE_PAGE) -> None:
-        self.least = least
+    def __init__(self) -> None:
         self._free: list[tuple[int, Tensor]] = []  # numbers in a block, and the block; the smallest first
 
     def empty(self, *shape: int, channels_last: bool = False) -> Tensor:
@@ -53,9 +48,9 @@ class Pool:
 
 
 @contextmanager
-def pooled(pool: Pool) -> Iterator[None]:
-    """Within it, `empty` takes from the pool in this thread."""
-    outer, _local.pool = getattr(_local, "pool", None), pool
+def pooled(pool: Pool, *, least: int = _HUGE_PAGE) -> Iterator[None]:
+    """Within it, `empty` takes from the pool in this thread, from so many bytes on: PyTorch has smaller tensors sooner."""
+    outer, _local.pool = getattr(_local, "pool", None), (pool, least)
     try:
         yield
     finally:
@@ -67,9 +62,10 @@ def empty(*shape: int, channels_last: bool = False) -> Tensor:
 
     A tensor of a pool must outlive its views.
     """
-    pool: Pool | None = getattr(_local, "pool", None)
+    current: tuple[Pool | None, int] = getattr(_local, "pool", None) or (None, _HUGE_PAGE)
+    pool, least = current
     numbers = math.prod(shape)
-    if 4 * numbers < (_HUGE_PAGE if pool is None else pool.least):
+    if 4 * numbers < least:
         return torch.empty(shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if pool is None:
         return _shaped(_fresh(numbers), shape, channels_last)
