@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -22,9 +24,14 @@ def _can_compile() -> bool:
     return sys.platform == "linux" and capability in native_kernels._FLAGS and native_kernels._compiler() is not None
 
 
+def _compiles(flag: str) -> bool:
+    command = [*shlex.split(native_kernels._compiler() or ""), flag, "-x", "c++", "-fsyntax-only", "/dev/null"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 needs_native = pytest.mark.skipif(not _can_compile(), reason="no C++ compiler, or not Linux on a CPU with AVX2")
 needs_halves = pytest.mark.skipif(
-    not (_can_compile() and torch.cpu._is_avx512_bf16_supported()),
-    reason="no C++ compiler, or not Linux on a CPU with AVX-512 BF16",
+    not (_can_compile() and torch.cpu._is_avx512_bf16_supported() and _compiles(native_kernels._HALVES)),
+    reason="no C++ compiler that knows AVX-512 BF16, or not Linux on a CPU with it",
 )
 needs_nnpack = pytest.mark.skipif(not _nnpack_runs(), reason="this PyTorch or CPU has no NNPACK")

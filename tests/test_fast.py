@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from unetlib.fast.folding import Parts, layers
 from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
 from unetlib.fast.native import NativeLevel
 from unetlib.fast.native_replay import NativeReplay
+from unetlib.fast.replays import Replays
 
 OPTIONS = [
     {},
@@ -147,6 +149,55 @@ def test_native_passes_of_small_pictures_are_replayed(monkeypatch, options, repl
     for _ in range(3):
         fast(large)
     assert not fast._memory.replays._replays
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_replay_takes_new_pictures_of_any_type(monkeypatch, dtype):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    model = trained(features=(16, 32), patch_size=2)
+    fast = optimize_for_inference(model)
+    for x in (pictures(model, 40, 56).to(dtype) + n for n in range(4)):
+        found = fast(x)
+        assert found.dtype == dtype
+        assert error(found, model(x.float())) <= {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
+
+
+@needs_native
+@needs_nnpack
+def test_levels_that_are_not_native_are_not_replayed(monkeypatch):
+    ways = {16: NativeLevel, 32: NativeLevel, 64: WinogradLevel}
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda width, *_: ways[width])
+    model = trained(features=(16, 32), bottleneck=64)
+    fast = optimize_for_inference(model)
+    for x in (pictures(model, 40, 56) + n for n in range(4)):
+        assert error(fast(x), model(x)) <= 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(40, 56), (160, 160)])
+def test_no_pictures_give_no_logits(monkeypatch, size):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    before = torch.get_num_threads()
+    fast = optimize_for_inference(trained(features=(16, 32)))
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for _ in range(3):
+                assert fast(torch.rand(0, 3, *size)).shape == (0, 1, *size)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_new_thread_leaves_those_of_others_alone():
+    fast = optimize_for_inference(trained())
+    x, recorded = pictures(trained(), 40, 56), []
+    fast._run = Replays(fast._logits, lambda function, x, beside: recorded.append(x) or function)
+    fast(x), fast(x)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fast, x).result()
+    fast(x)
+    assert len(recorded) == 1
 
 
 @needs_native
@@ -395,8 +446,8 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
     for native, widest, expected in (
         (False, WinogradLevel, wide * 4 * 64 + 2**29),
         (False, PrepackedLevel, 0),
-        (True, NativeLevel, (narrow + wide) * 4 * 36),
-        (True, WinogradLevel, (narrow + wide) * 4 * 36 + wide * 4 * 64 + 2**29),
+        (True, NativeLevel, (narrow + wide) * 4 * 45),
+        (True, WinogradLevel, (narrow + wide) * 4 * 45 + wide * 4 * 64 + 2**29),
     ):
         ways = {16: (PrepackedLevel,), 32: (widest, PrepackedLevel), 64: (widest, PrepackedLevel)}
         monkeypatch.setattr(native_kernels, "available", lambda native=native: native)

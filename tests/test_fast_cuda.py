@@ -87,7 +87,7 @@ def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monke
     assert {maker.__name__ for maker in cuda._winners.values()} == {"_Plain", "_PlainUp"}
 
 
-def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_graphs(monkeypatch):
+def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_replays(monkeypatch):
     seen, compile = {}, torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.update(options) or compile(function, **options))
     assert callable(cuda.compiled(torch.relu, torch.device("cuda")))  # PyTorch refuses options that it does not know

@@ -20,6 +20,7 @@ from unetlib.fast.native_kernels import (
     NativeDoubling,
     NativeHead,
     available,
+    has_halves,
     lanes,
     split_picture,
 )
@@ -258,6 +259,18 @@ def test_another_compiler_or_other_code_is_compiled_anew(unloaded, tmp_path, mon
     assert len({first, second, native_kernels._built((*flags, "-g"))}) == 3
 
 
+@needs_halves
+def test_a_compiler_that_does_not_know_bfloat16_is_enough(unloaded, tmp_path, monkeypatch):
+    compiler = tmp_path / "old"
+    refusing = f'case "$*" in *{native_kernels._HALVES}*) exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\n{refusing}\nexec {native_kernels._compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    assert has_halves.__wrapped__()
+    native_kernels._library.cache_clear()
+    monkeypatch.setenv("CXX", str(compiler))
+    assert not has_halves.__wrapped__()
+
+
 @needs_native
 def test_a_cache_that_cannot_be_written_is_no_error(unloaded, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
@@ -291,6 +304,15 @@ def test_on_other_systems_there_are_other_ways(unloaded, monkeypatch):
 
 def test_on_cpus_without_avx2_there_are_other_ways(unloaded, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not available.__wrapped__()
+
+
+@needs_halves
+def test_products_in_bfloat16_are_checked_too(monkeypatch):
+    packed = native_kernels._packed
+    monkeypatch.setattr(
+        native_kernels, "_packed", lambda weights, halves=False: packed(weights, halves=halves) * (0 if halves else 1)
+    )
     assert not available.__wrapped__()
 
 

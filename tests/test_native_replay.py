@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from needs import needs_native
@@ -52,13 +55,51 @@ def test_replays_share_memory():
     assert len(pool._free) == held
 
 
+OTHER = {
+    "relu": torch.relu,
+    "clone": torch.clone,
+    "type": lambda x: x.double(),
+    "layout": lambda x: x.expand(-1, 2, -1, -1).contiguous(memory_format=torch.channels_last),
+    "reshape": lambda x: x.transpose(2, 3).reshape(1, -1),
+    "flatten": lambda x: x.transpose(2, 3).flatten(1),
+    "cat": lambda x: torch.cat((x, x)),
+    "in place": lambda x: x.zero_(),
+}
+
+
 @needs_native
-@pytest.mark.parametrize(
-    "other", [torch.relu, torch.clone, lambda x: x.double().float(), lambda x: torch.cat((x, x)), lambda x: x.zero_()]
-)
-def test_what_is_not_native_is_not_replayed(other):
+@pytest.mark.parametrize("inference", [False, True])  # in which copies have the names of views
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_not_native_is_not_replayed(name, inference):
     function, x = native_pass(), random(1, 3, 8, 8)
-    function(x)
-    with pytest.raises(NotNative, match="aten"):
-        NativeReplay(lambda x: other(function(x)), x, Pool())
-    assert torch.equal(NativeReplay(function, x, Pool())(x), function(x))  # nothing is left of the attempt
+    with torch.inference_mode(inference):
+        function(x)
+        with pytest.raises(NotNative, match="aten"):
+            NativeReplay(lambda x: OTHER[name](function(x)), x, Pool())
+        assert torch.equal(NativeReplay(function, x, Pool())(x), function(x))  # nothing is left of the attempt
+
+
+@needs_native
+def test_the_input_must_be_read_and_the_result_made():
+    function, x = native_pass(), random(1, 3, 8, 8)
+    other = function(x)
+    with pytest.raises(NotNative, match="input"):
+        NativeReplay(lambda _: function(x), x.clone(), Pool())
+    with pytest.raises(NotNative, match="result"):
+        NativeReplay(lambda x: function(x) is None or other, x, Pool())
+
+
+@needs_native
+def test_weights_live_as_long_as_the_replay():
+    width = lanes()
+    convs = [NativeConv(random(width, width, 3, 3), random(width), relu=True)]
+    x = random(1, 3, 40, 40)
+    expected, weights = convs[0](split_picture(x, 1, width)), weakref.ref(convs[0].transformed)
+    replay = NativeReplay(lambda x: convs[0](split_picture(x, 1, width)), x, Pool())
+    convs.clear()
+    gc.collect()
+    assert weights() is not None
+    assert torch.equal(replay(x), expected)
+    del replay
+    gc.collect()
+    assert weights() is None

@@ -43,14 +43,14 @@ struct Member {
     } &team;
     int64_t size, number, turn = 0;
 
-    // work(job) for each job, the next one for whichever thread is free; then all of them wait for the last.
+    // work(job) for each job, the next one for whichever thread is free, when all have done what was shared before.
     template <class Work>
     void share(int64_t jobs, Work work) {
+        if (turn && size > 1) team.threads.wait();
         auto &next = team.jobs[turn++ % 2];
-        for (int64_t job; (job = next++) < jobs;) work(job);
         if (number == 0) team.jobs[turn % 2] = 0;
+        for (int64_t job; (job = next++) < jobs;) work(job);
         _mm_sfence();  // what was streamed is there for the others
-        if (size > 1) team.threads.wait();
     }
 };
 
@@ -129,9 +129,8 @@ template <bool halves>
 INLINE void put(float *x, int64_t offset, Vector numbers) {
 #if defined(__AVX512BF16__)
     if constexpr (halves) {
-        auto place = reinterpret_cast<__m256i_u *>(reinterpret_cast<uint16_t *>(x) + offset);
-        *place = (__m256i)_mm512_cvtneps_pbh((__m512)numbers);
-        return;
+        auto place = reinterpret_cast<__m256i *>(reinterpret_cast<uint16_t *>(x) + offset);
+        return _mm256_storeu_si256(place, (__m256i)_mm512_cvtneps_pbh((__m512)numbers));
     }
 #endif
     store(x + offset, numbers);
@@ -295,6 +294,7 @@ struct Tiles {
 template <bool halves>
 void by_tiles(const Convolution &of, Member &member) {
     const Tiles<halves> tiles(of);
+    if (!tiles.count) return;
     const int64_t in = tiles.in, out = of.out_channels;
     const int64_t rounds = parts(tiles.count, TILES * member.size);  // of all threads, each with about as many tiles
     const int64_t block = parts(tiles.count, rounds * member.size);

@@ -36,6 +36,8 @@ class NativeReplay:
         with pooled(pool, least=0), recorded() as self._recording, _NativeOnly():
             result = function(x)
         self._inputs, self._results = self._recording.places(x), self._recording.places(result)
+        if not (self._inputs and self._results):
+            raise NotNative("the input is not read, or the result not made, by a native operation")
         self._like = torch.empty_like(result, device="meta")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,6 +62,16 @@ class _NativeOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's."""
-        if not function.is_view and function is not torch.ops.aten.empty.memory_format:
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.empty.memory_format and not _is_view(function, result, args):
             raise NotNative(f"{function} is not native")
-        return function(*args, **(kwargs or {}))
+        return result
+
+
+def _is_view(function: Any, result: Any, args: Any) -> bool:
+    """Whether an operation gave the memory that it got; in inference mode those that may copy, as `to`, are views by name."""
+    if not function.is_view:
+        return False
+    given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+    results = (result,) if isinstance(result, Tensor) else result
+    return all(tensor.untyped_storage().data_ptr() in given for tensor in results)

@@ -21,7 +21,7 @@ from .cuda import CudaLevel, compiled
 from .folding import Parts
 from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
 from .native import NativeEnds, NativeLevel
-from .native_replay import NativeReplay
+from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
 from .pool import Pool, pooled
 from .replays import Replays
@@ -138,7 +138,7 @@ class FastUNet(nn.Module):
         """Logits for a batch of pictures, as `UNet.forward`."""
         check_input(x, self.config)
         if not hasattr(self._memory, "pool"):
-            self.free_memory()
+            self._take_memory()
         if self.device.type == "cpu" and keep_freed():
             self._release = weakref.finalize(self, release_freed)
             self._release.atexit = False
@@ -152,29 +152,39 @@ class FastUNet(nn.Module):
             return 0
         held = 0
         if native_kernels.available():
-            held += 36 * 4 * sum(_kernels(parts) for parts in self._parts)
+            held += (36 + 9) * 4 * sum(_kernels(parts) for parts in self._parts)  # for large maps, and for small ones
         if by_nnpack := [parts for parts in self._parts if fastest_ways(_like(parts.width), self.dtype)[0] is WinogradLevel]:
             held += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
         return held
 
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
-        self._memory.pool = pool = Pool()
-        logits = weakref.WeakMethod(self._logits)
-        self._memory.replays = Replays(
-            lambda x: logits()(x),  # type: ignore[misc]
-            lambda function, x, _: NativeReplay(function, x, pool),
-            key=lambda x: (x.shape, x.dtype, x.stride(), torch.get_num_threads()),
-            most_pixels=_MOST_REPLAYED,
-        )
+        self._take_memory()
         if self._release:  # by this copy, and not by a training run around it
             self._release()
         if isinstance(self._run, (Replays, OpenVINO)):
             self._run.clear()
 
+    def _take_memory(self) -> None:
+        """A pool for this thread, and replays of passes that are native from end to end."""
+        self._memory.pool = pool = Pool()
+        this = weakref.proxy(self)  # else it would be a cycle
+
+        def replay(function: Callable[[Tensor], Tensor], x: Tensor, _: Any) -> NativeReplay:
+            if not all(isinstance(level, NativeLevel) for level in this._levels_for(x.shape[-2:])):
+                raise NotNative("a level goes another way")
+            return NativeReplay(function, x, pool)
+
+        self._memory.replays = Replays(
+            lambda x: this._logits(x),
+            replay,
+            key=lambda x: (x.shape, x.dtype, x.stride(), torch.get_num_threads()),
+            most_pixels=_MOST_REPLAYED,
+        )
+
     def _logits(self, x: Tensor) -> Tensor:
         size, skips = x.shape[-2:], []
-        *levels, bottom = self._levels_for(*(-(-side // self.config.patch_size) for side in size))
+        *levels, bottom = self._levels_for(size)
         ends = self._ends(levels[0])
         x = ends.split(x)
         for level in levels:
@@ -193,13 +203,13 @@ class FastUNet(nn.Module):
             self._native_ends = NativeEnds(self._head, self.config.patch_size, first.channels)
         return self._native_ends
 
-    def _levels_for(self, height: int, width: int) -> list[Level]:
-        """The levels, each in the way that suits its map's size; made when first wanted, and kept."""
-        found = []
+    def _levels_for(self, size: torch.Size) -> list[Level]:
+        """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""
+        found, (height, width) = [], (-(-side // self.config.patch_size) for side in size)
         for depth, parts in enumerate(self._parts):
             way = self._way(parts.width, height >> depth, width >> depth)
             if (depth, way) not in self._levels:
-                self._levels[depth, way] = way(parts, self.dtype)
+                self._levels.setdefault((depth, way), way(parts, self.dtype))  # another thread may have been first
             found.append(self._levels[depth, way])
         return found
 
