@@ -10,6 +10,7 @@ python examples/evaluate.py --model nuclei --images nuclei/val --masks nuclei/va
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--masks", type=Path)
     parser.add_argument("--mask-suffix", default="_mask", help="what a mask's name has after its picture's")
+    parser.add_argument("--nonzero", action="store_true", help="masks: 0 is background, all else foreground")
+    parser.add_argument("--mask-values", type=int, nargs="+", help="of several classes, in their order")
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
@@ -61,13 +64,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
+    if args.objects and importlib.util.find_spec("scipy") is None:
+        parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
 
     model = UNet.from_pretrained(args.model, device=args.device)
     if args.synthetic:
         dataset = Scenes(args.synthetic, tuple(args.size))
     else:
         mode = "L" if model.config.in_channels == 1 else "RGB"
-        dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode)
+        values = "nonzero" if args.nonzero else args.mask_values
+        dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
     tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
     scores = evaluate(model, dataset, batch_size=1, progress=True, tta=tta)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 from train_carvana import add_training_options, starting_model, train
 
-from unetlib import ImageMaskDataset, Preprocessing, UNet
+from unetlib import ImageMaskDataset, UNet
 from unetlib.distributed import joined_processes
 
 MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or soft edges, hardly classes
@@ -121,7 +122,8 @@ def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[
         before = UNet.from_pretrained(args.init).config
         changes = [f"{key} {getattr(before, key)} -> {n}" for key, n in needed.items() if getattr(before, key) != n]
         say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
-    model.preprocessing = Preprocessing(size=None if args.own_size else tuple(args.size), class_names=class_names)
+    size = None if args.own_size else tuple(args.size)
+    model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=tuple(class_names))
     return model
 
 

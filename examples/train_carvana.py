@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,6 @@ from unetlib import (
     CrossEntropyLoss,
     DiceLoss,
     ImageMaskDataset,
-    Preprocessing,
     SegmentationMetrics,
     UNet,
     dice_score,
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
         model = starting_model(args)
-        model.preprocessing = Preprocessing(size=tuple(args.size), class_names=("background", "car"))
+        ends = {"size": tuple(args.size), "scale": None, "threshold": 0.5, "class_names": ("background", "car")}
+        model.preprocessing = replace(model.preprocessing, **ends)
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
 
@@ -261,7 +263,10 @@ def train(
 
     if rank == 0:
         (args.out / "history.json").write_text(json.dumps(history, indent=1))
-        learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
+        if importlib.util.find_spec("matplotlib"):
+            learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
+        else:
+            say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
         save_predictions(UNet.from_pretrained(args.out / "model", device=device), val_set, args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
     release_freed()

@@ -81,7 +81,8 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The blocks of a page, one after another, in a folder that has the files they name."""
     monkeypatch.chdir(tmp_path)
     picture, mask = render_scene(0, size=(48, 72))
-    Image.fromarray(picture).save("car.jpg")
+    Path("examples").mkdir()
+    Image.fromarray(picture).save("examples/car.jpg")
     for images, masks, name in (("pictures", "masks", "a_mask.png"), ("streets", "labels", "a.png")):
         Path(images).mkdir()
         Path(masks).mkdir()

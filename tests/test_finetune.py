@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from study import randomize
 
-from unetlib import UNet
+from unetlib import Preprocessing, UNet
 from unetlib.inference import evaluate, iter_logits
 from unetlib.objects import label_objects, rand_f_score
 
@@ -102,12 +102,16 @@ def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path
     assert "in_channels 3 -> 1, out_channels 1 -> 3" in printed
 
 
-def test_a_fitting_head_is_kept(example, tmp_path):
-    UNet(features=(8,)).save_pretrained(tmp_path / "old")
+def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_path):
+    old = UNet(features=(8,))
+    old.preprocessing = Preprocessing(scale=0.5, mean=(0.4, 0.5, 0.6), std=(0.2,), threshold=0.8)
+    old.save_pretrained(tmp_path / "old")
     finetune, lines = example("finetune"), []
     args = finetune.parse_args(["--data", "mine", "--init", str(tmp_path / "old"), "--size", "32", "48"])
     model = finetune.make_model(args, ["background", "cell"], lines.append)
     torch.testing.assert_close(model.head.weight, UNet.from_pretrained(tmp_path / "old").head.weight)
+    expected = Preprocessing(size=(32, 48), mean=(0.4, 0.5, 0.6), std=(0.2,), class_names=("background", "cell"))
+    assert model.preprocessing == expected
     assert lines == [f"starting from {tmp_path / 'old'}, its head kept"]
 
 
@@ -261,3 +265,34 @@ def test_the_page_has_every_option():
     options = re.findall(r'^    add\("(--[a-z-]+)"', script, re.MULTILINE)
     assert len(options) > 5
     assert re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE) == options
+
+
+def test_evaluation_of_masks_with_more_values(example, tmp_path, capsys):
+    folders = [
+        "--images",
+        str(tmp_path / "train"),
+        "--masks",
+        str(tmp_path / "train_masks"),
+        "--mask-suffix",
+        "",
+        "--device",
+        "cpu",
+    ]
+    write(tmp_path, values=(0, 3, 7))
+    for channels, option, accuracy in ((3, ["--mask-values", "0", "3", "7"], 1 / 3), (1, ["--nonzero"], 2 / 3)):
+        model = UNet(features=(8,), out_channels=channels)
+        torch.nn.init.zeros_(model.head.weight)  # so that all of it is the last class
+        torch.nn.init.constant_(model.head.bias[-1:], 1.0)
+        model.save_pretrained(tmp_path / "model")
+        example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *option])
+        assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(accuracy, abs=0.02)
+    with pytest.raises(ValueError, match="binary mask"):
+        example("evaluate").main(["--model", str(tmp_path / "model"), *folders])
+
+
+def test_evaluation_of_objects_asks_for_scipy_before_the_work(example, tmp_path, monkeypatch, capsys):
+    module, there = example("evaluate"), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else there(name))
+    with pytest.raises(SystemExit):
+        module.main(["--model", str(tmp_path / "none"), "--synthetic", "1", "--objects"])
+    assert "needs scipy: pip install 'unetlib[metrics]'" in capsys.readouterr().err

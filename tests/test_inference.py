@@ -43,7 +43,7 @@ def test_probabilities_and_threshold(model, picture):
     np.testing.assert_allclose(probabilities, logits_by_hand(model, picture)[0].sigmoid().numpy(), atol=1e-6)
     middle = float(np.median(probabilities)) + 1e-4
     assert 0.3 < model.predict(picture, threshold=middle).mean() < 0.7
-    assert (model.predict(picture, threshold=middle) == (probabilities >= middle)).all()
+    assert (model.predict(picture, threshold=middle) == (probabilities > middle)).all()
     model.preprocessing = Preprocessing(threshold=middle)
     assert (model.predict(picture) == (probabilities >= middle)).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -69,6 +70,15 @@ def test_training_on_rendered_scenes_writes_weights_card_curves_and_predictions(
     assert Image.open(tmp_path / "curves.png").size == (1000, 400)
     assert list((tmp_path / "tensorboard").iterdir())
     assert f"best: Dice {best:.5f}" in capsys.readouterr().out
+
+
+def test_without_matplotlib_only_the_curves_are_missing(script, tmp_path, monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
+    script.main(["--synthetic", "16", "--out", str(tmp_path), *TINY])
+    assert "no curves.png without matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists()
+    assert (tmp_path / "predictions.png").exists()
 
 
 OPTIONS = (

@@ -207,7 +207,7 @@ class Preprocessing(_JSONConfig):
     """How a picture becomes the network's input, and its logits a mask; saved beside the weights.
 
     Pixels are scaled to [0, 1], resized (bilinear, antialiased), then `(x - mean) / std` for each channel. Logits are resized
-    back to the picture's own size (bilinear) before the decision: `sigmoid(logit) >= threshold` for one output channel, the
+    back to the picture's own size (bilinear) before the decision: `sigmoid(logit) > threshold` for one output channel, the
     largest logit for several.
 
     Args:
@@ -215,7 +215,7 @@ class Preprocessing(_JSONConfig):
         scale: factor on the picture's own height and width; with neither `size` nor `scale` the picture keeps its size.
         mean: one number for each input channel, in units of [0, 1] pixels; one number alone serves every channel.
         std: as `mean`, positive.
-        threshold: probability from which a pixel is foreground, in (0, 1); for one output channel.
+        threshold: probability above which a pixel is foreground, in (0, 1); for one output channel.
         class_names: a name for each class in the mask, background first; None where there are none.
 
     Raises:

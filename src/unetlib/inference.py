@@ -512,5 +512,5 @@ def _probabilities(logits: Tensor, threshold: float) -> Tensor:
 
 def _classes(logits: Tensor, threshold: float) -> Tensor:
     # The threshold is moved to the logits, so that no sigmoid is needed.
-    classes = logits[0] >= math.log(threshold / (1 - threshold)) if len(logits) == 1 else logits.argmax(dim=0)
+    classes = logits[0] > math.log(threshold / (1 - threshold)) if len(logits) == 1 else logits.argmax(dim=0)
     return classes.to(torch.uint8)

@@ -66,6 +66,12 @@ def cross_entropy_loss(
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> cross_entropy_loss(torch.zeros(1, 1, 2), torch.tensor([[0, 1]]))
         tensor(0.6931)
@@ -101,6 +107,12 @@ def focal_loss(
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> focal_loss(torch.zeros(1, 1, 2), torch.tensor([[0, 1]]))
@@ -143,6 +155,12 @@ def dice_loss(
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> dice_loss(torch.tensor([[[9.0, -9.0, 0.0]]]), torch.tensor([[1, 0, 1]]), smooth=0)
         tensor(0.1429)
@@ -176,6 +194,12 @@ def jaccard_loss(
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> jaccard_loss(torch.tensor([[[9.0, -9.0, 0.0]]]), torch.tensor([[1, 0, 1]]), smooth=0)
@@ -218,6 +242,12 @@ def tversky_loss(
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> tversky_loss(torch.tensor([[[9.0, -9.0, 0.0]]]), torch.tensor([[1, 0, 1]]), alpha=1, beta=1, smooth=0)
         tensor(0.2501)
@@ -253,6 +283,12 @@ def generalized_dice_loss(
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none": a term for each picture, (N,), or one in all with ``batch=True``.
+
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> generalized_dice_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 0, 0, 1]]), smooth=0)
@@ -292,6 +328,12 @@ def mcc_loss(
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> mcc_loss(torch.tensor([[[9.0, -9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 1, 0]]), smooth=0)
         tensor(1.)
@@ -329,6 +371,12 @@ def lovasz_loss(
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> lovasz_loss(torch.tensor([[[2.0, -2.0, 0.0]]]), torch.tensor([[1, 0, 1]]))
@@ -375,6 +423,12 @@ def soft_cldice_loss(
         multilabel: one sigmoid a channel instead of one softmax.
         reduction: "mean", "sum" or "none".
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> line = torch.zeros(1, 5, 5)
         >>> line[:, 2] = 1
@@ -420,8 +474,11 @@ def bce_dice_loss(
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
 
+    Returns:
+        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+
     Raises:
-        ValueError: if `border_size` is even or below 1.
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> mask = torch.tensor([[[0, 0, 0, 1, 1, 1]]])
@@ -530,60 +587,110 @@ class CompoundLoss(Loss):
 
 
 class CrossEntropyLoss(Loss):
-    """`cross_entropy_loss` as a module."""
+    """`cross_entropy_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> CrossEntropyLoss(pos_weight=[2.0])(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.5137)
+    """
 
     function = staticmethod(cross_entropy_loss)
 
 
 class FocalLoss(Loss):
-    """`focal_loss` as a module."""
+    """`focal_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> FocalLoss(gamma=3.0)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.0804)
+    """
 
     function = staticmethod(focal_loss)
 
 
 class DiceLoss(Loss):
-    """`dice_loss` as a module."""
+    """`dice_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> DiceLoss(smooth=0.0)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.3645)
+    """
 
     function = staticmethod(dice_loss)
 
 
 class JaccardLoss(Loss):
-    """`jaccard_loss` as a module."""
+    """`jaccard_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> JaccardLoss(log=True)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.4300)
+    """
 
     function = staticmethod(jaccard_loss)
 
 
 class TverskyLoss(Loss):
-    """`tversky_loss` as a module."""
+    """`tversky_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> TverskyLoss(beta=0.7)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.2196)
+    """
 
     function = staticmethod(tversky_loss)
 
 
 class GeneralizedDiceLoss(Loss):
-    """`generalized_dice_loss` as a module."""
+    """`generalized_dice_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> GeneralizedDiceLoss(smooth=0.0)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.3645)
+    """
 
     function = staticmethod(generalized_dice_loss)
 
 
 class MCCLoss(Loss):
-    """`mcc_loss` as a module."""
+    """`mcc_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> MCCLoss(batch=True)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.3660)
+    """
 
     function = staticmethod(mcc_loss)
 
 
 class LovaszLoss(Loss):
-    """`lovasz_loss` as a module."""
+    """`lovasz_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> LovaszLoss(batch=True)(torch.tensor([[[2.0, -1.0, 0.5]]]), torch.tensor([[1, 0, 0]]))
+        tensor(0.7500)
+    """
 
     function = staticmethod(lovasz_loss)
 
 
 class SoftCLDiceLoss(Loss):
-    """`soft_cldice_loss` as a module."""
+    """`soft_cldice_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> SoftCLDiceLoss(smooth=0.0)(torch.tensor([[[[2.0, -1.0, 0.5]]]]), torch.tensor([[[1, 0, 0]]]))
+        tensor(0.2628)
+    """
 
     function = staticmethod(soft_cldice_loss)
 
 
 class BCEDiceLoss(Loss):
-    """`bce_dice_loss` as a module."""
+    """`bce_dice_loss` as a module, made of its keywords and called with logits (N, C, *spatial) and a mask.
+
+    Example:
+        >>> BCEDiceLoss(border_weight=3.0)(torch.tensor([[[[2.0, -1.0, 0.5]]]]), torch.tensor([[[1, 0, 0]]]))
+        tensor(0.7968)
+    """
 
     function = staticmethod(bce_dice_loss)

@@ -86,6 +86,9 @@ def confusion_matrix(
     Returns:
         int64 (N, C, C) for a softmax; (N, C, 2, 2), a matrix of no and yes for each channel, for sigmoids.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> confusion_matrix(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).tolist()
         [[[[1, 1], [0, 1]]]]
@@ -113,6 +116,9 @@ def pixel_accuracy(
     Returns:
         float64 scalar.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> pixel_accuracy(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
         0.75
@@ -131,6 +137,9 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> dice_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -151,6 +160,9 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> fbeta_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]), beta=0).item()
         0.6666666666666666
@@ -168,6 +180,9 @@ def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> iou_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -187,6 +202,9 @@ def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptio
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> precision_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
         0.5
@@ -205,6 +223,9 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+
     Example:
         >>> recall_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
         1.0
@@ -222,6 +243,9 @@ def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOpt
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> specificity_score(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).item()
@@ -243,6 +267,9 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> square = torch.zeros(1, 6, 6)
@@ -271,6 +298,10 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
 
     Returns:
         float64 scalar; (N, C) scores with ``reduction="none"``.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ImportError: without scipy.
 
     Example:
         >>> square = torch.zeros(1, 6, 6)
@@ -308,6 +339,10 @@ def hausdorff_distance(
     Returns:
         float64 scalar; (N, C) distances with ``reduction="none"``.
 
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ImportError: without scipy.
+
     Example:
         >>> square = torch.zeros(1, 6, 6)
         >>> square[:, 1:5, 1:5] = 1
@@ -338,6 +373,9 @@ def calibration_error(
 
     Returns:
         float64 scalar, from 0 to 1; nan if no pixel counts.
+
+    Raises:
+        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> calibration_error(torch.zeros(1, 1, 4), torch.tensor([[1, 0, 0, 0]])).item()
