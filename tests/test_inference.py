@@ -48,6 +48,15 @@ def test_probabilities_and_threshold(model, picture):
     assert (model.predict(picture) == (probabilities >= middle)).all()
 
 
+def test_a_probability_equal_to_the_threshold_is_background_as_in_the_scores(picture):
+    model = UNet(features=(8,))
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    mask = model.predict(picture)
+    assert not mask.any()
+    assert evaluate(model, [(picture, np.ones_like(mask))])["accuracy"] == 0
+
+
 def test_every_form_of_a_picture_gives_the_same_mask(model, picture, tmp_path):
     path = tmp_path / "picture.png"
     Image.fromarray(picture).save(path)
