@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
         model = starting_model(args)
-        ends = {"size": tuple(args.size), "scale": None, "threshold": 0.5, "class_names": ("background", "car")}
-        model.preprocessing = replace(model.preprocessing, **ends)
+        size, class_names = tuple(args.size), ("background", "car")
+        model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
 

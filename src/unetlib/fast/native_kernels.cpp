@@ -64,8 +64,8 @@ struct Call {
 // A 3x3 convolution with padding 1 of one map, or of two as if concatenated. Channels are whole vectors.
 struct Convolution {
     const float *first, *second;  // second may be null
-    const float *weights;         // transformed, (36, out / LANES, in, LANES); of `convolve_directly` (out / LANES, 9 * in, LANES)
-    const float *bias;
+    const float *weights;         // transformed, (36, out / LANES, in, LANES);
+    const float *bias;            // of `convolve_directly`: (out / LANES, 9 * in, LANES)
     float *out, *pooled;          // pooled, by 2x2, may be null
     float *workspace;             // 36 * (in + out) for each tile, or for TILES of each thread; or 9 * in for each pixel
     int64_t pictures, height, width, first_channels, second_channels, out_channels, relu;
@@ -223,15 +223,15 @@ void read_row(const float *map, int64_t height, int64_t width, int64_t channels,
 void write_tile(const Convolution &of, const float *products, int64_t step, int64_t picture, int64_t top, int64_t left,
                 int64_t channel) {
     const Vector bias = load(of.bias + channel);
-    Vector halves[SIDE][WINDOW], y[SIDE][SIDE];
+    Vector between[SIDE][WINDOW], y[SIDE][SIDE];
     for (int j = 0; j < WINDOW; j++) {
-        Vector column[WINDOW], half[SIDE];
+        Vector column[WINDOW], transformed[SIDE];
         for (int i = 0; i < WINDOW; i++) column[i] = load(products + (i * WINDOW + j) * step);
-        transform_output(column, half);
-        for (int i = 0; i < SIDE; i++) halves[i][j] = half[i];
+        transform_output(column, transformed);
+        for (int i = 0; i < SIDE; i++) between[i][j] = transformed[i];
     }
     for (int i = 0; i < SIDE; i++) {
-        transform_output(halves[i], y[i]);
+        transform_output(between[i], y[i]);
         for (int j = 0; j < SIDE; j++) {
             y[i][j] += bias;
             if (of.relu) y[i][j] = larger(y[i][j], Vector{});
@@ -273,11 +273,11 @@ struct Tiles {
         for (int64_t tile = start, run; tile < start + count; tile += run, windows += run * in) {  // those that lie in one row
             const int64_t picture = tile / in_picture, top = tile % in_picture / across * SIDE, left = tile % across * SIDE;
             run = smaller(start + count - tile, across - left / SIDE);
-            read_row<halves>(of.first + picture * area * of.first_channels, of.height, of.width, of.first_channels, top, left, run, windows,
-                     in, step);
+            read_row<halves>(of.first + picture * area * of.first_channels, of.height, of.width, of.first_channels, top, left,
+                             run, windows, in, step);
             if (of.second)
-                read_row<halves>(of.second + picture * area * of.second_channels, of.height, of.width, of.second_channels, top, left, run,
-                         windows + of.first_channels / IN_A_FLOAT<halves>, in, step);
+                read_row<halves>(of.second + picture * area * of.second_channels, of.height, of.width, of.second_channels, top,
+                                 left, run, windows + of.first_channels / IN_A_FLOAT<halves>, in, step);
         }
     }
 
@@ -422,8 +422,8 @@ void double_map(const void *arguments, Member &member) {
         for (int64_t left = 0; left < of.width; left += TILES)
             for (int64_t corner = 0; corner < 4; corner++)
                 multiply<false>(smaller(TILES, of.width - left), pixels + left * of.channels, of.channels,
-                         of.weights + corner * of.out_channels * of.channels, of.bias, of.out_channels,
-                         out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
+                                of.weights + corner * of.out_channels * of.channels, of.bias, of.out_channels,
+                                out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
         for (int y = 0; y < 2; y++) beyond(out + y * across + 2 * of.width * pixel, out + (y + 1) * across, pixel);
         if (top + 2 == 2 * of.height) beyond(out + 2 * across, out + (of.out_height - top) * across, across);
     });
@@ -454,8 +454,8 @@ void apply_head(const void *arguments, Member &member) {
             for (int64_t channel = 0; channel < all; channel += LANES) {
                 const int64_t count = smaller(TILES, of.width - left);
                 float results[TILES][LANES];
-                multiply<false>(count, of.map + (row * of.width + left) * of.channels, of.channels, of.weights + channel * of.channels,
-                         of.bias + channel, LANES, results[0], LANES);
+                multiply<false>(count, of.map + (row * of.width + left) * of.channels, of.channels,
+                                of.weights + channel * of.channels, of.bias + channel, LANES, results[0], LANES);
                 for (int64_t k = channel; k < smaller(all, channel + LANES); k++) {
                     const int64_t plane = picture * of.out_channels + k / (of.side * of.side), y = top + k / of.side % of.side;
                     for (int64_t n = 0; n < count && y < of.out_height; n++) {
