@@ -14,8 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from unetlib import losses
+from unetlib import losses, targets
 from unetlib.losses import (
     BCEDiceLoss,
     CompoundLoss,
@@ -733,12 +736,40 @@ def test_losses_add_up() -> None:
 # Beyond the CPU
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises where tensors of two devices meet, for a copy from one to the other waits for the device.
+
+    Around fake CUDA tensors, or meta tensors, which raise by themselves where a value or a size that depends on one is read.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        assert len(devices) < 2, f"{function} has tensors on {' and '.join(sorted(devices))}"
+        return result
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x * torch.tensor([1.0, 2.0], device="cuda"),
+        lambda x: x + torch.zeros(2).to(x.device),
+        lambda x: x[torch.tensor([0])],
+        lambda x: x.cpu(),
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+    ],
+)
+def test_one_device_finds_what_waits(wait: Any) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+        with OneDevice(), pytest.raises((AssertionError, RuntimeError), match=r"cpu and cuda|_local_scalar_dense|nonzero"):
+            wait(x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_no_loss_reads_a_value_from_the_device(name: str, kind: str) -> None:
-    """Fake CUDA tensors have no values: anything that waits for one raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     loss, extra = ALL[name]
     channels = 1 if kind == "binary" else 3
     options = {"multilabel": True} if kind == "multilabel" else {}
@@ -747,8 +778,23 @@ def test_no_loss_reads_a_value_from_the_device(name: str, kind: str) -> None:
         forms = [torch.empty(2, 5, 6, device="cuda"), torch.empty(2, 5, 6, device="cuda", dtype=torch.uint8)]
         if kind != "binary":
             forms = [torch.empty(2, channels, 5, 6, device="cuda")] + (forms if kind == "multiclass" else [])
-        for target in forms:
-            assert loss(x, target, ignore_index=255, **options, **extra).is_cuda
+        with OneDevice():
+            for target in forms:
+                assert loss(x, target, ignore_index=255, **options, **extra).is_cuda
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_no_derivative_reads_a_value_from_the_device(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    """On meta tensors, for without CUDA fake CUDA tensors have no backward pass."""
+    monkeypatch.setattr(targets, "_waits", lambda value: True)
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    x, mask = logits.to("meta").requires_grad_(), target.to("meta")
+    with OneDevice():
+        for ignore_index in (None, 255):
+            loss(x, mask, ignore_index=ignore_index, **options, **extra).backward()
+    assert x.grad.is_meta
 
 
 COMPILED = (

@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from test_losses import OneDevice
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unetlib.metrics import (
     SegmentationMetrics,
@@ -541,9 +543,6 @@ def test_two_processes_equal_one_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_update_reads_no_value_from_the_device() -> None:
-    """Fake CUDA tensors have no values: anything that waits for one raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     for kind in KINDS:
         with FakeTensorMode():
             metrics = accumulator(kind, ignore_index=255, keep_pictures=True)
@@ -551,7 +550,9 @@ def test_update_reads_no_value_from_the_device() -> None:
             shape = (2, 5, 6) if kind == "multiclass" else (2, channels, 5, 6)
             for dtype in (torch.uint8, torch.float32):
                 target = torch.empty(shape, device="cuda", dtype=dtype)
-                metrics.update(torch.empty(2, channels, 5, 6, device="cuda"), target)
+                logits = torch.empty(2, channels, 5, 6, device="cuda")
+                with OneDevice():
+                    metrics.update(logits, target)
 
 
 def test_plot_draws_the_confusion_and_the_pictures() -> None:

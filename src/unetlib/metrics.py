@@ -616,9 +616,11 @@ class SegmentationMetrics:
         return moved
 
     def _add(self, table: Tensor, sums: Tensor, scored: Tensor, pictures: int) -> None:
-        self._table = self._table.to(table.device) + table
-        self._sums = self._sums.to(sums.device) + sums
-        self._scored = self._scored.to(scored.device) + scored
+        if self.pictures:  # else there is nothing to add to, and copying the zeros to a GPU would wait for it
+            table = self._table.to(table.device) + table
+            sums = self._sums.to(sums.device) + sums
+            scored = self._scored.to(scored.device) + scored
+        self._table, self._sums, self._scored = table, sums, scored
         self.pictures += pictures
 
     def _means(self) -> dict[str, list[float]]:
