@@ -97,12 +97,13 @@ def build(
     """Each contestant that computes the right logits, its relative error, and on CUDA the most memory that it needs."""
     x = example(case).to(device)
     set_precision("float32")
-    reference = PEERS[STUDY](network, case._replace(precision="float32"), device, folder)(x)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # it is not timed, so not tuned either
+        reference = PEERS[STUDY](network, case._replace(precision="float32"), device, folder)(x)
     set_precision(case.precision)
     found = {}
     for peer in peers:
         where = " ".join((*case, peer))
-        before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if is_cuda(device) else (0, 0)
+        before = held_on_cuda() if is_cuda(device) else (0, 0)
         try:
             forward = PEERS[peer](network, case, device, folder)
             logits = forward(x)
@@ -121,6 +122,13 @@ def build(
     return found
 
 
+def held_on_cuda() -> tuple[int, int]:
+    """Bytes allocated and reserved, without what earlier contestants left to be used again: it would hide what a graph takes."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
 def peak_on_cuda(forward: Forward, x: Tensor, allocated: int, reserved: int) -> int:
     """Bytes beyond what was held before the contestant was built: its weights, and the most that one pass needs at a time.
 
@@ -128,9 +136,7 @@ def peak_on_cuda(forward: Forward, x: Tensor, allocated: int, reserved: int) -> 
     """
     for _ in range(WARM_UP["cuda"]):
         forward(x)
-    gc.collect()
-    torch.cuda.empty_cache()
-    kept = torch.cuda.memory_reserved() - reserved
+    kept = held_on_cuda()[1] - reserved
     torch.cuda.reset_peak_memory_stats()
     forward(x)
     return max(kept, torch.cuda.max_memory_allocated() - allocated)

@@ -302,11 +302,19 @@ def test_peak_memory_of_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize(("kept", "held"), [(0, 70), (90, 70)])
 def test_peak_on_cuda_is_what_a_pass_holds_or_what_a_graph_keeps(monkeypatch, kept, held):
     """Without a GPU: PyTorch's counters are stood in for."""
-    counters = {"memory_reserved": 10 + kept, "max_memory_allocated": 5 + held}
+    counters = {"memory_reserved": 10 + kept, "memory_allocated": 5, "max_memory_allocated": 5 + held}
     stand_in = {name: lambda value=value: value for name, value in counters.items()}
     idle = {"empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None}
     monkeypatch.setattr(forward.torch, "cuda", SimpleNamespace(**stand_in, **idle))
     assert forward.peak_on_cuda(lambda x: x, torch.zeros(1), allocated=5, reserved=10) == max(kept, held)
+
+
+def test_what_others_left_to_be_used_again_is_not_held(monkeypatch):
+    """Without a GPU: an allocator that keeps 7 bytes of somebody's until it is asked for them."""
+    kept = [7]
+    stand_in = {"empty_cache": kept.clear, "memory_allocated": lambda: 5, "memory_reserved": lambda: 5 + sum(kept)}
+    monkeypatch.setattr(forward.torch, "cuda", SimpleNamespace(**stand_in))
+    assert forward.held_on_cuda() == (5, 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
