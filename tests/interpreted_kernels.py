@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from test_fast import error, pictures, trained
 
-from unetlib.fast import cuda, network, optimize_for_inference
-from unetlib.fast.kernels import Conv3x3, UpConv2x2, place_and_pool
+from unetlib.blocks import split_patches
+from unetlib.fast import cuda, kernels, network, optimize_for_inference
+from unetlib.fast.kernels import Conv3x3, Head, UpConv2x2, place_and_pool
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_convolution_fills_its_slice_and_nothing_else(size, in_channels, out_cha
     weight, bias = drawn(out_channels, in_channels, 3, 3), drawn(out_channels)
     x, both = drawn(2, in_channels, *size), buffer(2, out_channels + 11, *size)
     pooled = buffer(2, out_channels, size[0] // 2, size[1] // 2)
-    conv, expected = Conv3x3(weight, bias, rows=4, columns=8, warps=4, stages=1), exact(x, weight, bias)
+    conv, expected = Conv3x3(weight, bias, rows=4, columns=8), exact(x, weight, bias)
     conv(x, both[:, 8:-3], pooled)
     assert_close(both[:, 8:-3], expected)
     assert (both[:, :8] == -7).all()
@@ -56,7 +57,7 @@ def test_convolution_fills_its_slice_and_nothing_else(size, in_channels, out_cha
 def test_convolution_of_a_slice_in_another_type_and_of_many_filters():
     weight, bias, whole = (drawn(*shape, dtype=torch.float32) for shape in ((130, 16, 3, 3), (130,), (1, 40, 3, 5)))
     x, out = whole[:, 8:24], buffer(1, 130, 3, 5, torch.float32)
-    Conv3x3(weight, bias, rows=4, columns=8, warps=4, stages=1)(x, out)
+    Conv3x3(weight, bias, rows=4, columns=8)(x, out)
     torch.testing.assert_close(out.double(), exact(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -84,33 +85,63 @@ def test_a_map_is_placed_and_pooled(size, channels):
         assert torch.equal(pooled, F.max_pool2d(x, 2))
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (9, 17)])
+@pytest.mark.parametrize(("channels", "classes"), [(8, 1), (24, 3), (64, 1), (72, 2), (8, 150)])
+def test_logits_become_pixels(size, channels, classes, side):
+    results = classes * side**2
+    weight, bias, x = drawn(results, channels, 1, 1), drawn(results), drawn(2, channels, *size)
+    expected = F.conv2d(x.double(), weight.double(), bias.double())
+    found = Head(weight, bias, side)(x)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), F.pixel_shuffle(expected, side), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("size", [(2, 3), (9, 17), (8, 12)])
+@pytest.mark.parametrize(("channels", "width"), [(3, 32), (1, 16), (3, 27), (32, 288)])
+def test_pictures_become_patches(size, channels, width, side, dtype):
+    x = drawn(2, channels, *size, dtype=dtype)
+    expected = split_patches(x, side).half()
+    width = max(width, expected.shape[1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = buffer(2, width, *expected.shape[-2:])
+        kernels.split_patches(x.to(memory_format=layout), out, side)
+        assert torch.equal(out[:, : expected.shape[1]], expected)
+        assert (out[:, expected.shape[1] :] == 0).all()
+
+
 def test_what_is_no_number_is_not_hidden():
     x, weight, pooled = drawn(1, 8, 4, 4), drawn(8, 8, 3, 3), buffer(1, 8, 2, 2)
     x[0, 3, 3, 1] = float("nan")
     out = buffer(1, 8, 4, 4)
-    Conv3x3(weight, torch.zeros(8), rows=4, columns=8, warps=4, stages=1)(x, out, pooled)
+    Conv3x3(weight, torch.zeros(8), rows=4, columns=8)(x, out, pooled)
     assert torch.equal(out.isnan(), exact(x, weight, torch.zeros(8)).isnan())  # nor seen where it is not
     for _ in range(2):
         assert torch.equal(pooled.isnan()[0, 0], torch.tensor([[False, False], [True, True]]))
         place_and_pool(out, out.clone(), pooled.fill_(0))
 
 
-@pytest.mark.parametrize(("size", "skip_first"), [((8, 12), False), ((7, 11), True)])
-def test_a_network_all_of_kernels(monkeypatch, size, skip_first):
+@pytest.mark.parametrize(("size", "skip_first", "side"), [((8, 12), False, 1), ((7, 11), True, 1), ((15, 23), True, 2)])
+def test_a_network_all_of_kernels(monkeypatch, size, skip_first, side):
     chosen = []
 
     def milliseconds(function: partial) -> float:
         chosen.append(type(function.func))
-        return float(chosen[-1] not in (cuda._Kernel, cuda._KernelUp))
+        return float(chosen[-1] not in (cuda._Kernel, cuda._KernelUp, cuda._KernelHead))
 
-    monkeypatch.setattr(cuda, "_TILES", (partial(cuda._Kernel, rows=4, columns=8, warps=4, stages=1),))
     monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
     monkeypatch.setattr(cuda, "_winners", {})
     monkeypatch.setattr(cuda, "_leaders", {})
     monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: cuda.CudaLevel)
     monkeypatch.setattr(network, "_check_dtype", lambda *_: None)
-    model = trained(features=(8,), skip_first=skip_first)
+    model = trained(features=(8,), skip_first=skip_first, patch_size=side)
     x = pictures(model, *size)
-    assert error(optimize_for_inference(model, dtype=torch.float16)(x), model(x)) <= 5e-3
-    assert chosen.count(cuda._Kernel) == 5  # right on every layer; the first and the last are of one shape
-    assert chosen.count(cuda._KernelUp) == (size == (8, 12))
+    fast = optimize_for_inference(model, dtype=torch.float16)
+    assert error(fast(x), model(x)) <= 5e-3
+    assert fast._cuda_ends._kernel_is_right
+    assert chosen.count(cuda._Kernel) == 5  # right on every layer; two are of one shape
+    assert chosen.count(cuda._KernelUp) == (size != (7, 11))
+    assert chosen.count(cuda._KernelHead) == 1

@@ -84,7 +84,8 @@ def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monke
     model = trained()
     x = pictures(model, 40, 56)
     assert error(optimize_for_inference(model)(x), model(x)) <= 1e-5
-    assert {maker.__name__ for maker in cuda._winners.values()} == {"_Plain", "_PlainUp"}
+    names = {(maker.func if isinstance(maker, partial) else maker).__name__ for maker in cuda._winners.values()}
+    assert names == {"_Plain", "_PlainUp", "_PlainHead"}
 
 
 def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_replays(monkeypatch):
@@ -227,8 +228,8 @@ def test_a_trial_without_memory_gives_the_plain_route(monkeypatch):
 def test_only_narrow_layers_try_kernels_of_triton():
     level = object.__new__(CudaLevel)
     level.dtype = torch.bfloat16
-    assert set(cuda._TILES) <= set(level.step(layer(64, 128)).routes)
-    assert not set(cuda._TILES) & set(level.step(layer(128, 136)).routes)
+    assert cuda._Kernel in level.step(layer(64, 128)).routes
+    assert cuda._Kernel not in level.step(layer(128, 136)).routes
 
 
 # --- Triton's kernels
@@ -254,14 +255,14 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
 
     from unetlib.fast import kernels
 
-    def ptx(kernel, warps=4, **constants):
-        pointers = {"x": "*bf16", "out": "*bf16", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
+    def ptx(kernel, x="bf16", out="bf16", **constants):
+        pointers = {"x": f"*{x}", "out": f"*{out}", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
         aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in pointers}
         values = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, signature, values, aligned)
-        return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+        return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
     tile = {"ROWS": 8, "COLUMNS": 16, "DEEP": 32, "WIDE": 32, "POOL": True}
     for text in (
@@ -272,6 +273,11 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
         assert "cp.async.cg.shared.global" in text
         assert "st.global.v4" in text
         assert ".local" not in text
+    text = ptx(kernels._head, out="fp32", UNIT=8, CHANNELS=64, RESULTS=4, SIDE=2, PIXELS=128, DEEP=64, WIDE=16)
+    assert "mma" in text
+    assert "ld.global.v4" in text
+    text = ptx(kernels._split_patches, x="fp32", UNIT=8, CHANNELS=3, WIDTH=16, SIDE=2, PIXELS=128, WIDE=16)
+    assert "st.global.v4" in text
     text = ptx(kernels._place_and_pool, UNIT=8, CHANNELS=24, WINDOWS=32, WIDE=32)
     assert "ld.global.v4" in text
     assert "st.global.v4" in text
@@ -290,12 +296,10 @@ def test_every_route_that_wins_is_right_on_cuda(monkeypatch, dtype, size, featur
     model = trained(features=features, skip_first=skip_first).cuda()
     x = pictures(model, *size).cuda()
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
-    for maker in [cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, *cuda._TILES]:  # each where it can, be it slow or fast
-        kind = maker.func if isinstance(maker, partial) else maker
-        monkeypatch.setattr(cuda, "_TILES", (maker,) if kind is cuda._Kernel else ())
+    for maker in (cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, cuda._Kernel):  # each where it can, be it slow or fast
         monkeypatch.setattr(cuda, "_winners", {})
         monkeypatch.setattr(cuda, "_leaders", {})
-        prefer(monkeypatch, kind, cuda._KernelUp)
+        prefer(monkeypatch, maker, cuda._KernelUp, cuda._KernelHead)
         fast = optimize_for_inference(model, dtype=dtype)
         poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
         del poison
@@ -318,7 +322,8 @@ def test_the_kernels_are_among_the_right_routes_on_cuda():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_milliseconds", milliseconds)
         optimize_for_inference(model, dtype=torch.bfloat16)(pictures(model, 160, 240).cuda())
-    assert set(times) == {"_Plain", "_Cudnn", "_CudnnPlaced", "_Kernel", "_PlainUp", "_ProductUp", "_KernelUp"}
+    of_layers = {"_Plain", "_Cudnn", "_CudnnPlaced", "_Kernel", "_PlainUp", "_ProductUp", "_KernelUp"}
+    assert set(times) == of_layers | {"_PlainHead", "_KernelHead"}
     assert all(0 < time < 100 for time in times.values())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..blocks import match_size
 from .folding import Layer, Parts
-from .levels import PlainLevel, Step, chain, copied, places
+from .levels import PlainEnds, PlainLevel, Step, chain, copied, places
 
 Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
 Maker = Callable[[Layer, torch.dtype], Route]
@@ -39,7 +39,8 @@ class CudaLevel(PlainLevel):
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         self.missing = -parts.channels % _ALIGNED
-        super().__init__(parts.widened(parts.channels + self.missing), dtype)
+        self.channels = parts.channels + self.missing
+        super().__init__(parts.widened(self.channels), dtype)
         self.width = parts.width
         self.total = parts.up_convs[0].weight.shape[1] if parts.up_convs else self.width
         self.up_conv: _Fastest | None = None
@@ -52,7 +53,7 @@ class CudaLevel(PlainLevel):
         """A layer as a function of its map, and of the place for the result."""
         if not layer.relu:
             return _Fastest(layer, self.dtype, (_Plain,))
-        own = _TILES if max(layer.weight.shape[:2]) <= _WIDEST else ()
+        own = (_Kernel,) if max(layer.weight.shape[:2]) <= _WIDEST else ()
         return _Fastest(layer, self.dtype, (_Plain, _Cudnn, *own), (_Plain, _Cudnn, _CudnnPlaced, *own))
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -77,12 +78,57 @@ class CudaLevel(PlainLevel):
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
-        if not self.missing:
+        if not self.missing or x.shape[1] == self.channels:
             return self.enter(x)
         whole = _empty(x, x.shape[1] + self.missing, x.shape[-2:], self.dtype)
         whole[:, : x.shape[1]] = x
         whole[:, x.shape[1] :] = 0
         return whole
+
+
+class CudaEnds(PlainEnds):
+    """Splits pictures, and joins logits, in one kernel of Triton each, where it is right.
+
+    Args:
+        head: the last convolution.
+        side: of the patches.
+        dtype: of the maps.
+        channels: of the first level.
+    """
+
+    def __init__(self, head: nn.Conv2d, side: int, dtype: torch.dtype, channels: int) -> None:
+        super().__init__(head, side, dtype)
+        self.channels = channels
+        assert head.bias is not None
+        self.joined = _Fastest(Layer(head.weight.detach(), head.bias.detach(), ()), dtype, _heads(side))
+        self._kernel_is_right: bool | None = None
+
+    def split(self, x: Tensor) -> Tensor:
+        """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2 or more, h, w)."""
+        if self._kernel_is_right is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._kernel_is_right = self._compare(x)
+        return self._split(x) if self._kernel_is_right else super().split(x)
+
+    def _split(self, x: Tensor) -> Tensor:
+        from .kernels import split_patches
+
+        out = _empty(x, self.channels, [-(-side // self.side) for side in x.shape[-2:]], self.dtype)
+        split_patches(x, out, self.side)
+        return out
+
+    def _compare(self, x: Tensor) -> bool:
+        """Whether the kernel gives what PyTorch's operations do, and zeros."""
+        expected = super().split(x).to(self.dtype)
+        try:
+            found = self._split(x)
+            return torch.equal(found[:, : expected.shape[1]], expected) and not found[:, expected.shape[1] :].any()
+        except Exception as error:  # whatever it is, there is the plain way
+            logger.debug("no kernel splits %s: %r", tuple(x.shape), error)
+            return False
+
+    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits of this size from the last map, (N, width, h, w) to float32 (N, C, *size)."""
+        return self.joined(x.to(self.dtype, memory_format=torch.channels_last))[..., : size[0], : size[1]]
 
 
 # --- routes: of a layer with a ReLU; with a place they fill it, and give the map pooled
@@ -126,12 +172,12 @@ class _CudnnPlaced(_Cudnn):
 
 
 class _Kernel:
-    """All in one kernel of Triton, by tiles of some size."""
+    """All in one kernel of Triton."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, **tile: int) -> None:
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         from .kernels import Conv3x3
 
-        self.conv = Conv3x3(layer.weight.to(dtype), layer.bias, **tile)
+        self.conv = Conv3x3(layer.weight.to(dtype), layer.bias)
 
     def __call__(self, x: Tensor, place: Tensor | None = None) -> Tensor:
         if place is None:
@@ -141,12 +187,6 @@ class _Kernel:
         pooled = _empty(x, self.conv.out_channels, _halved(x))
         self.conv(x, place, pooled)
         return pooled
-
-
-_TILES = tuple(
-    partial(_Kernel, rows=rows, columns=16, warps=warps, stages=stages)
-    for rows, warps, stages in ((8, 4, 1), (8, 4, 3), (16, 8, 3))
-)
 
 
 # --- routes: of a transposed convolution; they fill the place
@@ -188,6 +228,39 @@ class _KernelUp:
     def __call__(self, x: Tensor, place: Tensor) -> Tensor:
         self.conv(x, place)
         return place
+
+
+# --- routes: of the last convolution; to float32 logits of the picture's pixels
+
+
+class _PlainHead:
+    """PyTorch's own operations."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, *, side: int) -> None:
+        self.weight, self.bias = layer.weight.to(dtype, memory_format=torch.channels_last), layer.bias.to(dtype)
+        self.side = side
+
+    def __call__(self, x: Tensor, place: None = None) -> Tensor:
+        logits = F.conv2d(x, self.weight, self.bias).float()
+        return F.pixel_shuffle(logits, self.side) if self.side > 1 else logits
+
+
+class _KernelHead:
+    """All in one kernel of Triton."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, *, side: int) -> None:
+        from .kernels import Head
+
+        self.convolve = Head(layer.weight.to(dtype), layer.bias, side)
+
+    def __call__(self, x: Tensor, place: None = None) -> Tensor:
+        return self.convolve(x)
+
+
+@cache
+def _heads(side: int) -> tuple[Maker, ...]:
+    """Always the same objects, by which trials are known."""
+    return partial(_PlainHead, side=side), partial(_KernelHead, side=side)
 
 
 # --- the trial
@@ -293,7 +366,7 @@ class _Case:
     def agree(self, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
         """Whether results agree to a few roundings, of numbers about 1."""
         near = partial(
-            torch.allclose, rtol=(error := 1e-5 + 4 * torch.finfo(expected[0].dtype).eps), atol=error, equal_nan=True
+            torch.allclose, rtol=(error := 1e-5 + 4 * torch.finfo(self.maps[0].dtype).eps), atol=error, equal_nan=True
         )
         return all(near(*pair) for results in zip(found, expected) for pair in zip(*results))  # picture by picture: less memory
 

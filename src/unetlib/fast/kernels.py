@@ -22,17 +22,17 @@ class Conv3x3:
         bias: (out,).
         rows: of the tile of pixels that a program computes; even, as the columns are, and powers of two.
         columns: of the tile.
-        warps: that share a tile.
-        stages: of loads on their way while others are multiplied; 1 leaves the reading again of neighbours to the L1 cache.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, rows: int, columns: int, warps: int, stages: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, rows: int = 8, columns: int = 16) -> None:
         self.out_channels, self.channels = weight.shape[:2]
         self.wide = _wide(self.out_channels)
         self.deep = 64 if self.channels % 64 == 0 else 32
         numbers = weight.permute(2, 3, 1, 0).reshape(9 * self.channels, self.out_channels)
         self.weight, self.bias = _padded(numbers, self.deep, self.wide), _padded(bias.float()[None], 1, self.wide)[0]
-        self.rows, self.columns, self.options = rows, columns, {"num_warps": warps, "num_stages": stages}
+        # Of narrow maps the L1 cache holds all that neighbours read again; wider ones are loaded while others are multiplied.
+        stages = 1 if max(weight.shape[:2]) <= 16 else 3
+        self.rows, self.columns, self.options = rows, columns, {"num_warps": 4, "num_stages": stages}
 
     def __call__(self, x: Tensor, out: Tensor, pooled: Tensor | None = None) -> None:
         """Fill `out` (N, out, H, W), any slice of channels, and `pooled` (N, out, H // 2, W // 2), by x (N, in, H, W)."""
@@ -73,6 +73,51 @@ class UpConv2x2:
         )  # fmt: skip
 
 
+class Head:
+    """The last 1x1 convolution and its bias, its results stored as pixels of the picture.
+
+    Args:
+        weight: (out * side ** 2, in, 1, 1) in half precision.
+        bias: (out * side ** 2,).
+        side: of the patches.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, side: int) -> None:
+        self.results, self.channels = weight.shape[:2]
+        self.side, self.wide = side, _wide(self.results)
+        self.deep = 64 if self.channels % 64 == 0 else 32
+        self.weight = _padded(weight.flatten(1).T, self.deep, self.wide)
+        self.bias = _padded(bias.float()[None], 1, self.wide)[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (N, out, h * side, w * side), float32, of x (N, in, h, w)."""
+        count, _, height, width = x.shape
+        out = torch.empty(
+            count, self.results // self.side**2, height * self.side, width * self.side, dtype=torch.float32, device=x.device
+        )
+        unit, strides = _strides(x)
+        _head[(triton.cdiv(count * height * width, 128) * triton.cdiv(self.results, self.wide),)](
+            x, out, self.weight, self.bias, count * height * width, height, width, *strides,
+            UNIT=unit, CHANNELS=self.channels, RESULTS=self.results, SIDE=self.side, PIXELS=128, DEEP=self.deep,
+            WIDE=self.wide, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        return out
+
+
+def split_patches(x: Tensor, out: Tensor, side: int) -> None:
+    """Fill `out` (N, C * side ** 2 or more, h, w) by the patches of a picture (N, C, H, W) of any layout, and by zeros.
+
+    In the order and with the repeated border of `unetlib.blocks.split_patches`.
+    """
+    count, channels, height, width = out.shape
+    wide = _wide(channels)
+    unit, strides = _strides(out)
+    _split_patches[(triton.cdiv(count * height * width, 2048 // wide) * triton.cdiv(channels, wide),)](
+        x, out, count * height * width, height, width, x.shape[2], x.shape[3], *x.stride(), *strides,
+        UNIT=unit, CHANNELS=x.shape[1], WIDTH=channels, SIDE=side, PIXELS=2048 // wide, WIDE=wide,
+    )  # fmt: skip
+
+
 def place_and_pool(x: Tensor, out: Tensor, pooled: Tensor) -> None:
     """Copy x (N, C, H, W) to `out`, any slice of channels, and its 2x2 maxima to `pooled` (N, C, H // 2, W // 2)."""
     count, channels, height, width = x.shape
@@ -102,7 +147,8 @@ def _padded(numbers: Tensor, rows: int, columns: int) -> Tensor:
 
 
 # Not compiled anew for sizes that are 1 or multiples of 16: what that would gain is known by UNIT.
-_SIZES = ["pixels", "windows", "height", "width", *(f"{name}_{dim}" for name in ("x", "out", "pooled") for dim in "nhw")]
+_SIZES = ["pixels", "windows", "height", "width", "rows", "columns"]
+_SIZES += [f"{name}_{dim}" for name in ("x", "out", "pooled") for dim in "nchw"]
 _compiled = triton.jit(do_not_specialize=_SIZES)
 
 
@@ -213,3 +259,52 @@ def _place_and_pool(
     there = (n * pooled_n + row * pooled_h + column * pooled_w) * UNIT
     inside = ((window < windows) & (row < height // 2) & (column < width // 2))[:, None] & wanted
     tl.store(pooled + there[:, None] + channel[None, :], best, mask=inside)
+
+
+@_compiled
+def _head(
+    x, out, weight, bias, pixels, height, width, x_n, x_h, x_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, RESULTS: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (RESULTS + WIDE - 1) // WIDE
+    pixel = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
+    result = tl.program_id(0) % blocks * WIDE + tl.arange(0, WIDE)
+    n, row, column = (pixel // (height * width)).to(tl.int64), pixel // width % height, pixel % width
+    here = (n * x_n + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w) * UNIT
+
+    total = tl.zeros((PIXELS, WIDE), tl.float32)
+    for first in range(0, CHANNELS, DEEP):
+        depth = first + tl.arange(0, DEEP)
+        inside = (pixel < pixels)[:, None] & (depth < CHANNELS)[None, :]
+        maps = tl.load(x + here[:, None] + depth[None, :], mask=inside, other=0.0)
+        total = tl.dot(maps, tl.load(weight + depth[:, None] * (blocks * WIDE) + result[None, :]), total)
+    total += tl.load(bias + result)[None, :]
+
+    # Where each result lies in its patch, and each patch in the picture.
+    channel, below, beside = result // (SIDE * SIDE), result // SIDE % SIDE, result % SIDE
+    channels: tl.constexpr = RESULTS // (SIDE * SIDE)
+    line = (n[:, None] * channels + channel[None, :]) * height * SIDE + (row[:, None] * SIDE + below[None, :])
+    there = line * width * SIDE + column[:, None] * SIDE + beside[None, :]
+    tl.store(out + there, total, mask=(pixel < pixels)[:, None] & (result < RESULTS)[None, :])
+
+
+@_compiled
+def _split_patches(
+    x, out, pixels, height, width, rows, columns, x_n, x_c, x_h, x_w, out_n, out_h, out_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, PIXELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (WIDTH + WIDE - 1) // WIDE
+    pixel = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
+    place = tl.program_id(0) % blocks * WIDE + tl.arange(0, WIDE)
+    n, row, column = (pixel // (height * width)).to(tl.int64), pixel // width % height, pixel % width
+    channel, below, beside = place // (SIDE * SIDE), place // SIDE % SIDE, place % SIDE
+
+    y = tl.minimum(row[:, None] * SIDE + below[None, :], rows - 1).to(tl.int64)
+    z = tl.minimum(column[:, None] * SIDE + beside[None, :], columns - 1).to(tl.int64)
+    here = n[:, None] * x_n + channel[None, :].to(tl.int64) * x_c + y * x_h + z * x_w
+    inside = (pixel < pixels)[:, None]
+    value = tl.load(x + here, mask=inside & (channel < CHANNELS)[None, :], other=0.0)
+    there = (n * out_n + row.to(tl.int64) * out_h + column.to(tl.int64) * out_w) * UNIT
+    tl.store(out + there[:, None] + place[None, :], value.to(out.dtype.element_ty), mask=inside & (place < WIDTH)[None, :])

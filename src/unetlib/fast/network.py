@@ -17,7 +17,7 @@ from ..blocks import DoubleConv
 from ..memory import keep_freed, release_freed
 from ..unet import UNet, check_input
 from . import native_kernels, winograd
-from .cuda import CudaLevel, compiled
+from .cuda import CudaEnds, CudaLevel, compiled
 from .folding import Parts
 from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
 from .native import NativeEnds, NativeLevel
@@ -128,6 +128,7 @@ class FastUNet(nn.Module):
         self._levels: dict[tuple[int, Way], Level] = {}
         self._plain_ends = PlainEnds(self._head, self.config.patch_size, dtype)
         self._native_ends: NativeEnds | None = None
+        self._cuda_ends: CudaEnds | None = None
         if compile:
             self._run = compiled(self._logits, self.device)
         if self.device.type == "cuda":
@@ -196,12 +197,14 @@ class FastUNet(nn.Module):
         return ends.head(x, size)
 
     def _ends(self, first: Level) -> Ends:
-        """The ends that suit the first level."""
-        if not isinstance(first, NativeLevel):
-            return self._plain_ends
-        if self._native_ends is None:
-            self._native_ends = NativeEnds(self._head, self.config.patch_size, first.channels)
-        return self._native_ends
+        """The ends that suit the first level, made when first wanted, and kept."""
+        if isinstance(first, NativeLevel):
+            self._native_ends = self._native_ends or NativeEnds(self._head, self.config.patch_size, first.channels)
+            return self._native_ends
+        if isinstance(first, CudaLevel):
+            self._cuda_ends = self._cuda_ends or CudaEnds(self._head, self.config.patch_size, self.dtype, first.channels)
+            return self._cuda_ends
+        return self._plain_ends
 
     def _levels_for(self, size: torch.Size) -> list[Level]:
         """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""
