@@ -40,8 +40,13 @@ from unetlib.transforms import PerPicture, train_transform
 Size = tuple[int, int] | None  # None: each picture's own
 STUDY = "study"
 FIRST, LATER = "unetlib, first epoch", "unetlib, later epochs"
-MEANS = {"unetlib, mean of the study's 3 epochs": 3, "unetlib, mean of 10 epochs": 10}  # of one first and the later ones
 FIRST_BYTES, LATER_BYTES = "unetlib, bytes for the device, first epoch", "unetlib, bytes for the device, later epochs"
+MEANS = {  # of one first epoch and later ones
+    "unetlib, mean of the study's 3 epochs": (3, FIRST, LATER),
+    "unetlib, mean of 10 epochs": (10, FIRST, LATER),
+    "unetlib, bytes for the device, mean of 3": (3, FIRST_BYTES, LATER_BYTES),
+}
+ROWS = (STUDY, FIRST, LATER, *[*MEANS][:2], FIRST_BYTES, LATER_BYTES, [*MEANS][2])
 
 
 class StudyDataset(Dataset):
@@ -112,11 +117,11 @@ def compare(carvana: CarvanaDataset, size: Size, repeats: int, workers: int) -> 
     epochs = []
     for _ in range(repeats):
         spent = time_epoch(contestants(carvana, size), workers)
-        for name, count in MEANS.items():
-            spent[name] = tuple((first + (count - 1) * later) / count for first, later in zip(spent[FIRST], spent[LATER]))
+        for name, (count, first, later) in MEANS.items():
+            spent[name] = tuple((one + (count - 1) * other) / count for one, other in zip(spent[first], spent[later]))
         epochs.append(spent)
     rows = []
-    for name in (STUDY, FIRST, LATER, *MEANS, FIRST_BYTES, LATER_BYTES):
+    for name in ROWS:
         row: dict[str, Any] = {"size": "full" if size is None else f"{size[0]}x{size[1]}", "data": name}
         for number, clock in enumerate(("wall", "cpu")):
             row[f"{clock}_seconds"] = [epoch[name][number] for epoch in epochs]
@@ -194,15 +199,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and train_masks/ (default: $UNETLIB_DATA/carvana)")
     parser.add_argument("--sizes", nargs="+", default=["160x240", "full"], metavar="HEIGHTxWIDTH", help="full: no resize")
     parser.add_argument("--files", type=int, default=24, help="pairs in an epoch")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs of each contestant")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs of each contestant; 0: no comparison")
     parser.add_argument("--workers", type=int, default=0, help="processes of the loader; 0: this one alone")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--steps", type=int, default=50 if cuda else 0, help="training steps for the busy share; 0: none")
     parser.add_argument("--batch", type=int, default=16, help="pictures in a training step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args(argv)
-    if args.files < 1 or args.repeats < 1:
-        parser.error("--files and --repeats must be at least 1")
+    if args.files < 1 or args.repeats < 0:
+        parser.error("--files must be at least 1, and --repeats at least 0")
     check(parser, args)
     asked = " ".join(args.sizes)
     try:
@@ -223,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
         print(f"{len(carvana)} {results['files']}, {args.repeats} repeats, {args.workers} workers")
         print(f"{'size':<9}{'data':<46}{'ms CPU':>9}{'ms wall':>9}{'samples/s':>11}{'x CPU':>8}{'x wall':>8}")
-        for size in args.sizes:
+        for size in args.sizes if args.repeats else ():
             for row in compare(carvana, size, args.repeats, args.workers):
                 results["rows"].append(row)
                 cpu, wall = (1e3 * statistics.median(row[f"{clock}_seconds"]) for clock in ("cpu", "wall"))

@@ -29,20 +29,28 @@ def test_table_and_json(folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     results = json.loads((tmp_path / "figures.json").read_text())
     rows = results["rows"]
-    names = [data.STUDY, data.FIRST, data.LATER, *data.MEANS, data.FIRST_BYTES, data.LATER_BYTES]
-    assert [(row["size"], row["data"]) for row in rows] == [(size, name) for size in ("32x48", "full") for name in names]
-    for row, study in zip(rows, [rows[0]] * 7 + [rows[7]] * 7, strict=True):
+    assert set(data.ROWS) == {data.STUDY, data.FIRST, data.LATER, data.FIRST_BYTES, data.LATER_BYTES, *data.MEANS}
+    assert [(row["size"], row["data"]) for row in rows] == [(size, name) for size in ("32x48", "full") for name in data.ROWS]
+    for row, study in zip(rows, [rows[0]] * 8 + [rows[8]] * 8, strict=True):
         assert len(row["cpu_seconds"]) == 2
         ratios = [a / b for a, b in zip(study["wall_seconds"], row["wall_seconds"])]
         assert row["wall_ratio"] == pytest.approx(sum(ratios) / 2)  # the median of two
-    for first, later, *means in (rows[1:5], rows[8:12]):
-        for row, count in zip(means, (3, 10), strict=True):
+    for first, later, *means in (rows[1:5], rows[5:8], rows[9:13], rows[13:16]):
+        for row, count in zip(means, (3, 10)):
             expected = [(a + (count - 1) * b) / count for a, b in zip(first["cpu_seconds"], later["cpu_seconds"])]
             assert row["cpu_seconds"] == pytest.approx(expected)
     printed = capsys.readouterr().out
     assert "3 photographs, 2 repeats, 0 workers" in printed
     assert printed.count("unetlib, later epochs") == 2
     assert "no training steps" in printed
+
+
+def test_without_a_comparison_there_are_steps_alone(folder, capsys):
+    options = ("--sizes", "32x48", "--files", "2", "--repeats", "0", "--device", "cpu", "--steps", "1", "--batch", "2")
+    data.main(["--data", str(folder), *options])
+    printed = capsys.readouterr().out
+    assert printed.count("the network computes") == 2
+    assert data.LATER not in printed
 
 
 def test_the_contestants_give_the_same_kind_of_samples(folder):
@@ -100,7 +108,7 @@ def test_the_busy_share_is_the_time_of_steps_over_that_with_loading(folder, on_d
     ("arguments", "message"),
     [
         (("--sizes", "160"), "--sizes must be HEIGHTxWIDTH such as 160x240, or full, not 160"),
-        (("--files", "0"), "--files and --repeats must be at least 1"),
+        (("--files", "0"), "--files must be at least 1, and --repeats at least 0"),
         (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder' for --json"),
     ],
 )
