@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import json
 import math
@@ -34,7 +35,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -57,10 +57,10 @@ from unetlib.checkpoints import check_space, load_checkpoint, random_state, save
 from unetlib.config import MATCHES
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
-from unetlib.loading import Augmented, ShuffledBatches
-from unetlib.memory import keep_freed, release_freed
+from unetlib.loading import Augmented, Draw, Resident, ShuffledBatches, listed, stacked
+from unetlib.memory import available_memory, keep_freed, release_freed
 from unetlib.synthetic import write_carvana
-from unetlib.transforms import eval_transform, train_transform
+from unetlib.transforms import PerPicture, eval_transform, train_transform
 from unetlib.visualize import grid, learning_curves, mask_to_image
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,10 +74,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For one large GPU: full resolution in patches, weighted borders, a long cosine, averaged weights. `--init carvana` begins
     # with the zoo's weights, grown to these widths.
     "full": {
-        "features": [48, 64, 64, 96, 128, 192], "bottleneck": 192, "patch_size": 2, "match": "replicate", "size": [1280, 1918],
+        "features": [32, 48, 64, 96, 128, 192], "bottleneck": 192, "patch_size": 2, "match": "replicate", "size": [1280, 1918],
         "epochs": 30, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "clip": 1.0, "ema": 0.998,
-        "loss": "bce-dice", "border_weight": 3.0, "border_size": 41, "rotation": 0.0, "vertical_flip": 0.0,
-        "color_jitter": 0.2, "low_resolution": 0.1, "validate_every": 5,
+        "loss": "bce-dice", "border_weight": 3.0, "border_size": 25, "rotation": 0.0, "vertical_flip": 0.0,
+        "color_jitter": 0.25, "low_resolution": 0.25, "least_resolution": 0.1, "validate_every": 5, "cache_gib": 12.0,
     },
 }  # fmt: skip
 
@@ -112,22 +112,31 @@ def train(
     check_space(args.out, needed=100 * parameters)  # two checkpoints of weights, average, moments; weights; pictures
 
     # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
-    chances = {name: getattr(args, name) for name in AUGMENTATION}
-    augment = train_transform(
-        None if args.window else args.size, **chances, mean=model.preprocessing.mean, std=model.preprocessing.std
-    )
+    augment = train_transform(None if args.window else args.size, **{name: getattr(args, name) for name in AUGMENTATION})
     if args.window:
         window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
         augment = v2.Compose([window, augment])
+    on_device = PerPicture(augment) if args.augment_on == "device" else None
     keep = None if args.crop or args.window else tuple(args.size)
-    budget = args.cache_gib / len(train_sets)
-    pictures = ConcatDataset([CachedDataset(dataset, keep, budget_gib=budget) for dataset in train_sets])
     names = [image for dataset in train_sets for image in dataset.images]
-    data = Augmented(pictures, augment)
+
+    def data_in(gib: float) -> Augmented:
+        sets = [CachedDataset(dataset, keep, budget_gib=gib / len(train_sets)) for dataset in train_sets]
+        return Augmented(ConcatDataset(sets), None if on_device else augment)
+
+    data = data_in(0)
     batches = ShuffledBatches(data, args.batch_size, seed=args.seed, rank=rank, world_size=world)
-    # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
-    loader = DataLoader(
-        data, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator()
+    loader: Resident | DataLoader[Any]
+    if on_device and Resident.nbytes(data) <= min(args.cache_gib * 2**30, available_memory(device) / 2):
+        loader = Resident(data, batches, device, workers=args.workers, progress=rank == 0)
+    else:
+        # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
+        loader = DataLoader(
+            data_in(args.cache_gib), batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
+            pin_memory=device.type == "cuda", collate_fn=listed if on_device else stacked, generator=torch.Generator(),
+        )  # fmt: skip
+    mean, std = (
+        torch.tensor(part, device=device).view(-1, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
     )
 
     # Model, loss, optimizer, schedule.
@@ -136,7 +145,7 @@ def train(
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    average = AveragedModel(model, multi_avg_fn=moving_average(args.ema), use_buffers=True) if args.ema else None
+    average = copy.deepcopy(model) if args.ema else None
     forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if args.compile:
         forward = torch.compile(forward)
@@ -182,16 +191,16 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.out / "tensorboard")
-    unseen: deque[tuple[Tensor, Tensor]] = deque()  # losses not yet read: reading one waits for the device
+    unseen: deque[tuple[Tensor, list[Draw]]] = deque()  # losses not yet read: reading one waits for the device
 
     def read_losses(leave: int = 0) -> None:
         while len(unseen) > leave:
-            loss, indices = unseen.popleft()
+            loss, draws = unseen.popleft()
             history["loss"].append(loss.item())
             if not math.isfinite(history["loss"][-1]):
                 raise SystemExit(
                     f"the loss is {history['loss'][-1]} in step {len(history['loss'])}, pictures "
-                    f"{', '.join(names[index] for index in indices)}; look at these, or try a smaller --lr, --clip 1 or "
+                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or try a smaller --lr, --clip 1 or "
                     "--precision fp32; the last checkpoint is from before"
                 )
 
@@ -203,12 +212,15 @@ def train(
             unit="picture", mininterval=args.log_every, disable=rank > 0,
         )  # fmt: skip
         started = time.perf_counter()
-        for images, masks, indices in loader:
+        for images, masks, draws in loader:
+            if on_device:
+                images, masks = ([part.to(device, non_blocking=True) for part in parts] for parts in (images, masks))
+                images, masks = on_device(images, masks, [draw.seed for draw in draws])
             optimizer.zero_grad(set_to_none=True)
             shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
             total = torch.zeros((), device=device)
             for number, (inputs, targets) in enumerate(shares, 1):
-                inputs = inputs.to(device, non_blocking=True)
+                inputs = inputs.to(device, non_blocking=True).sub(mean).div_(std)
                 targets = targets.to(device, non_blocking=True)
                 # Gradients meet those of the other processes once a step, with the last share.
                 with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
@@ -224,9 +236,9 @@ def train(
             scaler.update()
             schedule.step()
             if average:
-                average.update_parameters(model)
+                follow(average, model, args.ema, steps=len(history["loss"]) + len(unseen))
             step += 1
-            unseen.append((total, indices))
+            unseen.append((total, draws))
             read_losses(leave=1 if device.type == "cuda" else 0)
             if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
                 truth = targets.round().long() if targets.is_floating_point() else targets
@@ -246,7 +258,7 @@ def train(
             "pictures_per_second": (len(batches) - batches.first) * args.batch_size / (time.perf_counter() - started),
         }
         if epoch % args.validate_every == 0 or epoch == args.epochs:
-            judged = average.module if average else model
+            judged = average or model
             with autocast:
                 scores = validate(args, process, judged, val_set)
             entry |= {key: scores[key] for key in ("dice", "iou", "accuracy")}
@@ -289,16 +301,17 @@ def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tens
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
 
 
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """The exponential moving average of weights and statistics; it follows faster at first, so that short runs have one."""
+def follow(average: nn.Module, model: nn.Module, decay: float, steps: int) -> None:
+    """Move an average of weights and statistics towards a model's; faster in the first steps, so that short runs have one.
 
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
-        else:
-            torch._foreach_copy_(averages, values)
-
-    return update
+    That of PyTorch (`AveragedModel`) counts its steps on the device, and so waits for it in each.
+    """
+    mine, others = [*average.state_dict().values()], [*model.state_dict().values()]
+    floats = [number for number, tensor in enumerate(mine) if tensor.is_floating_point()]
+    share = 1 - min(decay, (1 + steps) / (10 + steps))
+    torch._foreach_lerp_([mine[number] for number in floats], [others[number] for number in floats], share)
+    for number in {*range(len(mine))}.difference(floats):  # counts of batches
+        mine[number].copy_(others[number])
 
 
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -433,6 +446,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
     add("--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures; the rest is decoded again")
     add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures")
+    add("--augment-on", choices=("workers", "device"), default="device" if cuda else "workers", help="place of augmentation")
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end")
     add("--validate-every", type=int, default=1, metavar="EPOCHS")
     add("--validate-at", choices=("original", "size"), default="original", help="score at the pictures' own size or at --size")

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 
-from unetlib.loading import Augmented, Draw, ShuffledBatches
+from unetlib.loading import Augmented, Draw, Resident, ShuffledBatches, listed, stacked
+from unetlib.transforms import PerPicture, train_transform
 
 
 def test_each_picture_comes_once_a_pass_in_an_order_of_its_own():
@@ -65,10 +67,45 @@ def test_chance_is_the_same_in_any_number_of_workers(workers):
     batches = ShuffledBatches(PAIRS, batch_size=4, seed=3)
     data = Augmented(PAIRS, noisy)
     expected = [[data[draw] for draw in batch] for batch in batches]
-    for batch, (images, masks, indices) in zip(expected, DataLoader(data, batch_sampler=batches, num_workers=workers)):
+    loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=stacked)
+    for batch, (images, masks, draws) in zip(expected, loader, strict=True):
         assert torch.equal(images, torch.stack([image for image, _, _ in batch]))
-        assert torch.equal(masks, indices)
-        assert indices.tolist() == [index for _, _, index in batch]
+        assert masks.tolist() == [draw.item for draw in draws]
+        assert draws == [draw for _, _, draw in batch]
+
+
+def test_augmented_later_pictures_are_what_workers_make_of_them():
+    sizes = [(8, 12), (10, 14)] * 4
+    shares = torch.arange(8 * 12 // 2) / 255
+    pairs = [
+        (tv_tensors.Image(torch.randint(256, (3, *size), dtype=torch.uint8)), tv_tensors.Mask(shares.new_ones(size)))
+        for size in sizes
+    ]
+    pairs[0][1][:4] = shares.view(4, 12)
+    transform = train_transform((8, 12), color_jitter=0.2)
+    data, plain = Augmented(pairs, transform), Augmented(pairs, None)
+    batches = ShuffledBatches(pairs, batch_size=4, seed=3)
+    early = DataLoader(data, batch_sampler=batches, collate_fn=stacked)
+    late = DataLoader(plain, batch_sampler=batches, collate_fn=listed)
+    resident = Resident(plain, batches, torch.device("cpu"), workers=1)
+    assert sum(image.nbytes + mask.nbytes for image, mask in zip(resident.images, resident.masks)) == 4 * 4 * (96 + 140)
+    assert Resident.nbytes(plain) == 8 * 4 * 96
+    augment = PerPicture(transform)
+    for (images, masks, draws), *others in zip(early, late, resident, strict=True):
+        for other_images, other_masks, other_draws in others:
+            assert other_draws == draws
+            found, found_masks = augment(other_images, other_masks, [draw.seed for draw in other_draws])
+            assert torch.equal(found, images)
+            torch.testing.assert_close(found_masks, masks, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("values", [torch.bool, torch.uint8, torch.int64])
+def test_classes_stay_as_they_are(values):
+    mask = torch.tensor([[0, 1], [1, 0]]).to(values)
+    data = Augmented([(torch.zeros(3, 2, 2, dtype=torch.uint8), mask)], None)
+    [(_, masks, _)] = Resident(data, ShuffledBatches(data, batch_size=1), torch.device("cpu"))
+    assert masks[0].dtype == values
+    assert torch.equal(masks[0], mask)
 
 
 def test_augmentation_leaves_the_chance_outside_alone():

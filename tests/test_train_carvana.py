@@ -154,6 +154,14 @@ def test_shares_of_a_batch_give_the_step_of_the_whole(script, data, tmp_path):
         torch.testing.assert_close(second["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_augmented_on_the_device_pictures_are_what_workers_make_of_them(script, data, tmp_path):
+    options = ["--data", str(data), *TINY, "--epochs", "1", "--rotation", "20", "--low-resolution", "0.5", "--noise", "0.1"]
+    for place in ("workers", "device"):
+        script.main([*options, "--augment-on", place, "--out", str(tmp_path / place)])
+    first, second = (json.loads((tmp_path / place / "history.json").read_text()) for place in ("workers", "device"))
+    assert first["loss"] == second["loss"]
+
+
 def test_training_starts_from_given_weights(script, data, tmp_path):
     UNet(features=(8, 16)).save_pretrained(tmp_path / "start")
     options = ["--init", str(tmp_path / "start"), "--lr", "1e-9", "--ema", "0", "--epochs", "1"]

@@ -350,6 +350,10 @@ def test_a_batch_of_masks_with_a_channel():
         PerPicture(train_transform())(images[0], masks[0])
     with pytest.raises(ValueError, match="as many masks"):
         PerPicture(train_transform())(images, masks[:1])
+    with pytest.raises(ValueError, match="seeds must be one for each of the 2 pictures, not 1"):
+        PerPicture(train_transform())(images, masks, [1])
+    with pytest.raises(ValueError, match="not 2 in a list and 1 in a list"):
+        PerPicture(train_transform())([*images], [*masks[:1]])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

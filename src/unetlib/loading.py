@@ -6,11 +6,14 @@ or on more machines, sees what an unbroken run on one would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from .transforms import seeded
 
 
 class Draw(NamedTuple):
@@ -72,16 +75,17 @@ class ShuffledBatches(Sampler[list[Draw]]):
             yield [Draw(index, (base * self.length + index) % 2**63) for index in batch]
 
 
-class Augmented(Dataset[tuple[Any, Any, int]]):
+class Augmented(Dataset[tuple[Any, Any, Draw]]):
     """A data set with augmentation whose chance comes from the `Draw` alone; the random state outside stays as it was.
 
     Args:
         dataset: its items are pairs of picture and mask.
         transform: takes and returns such a pair, and draws its chance from torch's global generator, as
-            `torchvision.transforms.v2` does.
+            `torchvision.transforms.v2` does; None where pictures are augmented later, on their device:
+            `unetlib.transforms.PerPicture` takes the seeds of the draws.
 
     Returns:
-        For a `Draw`, the transformed picture, its mask, and the index.
+        For a `Draw`, the transformed picture, its mask, and the draw.
 
     Example:
         >>> dataset = Augmented([(torch.zeros(1), torch.zeros(1))], lambda image, mask: (image + torch.rand(1), mask))
@@ -89,15 +93,90 @@ class Augmented(Dataset[tuple[Any, Any, int]]):
         (True, False)
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    def __init__(self, dataset: Any, transform: Callable[[Any, Any], tuple[Any, Any]] | None) -> None:
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
         """Pictures in the data set."""
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw) -> tuple[Any, Any, int]:
-        """One picture, its mask and its index."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw.seed)
-            return *self.transform(*self.dataset[draw.item]), draw.item
+    def __getitem__(self, draw: Draw) -> tuple[Any, Any, Draw]:
+        """One picture, its mask and the draw."""
+        pair = self.dataset[draw.item]
+        if self.transform is not None:
+            with seeded(draw.seed):
+                pair = self.transform(*pair)
+        return *pair, draw
+
+
+def stacked(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> tuple[Tensor, Tensor, list[Draw]]:
+    """A loader's `collate_fn` for items of `Augmented`: pictures and masks of one size as batches, draws as they are."""
+    images, masks, draws = zip(*samples)
+    return default_collate([*images]), default_collate([*masks]), [*draws]
+
+
+def listed(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> list[list[Any]]:
+    """The same for pictures of any sizes: lists, to be augmented on their device."""
+    return [[*part] for part in zip(*samples)]
+
+
+class Resident:
+    """The batches that a loader with `listed` would give, of pictures that lie on the device: decoded and sent there once.
+
+    Args:
+        data: `Augmented` without a transform.
+        batches: its `ShuffledBatches`.
+        device: where all is kept as bytes; masks of shares of pixels in steps of 1/255, as `CachedDataset` keeps them.
+        workers: processes that decode.
+        progress: show a bar meanwhile.
+
+    Example:
+        >>> data = Augmented([(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8)) for _ in range(4)], None)
+        >>> [(images, masks, draws)] = Resident(data, ShuffledBatches(data, batch_size=4), torch.device("cpu"))
+        >>> len(images), images[0].dtype, masks[0].dtype
+        (4, torch.uint8, torch.float32)
+    """
+
+    def __init__(
+        self, data: Augmented, batches: ShuffledBatches, device: torch.device, *, workers: int = 0, progress: bool = False
+    ) -> None:
+        """Decode everything."""
+        from tqdm.auto import tqdm
+
+        self.batches = batches
+        loader = DataLoader(_Bytes(data), batch_size=None, num_workers=workers)
+        self.images, self.masks, self.shares = [], [], []
+        for image, mask, share in tqdm(loader, "decoding", unit="picture", disable=not progress):
+            self.images.append(image.to(device))
+            self.masks.append(mask.to(device))
+            self.shares.append(share)
+
+    @staticmethod
+    def nbytes(data: Augmented) -> int:
+        """What all pictures and masks take, if they are as large as the first."""
+        image, mask, _ = _Bytes(data)[0]
+        return len(data) * (image.nbytes + mask.nbytes)
+
+    def __iter__(self) -> Iterator[list[list[Any]]]:
+        """The batches of the sampler."""
+        for draws in self.batches:
+            items = [draw.item for draw in draws]
+            masks = [self.masks[item].float().div_(255) if self.shares[item] else self.masks[item] for item in items]
+            yield [[self.images[item] for item in items], masks, draws]
+
+
+class _Bytes(Dataset[tuple[Tensor, Tensor, bool]]):
+    """Pictures, masks as bytes, and whether these are shares of pixels, in steps of 1/255; other masks are as they were."""
+
+    def __init__(self, data: Augmented) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, bool]:
+        image, mask, _ = self.data[Draw(item, seed=0)]
+        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
+        if not mask.is_floating_point():
+            return image, mask, False
+        return image, mask.mul(255).round_().to(torch.uint8), True

@@ -7,8 +7,9 @@ deviation of a model belong to its `Preprocessing`; set them here only where no 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -285,7 +286,7 @@ class PerPicture(torch.nn.Module):
         transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
 
     Raises:
-        ValueError: The batch is not (N, C, H, W), or there are not as many masks as pictures.
+        ValueError: The batch is not (N, C, H, W), or there are not as many masks, or seeds, as pictures.
 
     Example:
         >>> augment = PerPicture(train_transform(size=None))
@@ -300,16 +301,53 @@ class PerPicture(torch.nn.Module):
         self.transform = transform
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transform (N, C, H, W) pictures and (N, H, W) or (N, 1, H, W) masks; the results are stacked again."""
-        if images.ndim != 4 or len(images) != len(masks):
+    def forward(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        masks: torch.Tensor | Sequence[torch.Tensor],
+        seeds: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform (N, C, H, W) pictures and (N, H, W) or (N, 1, H, W) masks; the results are stacked again.
+
+        Lists of pictures and masks may be of several sizes. With `seeds`, one for each picture, the chance comes from them
+        alone, as in `unetlib.loading.Augmented`.
+        """
+        if (isinstance(images, torch.Tensor) and images.ndim != 4) or len(images) != len(masks):
             raise ValueError(
-                f"a batch must be pictures (N, C, H, W) and as many masks (N, H, W), not {tuple(images.shape)} and "
-                f"{tuple(masks.shape)}"
+                f"a batch must be pictures (N, C, H, W) and as many masks (N, H, W), not {_shapes(images)} and {_shapes(masks)}"
             )
-        pairs = [self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask)) for image, mask in zip(images, masks)]
+        if seeds is not None and len(seeds) != len(images):
+            raise ValueError(f"seeds must be one for each of the {len(images)} pictures, not {len(seeds)}")
+        pairs = []
+        for number, (image, mask) in enumerate(zip(images, masks)):
+            with contextlib.nullcontext() if seeds is None else seeded(seeds[number], image.device):
+                pairs.append(self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask)))
         new_images, new_masks = zip(*pairs)
         return torch.stack(new_images), torch.stack(new_masks)
+
+
+def _shapes(batch: torch.Tensor | Sequence[torch.Tensor]) -> str:
+    return str(tuple(batch.shape)) if isinstance(batch, torch.Tensor) else f"{len(batch)} in a list"
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw torch's random numbers from a seed, on the CPU and on a device; the random states outside stay as they were.
+
+    Args:
+        seed: 0 to 2**63 - 1.
+        device: That transforms draw on too; None or a CPU: none.
+
+    Example:
+        >>> with seeded(7):
+        ...     first = torch.rand(1)
+        >>> with seeded(7):
+        ...     torch.equal(torch.rand(1), first)
+        True
+    """
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def train_transform(
