@@ -123,7 +123,7 @@ def build(
 
 
 def held_on_cuda() -> tuple[int, int]:
-    """Bytes allocated and reserved, without what earlier contestants left to be used again: it would hide what a graph takes."""
+    """Bytes allocated and reserved, without what others left to be used again: it would hide what a graph takes."""
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
