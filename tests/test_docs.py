@@ -151,7 +151,8 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
 
 
 def test_the_training_page_has_every_option() -> None:
-    script = (ROOT / "examples" / "train_carvana.py").read_text(encoding="utf-8")
+    files = ("train_carvana.py", "training_options.py")
+    script = "".join((ROOT / "examples" / name).read_text(encoding="utf-8") for name in files)
     page = (DOCS / "training.md").read_text(encoding="utf-8")
     options = re.findall(r'^ +(?:parser\.)?add(?:_argument)?\(\s*"(--[a-z-]+)"', script, re.MULTILINE)
     assert len(options) > 10

@@ -1,0 +1,92 @@
+"""The options of training, which train_carvana.py and finetune.py share, and whole recipes of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unetlib.config import MATCHES
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The study: half precision with a scaler where there is CUDA, no schedule, validation at the network's size.
+    "study": {
+        "features": [64, 128, 256, 512], "size": [160, 240], "epochs": 3, "batch_size": 32, "lr": 1e-4, "weight_decay": 0.0,
+        "schedule": "constant", "loss": "bce", "clip": 0.0, "ema": 0.0, "rotation": 35.0, "horizontal_flip": 0.5,
+        "vertical_flip": 0.1, "color_jitter": 0.0, "channels_last": False, "validate_at": "size",
+        "precision": "fp16" if torch.cuda.is_available() else "fp32",
+    },
+    # For one large GPU: full resolution in patches, weighted borders, a long cosine, averaged weights. `--init carvana` begins
+    # with the zoo's weights, grown to these widths.
+    "full": {
+        "features": [32, 48, 64, 96, 128, 192], "bottleneck": 192, "patch_size": 2, "match": "replicate", "size": [1280, 1918],
+        "epochs": 30, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "clip": 1.0, "ema": 0.998,
+        "loss": "bce-dice", "border_weight": 3.0, "border_size": 25, "rotation": 0.0, "vertical_flip": 0.0,
+        "color_jitter": 0.25, "low_resolution": 0.25, "least_resolution": 0.1, "validate_every": 5, "cache_gib": 12.0,
+    },
+}  # fmt: skip
+
+# Options of `unetlib.transforms.train_transform`.
+AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale")
+AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "noise")
+
+# What may differ between the parts of a resumed run; everything else decides where it ends.
+FREE = {"out", "resume", "data", "init", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device"}
+FREE |= {"tensorboard"}
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Everything about the loop: model, augmentation, optimizer, precision, output."""
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures")
+    add("--init", help="start from these weights (a zoo name or a model folder) instead of random ones")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--features", type=int, nargs="+", help="width of each level (64 128 256 512); with --init, to grow to")
+    add("--bottleneck", type=int, help="width of the deepest block; with --init, to grow to")
+    add("--patch-size", type=int, metavar="PIXELS", help="side of the squares that the first level takes as one pixel")
+    add("--match", choices=MATCHES, help="how the decoder meets odd sizes")
+    add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"))
+    add("--epochs", type=int, default=3)
+    add("--batch-size", type=int, default=32, help="all processes together")
+    add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N shares, for want of memory")
+    add("--lr", type=float, default=1e-3, help="learning rate, the highest of a schedule")
+    add("--weight-decay", type=float, default=0.01)
+    add("--schedule", choices=("constant", "cosine", "onecycle"), default="cosine")
+    add("--warmup", type=float, default=0.1, help="share of the schedule spent rising")
+    add("--clip", type=float, default=0.0, metavar="NORM", help="largest norm of the gradients")
+    add("--ema", type=float, default=0.99, metavar="DECAY", help="validate and keep an average of the weights; 0: the weights")
+    add("--loss", choices=("bce", "bce-dice"), default="bce-dice", help="of several classes, cross-entropy instead of BCE")
+    add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice")
+    add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that makes a pixel an edge pixel")
+    add("--rotation", type=float, default=0.0, help="degrees either way")
+    add("--horizontal-flip", type=float, default=0.5)
+    add("--vertical-flip", type=float, default=0.0)
+    add("--color-jitter", type=float, default=0.2)
+    add("--grayscale", type=float, default=0.0, metavar="P", help="probability of losing colour")
+    add("--invert", type=float, default=0.0, metavar="P", help="probability of the negative")
+    add("--crop", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="train on parts that cover such shares of a picture")
+    add("--window", action="store_true", help="train on parts of --size pixels, cut out at the picture's own scale")
+    add("--scale", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="factors of a random zoom")
+    add("--elastic", type=float, default=0.0, metavar="PIXELS", help="strength of random bends")
+    add("--quarter-turns", action="store_true", help="turn by 0, 90, 180 or 270 degrees")
+    add("--reflect", action="store_true", help="mirror the picture where turns, zoom and bends reach beyond it")
+    add("--low-resolution", type=float, default=0.0, metavar="P", help="probability of losing detail")
+    add("--least-resolution", type=float, default=0.2, metavar="FACTOR", help="of the size, left by --low-resolution")
+    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian noise, of pixels from 0 to 1, in half the pictures")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda)
+    add("--compile", action="store_true", help="torch.compile")
+    add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
+    add("--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures; the rest is decoded again")
+    add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures")
+    add("--augment-on", choices=("workers", "device"), default="device" if cuda else "workers", help="place of augmentation")
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end")
+    add("--validate-every", type=int, default=1, metavar="EPOCHS")
+    add("--validate-at", choices=("original", "size"), default="original", help="score at the pictures' own size or at --size")
+    add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar")
+    add("--tensorboard", action="store_true")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--seed", type=int, default=0)
