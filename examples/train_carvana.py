@@ -304,6 +304,9 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
 
 def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: ImageMaskDataset) -> dict[str, float]:
     """Scores at the pictures' own size, or at the network's; each process counts its share."""
+    if process.world_size > 1:  # each has batch-norm statistics of its own, and those of the first are saved
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     share: Any = val_set.subset(range(process.rank, len(val_set), process.world_size))
     if args.validate_at == "size":
         share.transform = eval_transform(args.size)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_fast import OPTIONS, error, on_cuda, pictures, trained
 
+from unetlib.blocks import split_patches
 from unetlib.fast import cuda, network, optimize_for_inference, replays
 from unetlib.fast.cuda import CudaLevel, fastest
 from unetlib.fast.folding import Layer
@@ -230,6 +231,24 @@ def test_only_narrow_layers_try_kernels_of_triton():
     level.dtype = torch.bfloat16
     assert cuda._Kernel in level.step(layer(64, 128)).routes
     assert cuda._Kernel not in level.step(layer(128, 136)).routes
+
+
+@pytest.mark.parametrize("place", [0, 11, 15])
+def test_a_kernel_that_splits_wrongly_is_left_out_for_its_type_of_pictures(monkeypatch, place):
+    def split(self, x):
+        out = torch.zeros(len(x), self.channels, 3, 4)
+        out[:, :12] = split_patches(x, 2)
+        out[:, place, -1, -1] += x.dtype == torch.float64
+        return out
+
+    monkeypatch.setattr(cuda.CudaEnds, "_split", split)
+    ends = cuda.CudaEnds(torch.nn.Conv2d(16, 4, 1), 2, torch.float32, 16)
+    x = torch.rand(2, 3, 5, 7)
+    x[0, 1, 2, 3] = torch.nan  # as in the kernel
+    for _ in range(2):
+        assert ends.split(x).shape[1] == 16
+        found = ends.split(x.double())
+        torch.testing.assert_close(found, split_patches(x, 2), equal_nan=True)
 
 
 # --- Triton's kernels

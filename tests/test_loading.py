@@ -108,6 +108,17 @@ def test_classes_stay_as_they_are(values):
     assert torch.equal(masks[0], mask)
 
 
+def test_what_workers_decoded_is_copied_out_of_their_memory_and_takes_no_chance():
+    data = Augmented([(torch.full((3, 2, 2), i, dtype=torch.uint8), torch.zeros(2, 2)) for i in range(4)], None)
+    for workers in (0, 1):
+        state = torch.get_rng_state()
+        resident = Resident(data, ShuffledBatches(data, batch_size=4), torch.device("cpu"), workers=workers)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [int(image[0, 0, 0]) for image in resident.images] == [0, 1, 2, 3]
+        assert not any(part.is_shared() for part in resident.images + resident.masks)
+        assert resident.images[0].data_ptr() != data[Draw(0, 0)][0].data_ptr()
+
+
 def test_augmentation_leaves_the_chance_outside_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -19,7 +20,8 @@ from PIL import Image
 from test_distributed import run_processes
 from torch.utils.flop_counter import FlopCounterMode
 
-from unetlib import CarvanaDataset, UNet, UNetConfig
+from unetlib import CarvanaDataset, Preprocessing, UNet, UNetConfig
+from unetlib.cache import CachedDataset
 from unetlib.checkpoints import load_checkpoint
 from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
@@ -143,6 +145,23 @@ def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
     assert evaluate(model, val_set)["dice"] == two["best"]["dice"]
 
 
+@pytest.mark.parametrize("decay", ["0", "0.5"])
+def test_two_processes_validate_what_is_saved_though_each_has_statistics_of_its_own(data, tmp_path, decay):
+    model, train_set = UNet(features=(8, 16)), CarvanaDataset(data / "train", data / "train_masks")
+    images = [torch.from_numpy(train_set[i][0]).permute(2, 0, 1)[None] / 255 for i in range(8)]
+    with torch.no_grad():
+        for image in images:
+            model(image)
+        model.head.bias -= torch.cat([*map(model.eval(), images)]).median()  # logits of both signs
+    model.save_pretrained(tmp_path / "start")
+    options = ["--data", str(data), *TINY, "--init", str(tmp_path / "start"), "--epochs", "1", "--ema", decay, "--lr", "1e-9"]
+    run_processes(2, str(SCRIPT), *options, "--out", str(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    model.load_state_dict(checkpoint["model" if decay == "0" else "average"])
+    model.preprocessing = UNet.from_pretrained(tmp_path / "model").preprocessing
+    assert evaluate(model, CarvanaDataset(data / "val", data / "val_masks"))["dice"] == checkpoint["best"]["dice"]
+
+
 def test_shares_of_a_batch_give_the_step_of_the_whole(script, data, tmp_path):
     UNet(features=(8, 16), norm="group").save_pretrained(tmp_path / "start")
     options = ["--data", str(data), *TINY, "--init", str(tmp_path / "start"), "--epochs", "1", "--clip", "0.1"]
@@ -156,10 +175,44 @@ def test_shares_of_a_batch_give_the_step_of_the_whole(script, data, tmp_path):
 
 def test_augmented_on_the_device_pictures_are_what_workers_make_of_them(script, data, tmp_path):
     options = ["--data", str(data), *TINY, "--epochs", "1", "--rotation", "20", "--low-resolution", "0.5", "--noise", "0.1"]
-    for place in ("workers", "device"):
-        script.main([*options, "--augment-on", place, "--out", str(tmp_path / place)])
-    first, second = (json.loads((tmp_path / place / "history.json").read_text()) for place in ("workers", "device"))
-    assert first["loss"] == second["loss"]
+    places = {"workers": "workers", "device": "device", "sent": "device --cache-gib 0 --workers 1"}  # decoded again each time
+    for name, place in places.items():
+        script.main([*options, "--augment-on", *place.split(), "--out", str(tmp_path / name)])
+    first, *others = (json.loads((tmp_path / name / "history.json").read_text())["loss"] for name in places)
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_the_network_sees_pictures_less_its_mean_over_its_deviation(script, data, tmp_path, monkeypatch, place):
+    seen = []
+    model = UNet(features=(4, 8))
+    model.preprocessing = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    model.register_forward_pre_hook(lambda model, inputs: seen.extend(inputs if model.training else ()))
+    monkeypatch.setattr(script, "starting_model", lambda args: model)
+    options = shlex.split(f"--epochs 1 --ema 0 --horizontal-flip 0 --color-jitter 0 --augment-on {place}")
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    cached = CachedDataset(CarvanaDataset(data / "train", data / "train_masks"), (32, 48))
+    pixels = torch.stack([cached[i][0].as_subclass(torch.Tensor) for i in range(8)]) / 255
+    expected = (pixels.mean((0, 2, 3)) - torch.tensor((0.5, 0.4, 0.3))) / torch.tensor((0.2, 0.3, 0.4))
+    torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), expected, rtol=0, atol=1e-5)
+
+
+def test_the_average_follows_weights_and_statistics_and_takes_over_counts(script):
+    model = UNet(features=(4, 8))
+    average = copy.deepcopy(model)
+    expected = {key: value.double() for key, value in average.state_dict().items()}
+    for step in range(12):
+        model(torch.rand(2, 3, 8, 8))  # moves the statistics of batch norm
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight))
+        script.follow(average, model, 0.4, step)
+        kept = min(0.4, (1 + step) / (10 + step))  # 0.4 from the sixth step on
+        for key, value in model.state_dict().items():
+            expected[key] = kept * expected[key] + (1 - kept) * value if value.is_floating_point() else value.double()
+    for key, value in average.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-5)
+    assert average.state_dict()["encoder.0.norm1.num_batches_tracked"] == 12
 
 
 def test_training_starts_from_given_weights(script, data, tmp_path):

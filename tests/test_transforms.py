@@ -17,6 +17,7 @@ from unetlib.transforms import (
     RandomQuarterTurn,
     Resize,
     eval_transform,
+    seeded,
     train_transform,
 )
 
@@ -354,6 +355,22 @@ def test_a_batch_of_masks_with_a_channel():
         PerPicture(train_transform())(images, masks, [1])
     with pytest.raises(ValueError, match="not 2 in a list and 1 in a list"):
         PerPicture(train_transform())([*images], [*masks[:1]])
+
+
+def test_seeding_for_a_picture_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the state of every GPU is gone"))
+    with seeded(7):
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_chance_on_a_gpu_comes_from_the_seed_and_is_given_back():
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with seeded(7, torch.device("cuda", 0)):
+        expected = torch.rand(3, device="cuda", generator=torch.Generator("cuda").manual_seed(7))
+        assert torch.equal(torch.rand(3, device="cuda"), expected)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -144,11 +144,13 @@ class Resident:
         from tqdm.auto import tqdm
 
         self.batches = batches
-        loader = DataLoader(_Bytes(data), batch_size=None, num_workers=workers)
+        # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
+        loader = DataLoader(_Bytes(data), batch_size=None, num_workers=workers, generator=torch.Generator())
         self.images, self.masks, self.shares = [], [], []
         for image, mask, share in tqdm(loader, "decoding", unit="picture", disable=not progress):
-            self.images.append(image.to(device))
-            self.masks.append(mask.to(device))
+            # Copies on a CPU too: what a worker sends lies in shared memory, and holds a file open as long as it lives.
+            self.images.append(image.to(device, copy=True))
+            self.masks.append(mask.to(device, copy=True))
             self.shares.append(share)
 
     @staticmethod

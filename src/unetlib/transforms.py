@@ -332,11 +332,11 @@ def _shapes(batch: torch.Tensor | Sequence[torch.Tensor]) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Draw torch's random numbers from a seed, on the CPU and on a device; the random states outside stay as they were.
+    """Draw torch's random numbers from a seed, on the CPU and on a GPU; the random states outside stay as they were.
 
     Args:
         seed: 0 to 2**63 - 1.
-        device: That transforms draw on too; None or a CPU: none.
+        device: A CUDA device that transforms draw on too; None or a CPU: none.
 
     Example:
         >>> with seeded(7):
@@ -345,8 +345,12 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         ...     torch.equal(torch.rand(1), first)
         True
     """
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change every GPU's state, which none gives back
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -61,7 +61,7 @@ def _may_stand_for(model: nn.Module) -> bool:
     """Whether the network is what its class says: nobody's subclass, without hooks, other modules, or an autocast around it."""
     return (
         type(model) is UNet
-        and next(model.parameters()).device.type == "cpu"  # on CUDA only on request, until it has run on a GPU
+        and next(model.parameters()).device.type == "cpu"  # on CUDA only on request: its kernels are for half precision
         and not torch.is_autocast_enabled("cpu")
         and all(_is_plain(module) for module in model.modules() if module is not model)
         and not _is_changed(model)

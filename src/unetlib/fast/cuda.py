@@ -101,13 +101,13 @@ class CudaEnds(PlainEnds):
         self.channels = channels
         assert head.bias is not None
         self.joined = _Fastest(Layer(head.weight.detach(), head.bias.detach(), ()), dtype, _heads(side))
-        self._kernel_is_right: bool | None = None
+        self._kernel_is_right: dict[torch.dtype, bool] = {}  # for each type of pictures
 
     def split(self, x: Tensor) -> Tensor:
         """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2 or more, h, w)."""
-        if self._kernel_is_right is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._kernel_is_right = self._compare(x)
-        return self._split(x) if self._kernel_is_right else super().split(x)
+        if x.dtype not in self._kernel_is_right and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._kernel_is_right[x.dtype] = self._compare(x)
+        return self._split(x) if self._kernel_is_right.get(x.dtype) else super().split(x)
 
     def _split(self, x: Tensor) -> Tensor:
         from .kernels import split_patches
@@ -121,7 +121,8 @@ class CudaEnds(PlainEnds):
         expected = super().split(x).to(self.dtype)
         try:
             found = self._split(x)
-            return torch.equal(found[:, : expected.shape[1]], expected) and not found[:, expected.shape[1] :].any()
+            same = torch.allclose(found[:, : expected.shape[1]], expected, rtol=0, atol=0, equal_nan=True)
+            return same and not found[:, expected.shape[1] :].any()
         except Exception as error:  # whatever it is, there is the plain way
             logger.debug("no kernel splits %s: %r", tuple(x.shape), error)
             return False
