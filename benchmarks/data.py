@@ -46,7 +46,7 @@ MEANS = {  # of one first epoch and later ones
     "unetlib, mean of 10 epochs": (10, FIRST, LATER),
     "unetlib, bytes for the device, mean of 3": (3, FIRST_BYTES, LATER_BYTES),
 }
-ROWS = (STUDY, FIRST, LATER, *[*MEANS][:2], FIRST_BYTES, LATER_BYTES, [*MEANS][2])
+ROWS = (STUDY, FIRST, LATER, FIRST_BYTES, LATER_BYTES, *MEANS)
 
 
 class StudyDataset(Dataset):

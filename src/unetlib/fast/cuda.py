@@ -242,8 +242,7 @@ class _PlainHead:
         self.side = side
 
     def __call__(self, x: Tensor, place: None = None) -> Tensor:
-        logits = F.conv2d(x, self.weight, self.bias).float()
-        return F.pixel_shuffle(logits, self.side) if self.side > 1 else logits
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias).float(), self.side)
 
 
 class _KernelHead:
