@@ -40,7 +40,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @needs_native
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (11, 13), (12, 12), (1, 150), (12, 31), (61, 147)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 5), (11, 13), (12, 12), (1, 150), (12, 31), (61, 147)])
 @pytest.mark.parametrize(("first", "second", "out"), [(1, 0, 1), (2, 0, 3), (1, 2, 1), (3, 1, 4)])  # in vectors
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_convolution_is_a_direct_one_of_the_maps_side_by_side(size, first, second, out, relu):
@@ -99,8 +99,9 @@ def test_halves_multiply_numbers_of_bfloat16(size, threads, monkeypatch):
 
 
 @needs_halves
-def test_halves_of_small_maps_are_direct():
-    weight, bias, x, beside = random(16, 48, 3, 3), random(16), map_of(16, 7, 9), map_of(32, 7, 9, seed=2)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 9)])
+def test_halves_of_small_maps_are_direct(size):
+    weight, bias, x, beside = random(16, 48, 3, 3), random(16), map_of(16, *size), map_of(32, *size, seed=2)
     found = NativeConv(weight, bias, relu=True, halves=True)(x, beside)
     expected = F.conv2d(rounded(torch.cat((x, beside), dim=1)), rounded(weight), bias.double(), padding=1)
     assert error(found, expected.relu()) <= 1e-6
@@ -137,6 +138,16 @@ def test_doubling_is_a_transposed_convolution_and_goes_on_beyond(size, more_rows
     doubled = F.conv_transpose2d(x.double(), weight.double(), bias.double(), stride=2)
     expected = F.pad(doubled, (0, more_columns, 0, more_rows), mode="replicate" if replicate else "constant")
     assert error(found, expected) <= 1e-6
+
+
+@needs_halves
+@pytest.mark.parametrize("size", [(1, 1), (9, 30)])
+def test_doubling_in_halves_multiplies_numbers_of_bfloat16(size):
+    channels, out = 3 * lanes(), 2 * lanes()
+    weight, bias, x = random(channels, out, 2, 2), random(out), map_of(channels, *size)
+    found = NativeDoubling(weight, bias, halves=True)(x, *(2 * side + 1 for side in size))
+    expected = F.conv_transpose2d(rounded(x), rounded(weight), bias.double(), stride=2)
+    assert error(found, F.pad(expected, (0, 1, 0, 1))) <= 1e-6
 
 
 @needs_native

@@ -32,7 +32,7 @@ class NativeLevel(PrepackedLevel):
         self.doubling: NativeDoubling | None = None
         if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d) and _is_whole(module.weight):
             assert module.bias is not None
-            self.doubling = NativeDoubling(module.weight.detach(), module.bias.detach())
+            self.doubling = NativeDoubling(module.weight.detach(), module.bias.detach(), halves=self.halves)
 
     def step(self, layer: Layer) -> Step:
         """A layer as a function of its map."""

@@ -7,8 +7,10 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, TILES = 12;  // two vectors for each of this many tiles, or pixels, lie in registers
@@ -30,26 +32,32 @@ using Job = void (*)(void *);
 struct Threads {
     void (*parallel)(Job, void *, unsigned threads, unsigned flags);  // GOMP_parallel
     void (*wait)();                                                   // GOMP_barrier
-    int (*number)();                                                  // omp_get_num_threads
+    int (*size)();                                                    // omp_get_num_threads
+    int (*number)();                                                  // omp_get_thread_num
     int64_t count;
 };
 
 // One of the threads that go through the same list of operations together.
 struct Member {
-    // What they share: the next job of this operation, and of the one after it.
-    struct Team {
-        const Threads &threads;
-        std::atomic<int64_t> members{0}, jobs[2] = {};
-    } &team;
+    // How many of its jobs of this operation have been begun, and of the one after it; in a cache line of its own.
+    struct alignas(64) Begun {
+        std::atomic<int64_t> jobs[2] = {};
+    };
+    const Threads &threads;
+    Begun *all;  // one for each member
     int64_t size, number, turn = 0;
 
-    // work(job) for each job, the next one for whichever thread is free, when all have done what was shared before.
+    // work(job) for each job, when all have done what was shared before. A member has the same part of each map, which lies in
+    // the caches of its core, and when it is done it helps the others with theirs.
     template <class Work>
     void share(int64_t jobs, Work work) {
-        if (turn && size > 1) team.threads.wait();
-        auto &next = team.jobs[turn++ % 2];
-        if (number == 0) team.jobs[turn % 2] = 0;
-        for (int64_t job; (job = next++) < jobs;) work(job);
+        if (turn && size > 1) threads.wait();
+        const int64_t now = turn++ % 2;
+        all[number].jobs[turn % 2] = 0;
+        for (int64_t n = 0; n < size; n++) {
+            const int64_t owner = (number + n) % size, end = jobs * (owner + 1) / size;
+            for (int64_t job; (job = jobs * owner / size + all[owner].jobs[now]++) < end;) work(job);
+        }
         _mm_sfence();  // what was streamed is there for the others
     }
 };
@@ -78,8 +86,9 @@ struct Doubling {
     const float *map;
     const float *weights;  // (4, out / LANES, in, LANES)
     const float *bias;
-    float *out;
+    float *out, *workspace;  // of halves, width * in / 2 for each thread
     int64_t pictures, height, width, channels, out_height, out_width, out_channels, replicate;
+    int64_t halves;  // as above; channels are whole vectors then
 };
 
 // Squares of pixels as channels, and zeros for further channels; the last row and column go on beyond the picture.
@@ -324,14 +333,16 @@ void by_places(const Convolution &of, Member &member) {
     member.share(tiles.count, [&](int64_t tile) { tiles.write(tile, 1, products + tile * out, tiles.count * out); });
 }
 
-// Not by Winograd's method, but as a product with the windows of all pixels.
+// Not by Winograd's method, but as a product with the windows of all pixels; of a single row, or pixel, only with those taps
+// that meet it.
 template <bool halves>
 void by_pixels(const Convolution &of, Member &member) {
-    const int64_t area = of.height * of.width, pixels = of.pictures * area;
-    const int64_t channels = of.first_channels + of.second_channels, in = 9 * channels / IN_A_FLOAT<halves>;
+    const int64_t area = of.height * of.width, pixels = of.pictures * area, channels = of.first_channels + of.second_channels;
+    const int64_t begin = of.height > 1 ? 0 : of.width > 1 ? 3 : 4, end = 9 - begin;
+    const int64_t a_tap = channels / IN_A_FLOAT<halves>, in = (end - begin) * a_tap;
     member.share(pixels, [&](int64_t pixel) {
         float *window = of.workspace + pixel * in;
-        for (int64_t tap = 0; tap < 9; tap++) {
+        for (int64_t tap = begin; tap < end; tap++) {
             const int64_t y = pixel % area / of.width + tap / 3 - 1, x = pixel % of.width + tap % 3 - 1;
             const bool inside = y >= 0 && y < of.height && x >= 0 && x < of.width;
             const int64_t place = pixel / area * area + y * of.width + x;
@@ -339,7 +350,7 @@ void by_pixels(const Convolution &of, Member &member) {
                 const bool beside = c >= of.first_channels;
                 const float *from = beside ? of.second + place * of.second_channels + c - of.first_channels
                                            : of.first + place * of.first_channels + c;
-                put<halves>(window, tap * channels + c, inside ? load(from) : Vector{});
+                put<halves>(window + (tap - begin) * a_tap, c, inside ? load(from) : Vector{});
             }
         }
     });
@@ -348,8 +359,8 @@ void by_pixels(const Convolution &of, Member &member) {
         for (int64_t pixel = 0; pixel < pixels; pixel += TILES) {
             float *out = of.out + pixel * of.out_channels + channel;
             const int64_t count = smaller(TILES, pixels - pixel);
-            multiply<halves>(count, of.workspace + pixel * in, in, of.weights + channel * in, of.bias + channel, LANES, out,
-                             of.out_channels);
+            multiply<halves>(count, of.workspace + pixel * in, in, of.weights + (channel * 9 + begin * LANES) * a_tap,
+                             of.bias + channel, LANES, out, of.out_channels);
             for (int64_t n = 0; of.relu && n < count; n++)
                 store(out + n * of.out_channels, larger(load(out + n * of.out_channels), Vector{}));
         }
@@ -363,21 +374,49 @@ void by_pixels(const Convolution &of, Member &member) {
     });
 }
 
+// A transposed convolution, a row of the map at a time.
+template <bool halves>
+void by_rows(const Doubling &of, Member &member) {
+    const int64_t in = of.channels / IN_A_FLOAT<halves>, pixel = of.out_channels, across = of.out_width * pixel;
+    const auto beyond = [&](float *from, float *end, int64_t back) {
+        for (; from < end; from += LANES) store(from, of.replicate ? load(from - back) : Vector{});
+    };
+    member.share(of.pictures * of.height, [&](int64_t row) {
+        const float *pixels = of.map + row * of.width * of.channels;
+        if constexpr (halves) {
+            float *rounded = of.workspace + member.number * of.width * in;
+            for (int64_t n = 0; n < of.width * of.channels; n += LANES) put<halves>(rounded, n, load(pixels + n));
+            pixels = rounded;
+        }
+        const int64_t top = row % of.height * 2;
+        float *out = of.out + (row / of.height * of.out_height + top) * across;
+        for (int64_t left = 0; left < of.width; left += TILES)
+            for (int64_t corner = 0; corner < 4; corner++)
+                multiply<halves>(smaller(TILES, of.width - left), pixels + left * in, in,
+                                 of.weights + corner * of.out_channels * in, of.bias, of.out_channels,
+                                 out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
+        for (int y = 0; y < 2; y++) beyond(out + y * across + 2 * of.width * pixel, out + (y + 1) * across, pixel);
+        if (top + 2 == 2 * of.height) beyond(out + 2 * across, out + (of.out_height - top) * across, across);
+    });
+}
+
 }  // namespace
 
 extern "C" {
 
 // Each operation in turn, by all threads.
 void run(const Call *calls, int64_t count, const Threads *threads) {
+    const std::unique_ptr<Member::Begun[]> begun(new Member::Begun[threads->count]);
     struct Run {
         const Call *calls;
         int64_t count;
-        Member::Team team;
-    } all{calls, count, {*threads}};
+        const Threads &threads;
+        Member::Begun *begun;
+    } all{calls, count, *threads, begun.get()};
     Job job = [](void *data) {
         auto &all = *static_cast<Run *>(data);
-        const Threads &threads = all.team.threads;
-        Member member{all.team, threads.count > 1 ? threads.number() : 1, all.team.members++};
+        const bool alone = all.threads.count == 1;
+        Member member{all.threads, all.begun, alone ? 1 : all.threads.size(), alone ? 0 : all.threads.number()};
         for (int64_t n = 0; n < all.count; n++) all.calls[n].operation(all.calls[n].arguments, member);
     };
     if (threads->count > 1) threads->parallel(job, &all, threads->count, 0);
@@ -411,22 +450,7 @@ void convolve_directly(const void *arguments, Member &member) {
 
 void double_map(const void *arguments, Member &member) {
     const auto of = *static_cast<const Doubling *>(arguments);
-    const int64_t pixel = of.out_channels, across = of.out_width * pixel;
-    const auto beyond = [&](float *from, float *end, int64_t back) {
-        for (; from < end; from += LANES) store(from, of.replicate ? load(from - back) : Vector{});
-    };
-    member.share(of.pictures * of.height, [&](int64_t row) {
-        const float *pixels = of.map + row * of.width * of.channels;
-        const int64_t top = row % of.height * 2;
-        float *out = of.out + (row / of.height * of.out_height + top) * across;
-        for (int64_t left = 0; left < of.width; left += TILES)
-            for (int64_t corner = 0; corner < 4; corner++)
-                multiply<false>(smaller(TILES, of.width - left), pixels + left * of.channels, of.channels,
-                                of.weights + corner * of.out_channels * of.channels, of.bias, of.out_channels,
-                                out + corner / 2 * across + (2 * left + corner % 2) * pixel, 2 * pixel);
-        for (int y = 0; y < 2; y++) beyond(out + y * across + 2 * of.width * pixel, out + (y + 1) * across, pixel);
-        if (top + 2 == 2 * of.height) beyond(out + 2 * across, out + (of.out_height - top) * across, across);
-    });
+    of.halves ? by_rows<true>(of, member) : by_rows<false>(of, member);
 }
 
 void split_picture(const void *arguments, Member &member) {
@@ -434,15 +458,19 @@ void split_picture(const void *arguments, Member &member) {
     member.share(of.pictures * of.out_height, [&](int64_t row) {
         const float *picture = of.picture + row / of.out_height * of.steps[0];
         float *out = of.out + row * of.out_width * of.out_channels;
-        for (int64_t left = 0; left < of.out_width; left += STRETCH)
-            for (int64_t k = 0; k < of.out_channels; k++) {
-                const int64_t channel = k / (of.side * of.side), down = k / of.side % of.side, right = k % of.side;
-                const float *from = picture + channel * of.steps[1] +
+        for (int64_t left = 0; left < of.out_width; left += STRETCH) {
+            const int64_t end = smaller(left + STRETCH, of.out_width);
+            std::fill(out + left * of.out_channels, out + end * of.out_channels, 0.0f);
+            for (int64_t k = 0; k < of.channels * of.side * of.side; k++) {
+                const int64_t down = k / of.side % of.side, right = k % of.side;
+                const float *from = picture + k / (of.side * of.side) * of.steps[1] +
                                     smaller(row % of.out_height * of.side + down, of.height - 1) * of.steps[2];
-                for (int64_t x = left; x < smaller(left + STRETCH, of.out_width); x++)
-                    out[x * of.out_channels + k] =
-                        channel < of.channels ? from[smaller(x * of.side + right, of.width - 1) * of.steps[3]] : 0;
+                const int64_t inside = smaller(end, parts(of.width - right, of.side));
+                for (int64_t x = left; x < inside; x++)
+                    out[x * of.out_channels + k] = from[(x * of.side + right) * of.steps[3]];
+                for (int64_t x = inside; x < end; x++) out[x * of.out_channels + k] = from[(of.width - 1) * of.steps[3]];
             }
+        }
     });
 }
 

@@ -124,11 +124,12 @@ class NativeDoubling:
     Args:
         weight: (in, out, 2, 2), `out` a multiple of `lanes()`.
         bias: (out,).
+        halves: multiply numbers of bfloat16, as `NativeConv`; `in` is a multiple of `lanes()` too, then.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.out_channels = weight.shape[1]
-        self.weights = _packed(weight.permute(2, 3, 1, 0).flatten(0, 1))
+    def __init__(self, weight: Tensor, bias: Tensor, *, halves: bool = False) -> None:
+        self.out_channels, self.halves = weight.shape[1], halves
+        self.weights = _packed(weight.permute(2, 3, 1, 0).flatten(0, 1), halves=halves)
         self.bias = bias.float().contiguous()
 
     def __call__(self, x: Tensor, height: int, width: int, *, replicate: bool = False) -> Tensor:
@@ -144,9 +145,10 @@ class NativeDoubling:
             (N, out, height, width), in channels_last.
         """
         out = empty(len(x), self.out_channels, height, width, channels_last=True)
+        workspace = empty(torch.get_num_threads() * x.shape[-1] * x.shape[1] // 2 if self.halves else 0)
         _run("double_map", _Doubling(
-            *map(_address, (x, self.weights, self.bias, out)),
-            len(x), *x.shape[-2:], x.shape[1], height, width, self.out_channels, replicate,
+            *map(_address, (x, self.weights, self.bias, out, workspace)),
+            len(x), *x.shape[-2:], x.shape[1], height, width, self.out_channels, replicate, self.halves,
         ), self.weights, self.bias)  # fmt: skip
         return out
 
@@ -269,7 +271,9 @@ _Convolution = _structure(
     "first second weights bias out pooled workspace",
     "pictures height width first_channels second_channels out_channels relu halves",
 )
-_Doubling = _structure("map weights bias out", "pictures height width channels out_height out_width out_channels replicate")
+_Doubling = _structure(
+    "map weights bias out workspace", "pictures height width channels out_height out_width out_channels replicate halves"
+)
 _Splitting = _structure(
     "picture out",
     "step_pictures step_channels step_height step_width pictures channels height width side out_height out_width out_channels",
@@ -277,7 +281,7 @@ _Splitting = _structure(
 _Head = _structure("map weights bias out", "pictures height width channels side out_height out_width out_channels")
 
 
-_Threads = _structure("parallel wait number", "count")
+_Threads = _structure("parallel wait size number", "count")
 _Call = _structure("operation arguments")
 
 
@@ -336,13 +340,13 @@ def _address_of(operation: str) -> int | None:
 
 @functools.cache
 def _openmp() -> tuple[int | None, ...]:
-    """The addresses of OpenMP's functions that have threads run a function, have them wait, and tell their number."""
+    """The addresses of OpenMP's functions that have threads run a function, have them wait, and tell how many and which."""
     loaded = {Path(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
     own = Path(torch.__file__).parent  # another library may have brought another OpenMP
     for path in sorted(loaded, key=lambda path: (not path.is_relative_to(own), path)):
         if path.name.startswith(_OPENMP):
             openmp = ctypes.CDLL(str(path))
-            functions = (openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_num_threads)
+            functions = (openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_num_threads, openmp.omp_get_thread_num)
             return tuple(ctypes.cast(function, c_void_p).value for function in functions)
     raise OSError(f"PyTorch's OpenMP is none of {', '.join(_OPENMP)}")
 
