@@ -29,7 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -52,6 +51,7 @@ from unetlib import (
     split_by_car,
 )
 from unetlib.adapt import grow
+from unetlib.averaging import follow
 from unetlib.cache import CachedDataset
 from unetlib.cards import model_card
 from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -61,7 +61,7 @@ from unetlib.loading import Augmented, Draw, Resident, ShuffledBatches, listed, 
 from unetlib.memory import available_memory, keep_freed, release_freed
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import PerPicture, eval_transform, train_transform
-from unetlib.visualize import grid, learning_curves, mask_to_image
+from unetlib.visualize import comparison, learning_curves
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,7 +257,10 @@ def train(
             learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
         else:
             say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
-        save_predictions(UNet.from_pretrained(args.out / "model", device=device), val_set, args.out / "predictions.png")
+        images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
+        predicted = UNet.from_pretrained(args.out / "model", device=device).predict(images)
+        sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
+        Image.fromarray(sheet).save(args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
     release_freed()
     return best
@@ -277,19 +280,6 @@ def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tens
         bce = nn.BCEWithLogitsLoss()
         return lambda logits, masks: bce(logits, masks.unsqueeze(1).float())
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
-
-
-def follow(average: nn.Module, model: nn.Module, decay: float, steps: int) -> None:
-    """Move an average of weights and statistics towards a model's; faster in the first steps, so that short runs have one.
-
-    That of PyTorch (`AveragedModel`) counts its steps on the device, and so waits for it in each.
-    """
-    mine, others = [*average.state_dict().values()], [*model.state_dict().values()]
-    floats = [number for number, tensor in enumerate(mine) if tensor.is_floating_point()]
-    share = 1 - min(decay, (1 + steps) / (10 + steps))
-    torch._foreach_lerp_([mine[number] for number in floats], [others[number] for number in floats], share)
-    for number in {*range(len(mine))}.difference(floats):  # counts of batches
-        mine[number].copy_(others[number])
 
 
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
@@ -317,21 +307,6 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     for other in others:
         whole.merge(other)
     return whole.compute()
-
-
-def save_predictions(model: UNet, dataset: ImageMaskDataset, path: Path, count: int = 32) -> None:
-    """A PNG of the first validation pictures in rows of eight, with the true masks and the predicted ones below each row."""
-    pairs = [dataset[i] for i in range(min(count, len(dataset)))]
-    classes = max(2, model.config.out_channels)
-    height, width = pairs[0][0].shape[:2]
-    tiles: list[Any] = []
-    for row in (pairs[start : start + 8] for start in range(0, len(pairs), 8)):
-        blank = [np.full((1, 1), 255, np.uint8)] * (8 - len(row))
-        tiles += [image.squeeze() for image, _ in row] + blank
-        tiles += [mask_to_image(mask.astype(np.uint8), classes) for _, mask in row] + blank
-        tiles += [mask_to_image(model.predict(image), classes) for image, _ in row] + blank
-    tiles = [Image.fromarray(tile).convert("RGB").resize((160 * width // height, 160)) for tile in tiles]
-    Image.fromarray(grid([np.asarray(tile) for tile in tiles], columns=8)).save(path)
 
 
 def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaDataset], CarvanaDataset]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import re
@@ -195,24 +194,6 @@ def test_the_network_sees_pictures_less_its_mean_over_its_deviation(script, data
     pixels = torch.stack([cached[i][0].as_subclass(torch.Tensor) for i in range(8)]) / 255
     expected = (pixels.mean((0, 2, 3)) - torch.tensor((0.5, 0.4, 0.3))) / torch.tensor((0.2, 0.3, 0.4))
     torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), expected, rtol=0, atol=1e-5)
-
-
-def test_the_average_follows_weights_and_statistics_and_takes_over_counts(script):
-    model = UNet(features=(4, 8))
-    average = copy.deepcopy(model)
-    expected = {key: value.double() for key, value in average.state_dict().items()}
-    for step in range(12):
-        model(torch.rand(2, 3, 8, 8))  # moves the statistics of batch norm
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight))
-        script.follow(average, model, 0.4, step)
-        kept = min(0.4, (1 + step) / (10 + step))  # 0.4 from the sixth step on
-        for key, value in model.state_dict().items():
-            expected[key] = kept * expected[key] + (1 - kept) * value if value.is_floating_point() else value.double()
-    for key, value in average.state_dict().items():
-        torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-5)
-    assert average.state_dict()["encoder.0.norm1.num_batches_tracked"] == 12
 
 
 def test_training_starts_from_given_weights(script, data, tmp_path):

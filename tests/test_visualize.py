@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unetlib.visualize import PALETTE, grid, mask_to_image, overlay
+from unetlib.visualize import PALETTE, comparison, grid, mask_to_image, overlay
 
 
 def test_mask_to_image_spreads_the_classes_over_the_greys():
@@ -41,6 +41,19 @@ def test_grid_puts_pictures_where_they_belong():
     assert [sheet[1, 1, 0], sheet[1, 7, 0], sheet[5, 1, 0], sheet[0, 0, 0]] == [10, 20, 30, 255]
 
 
+def test_a_comparison_has_masks_below_their_pictures():
+    grey, sizes = [30, 60, 90], [(40, 60), (40, 60), (20, 30)]
+    images = [np.full((*size, 3), value, np.uint8) for value, size in zip(grey, sizes)]
+    images[2] = images[2][..., :1]
+    masks = [np.full(size, number, np.float32) for number, size in enumerate(sizes)]
+    predicted = [np.full(size, 2 - number, np.uint8) for number, size in enumerate(sizes)]
+    sheet = comparison(images, masks, predicted, classes=3, columns=2, height=40)
+    assert sheet.shape == (6 * 44 + 4, 2 * 64 + 4, 3)
+    middles = sheet[24::44, 34::64]
+    assert (middles == middles[..., :1]).all()
+    assert middles[..., 0].tolist() == [[30, 60], [0, 127], [255, 127], [90, 255], [255, 255], [0, 255]]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -50,6 +63,8 @@ def test_grid_puts_pictures_where_they_belong():
         (lambda: mask_to_image(np.array([[0]]), classes=1), "from 2 to 256, got 1"),
         (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), np.uint8)), r"\(2, 2\) and its mask \(2, 3\)"),
         (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),
+        (lambda: comparison([np.zeros((2, 2), np.uint8)], [np.zeros((2, 2))], []), "1 pictures, 1 masks and 0 predicted"),
+        (lambda: comparison([], [], []), "got 0 pictures"),
         (lambda: grid([]), "got none"),
         (lambda: grid([np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8)]), r"\(2, 2\), \(2, 3\)"),
     ],

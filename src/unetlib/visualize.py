@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from .imaging import to_tensor
@@ -104,6 +105,58 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
     sheet = make_grid([to_tensor(picture).expand(3, -1, -1) for picture in pictures], nrow=columns, padding=gap, pad_value=255)
     return _to_array(sheet)
+
+
+def comparison(
+    images: Sequence[NDArray[np.uint8]],
+    masks: Sequence[NDArray[Any]],
+    predicted: Sequence[NDArray[Any]],
+    *,
+    classes: int = 2,
+    columns: int = 8,
+    height: int = 160,
+) -> NDArray[np.uint8]:
+    """Pictures in rows, below each row their true masks, and below these the predicted ones.
+
+    Args:
+        images: uint8 (H, W, 3), or (H, W) or (H, W, 1) for grey ones; of any sizes.
+        masks: (H, W) of classes, of any type, each of its picture's size.
+        predicted: likewise, as `UNet.predict` gives them.
+        classes: number of classes, 2 to 256.
+        columns: pictures in a row.
+        height: of each tile in pixels; all have the shape of the first picture.
+
+    Returns:
+        uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last row.
+
+    Raises:
+        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range.
+
+    Example:
+        >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
+        >>> comparison([image] * 3, [mask] * 3, [mask] * 3, columns=2, height=20).shape
+        (148, 72, 3)
+    """
+    if not len(images) == len(masks) == len(predicted) > 0:
+        raise ValueError(
+            f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
+            f"and {len(predicted)} predicted ones"
+        )
+    size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
+
+    def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.asarray(Image.fromarray(picture).convert("RGB").resize(size))
+
+    kinds = (
+        [tile(image[..., 0] if image.shape[2:] == (1,) else image) for image in images],
+        *([tile(mask_to_image(mask.astype(np.int64), classes)) for mask in kind] for kind in (masks, predicted)),
+    )
+    tiles: list[NDArray[np.uint8]] = []
+    for start in range(0, len(images), columns):
+        for kind in kinds:
+            row = kind[start : start + columns]
+            tiles += [*row, *[np.full_like(row[0], 255)] * (columns - len(row))]
+    return grid(tiles, columns)
 
 
 def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]], path: str | PathLike[str]) -> None:
