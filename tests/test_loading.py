@@ -89,7 +89,8 @@ def test_augmented_later_pictures_are_what_workers_make_of_them():
     late = DataLoader(plain, batch_sampler=batches, collate_fn=listed)
     resident = Resident(plain, batches, torch.device("cpu"), workers=1)
     assert sum(image.nbytes + mask.nbytes for image, mask in zip(resident.images, resident.masks)) == 4 * 4 * (96 + 140)
-    assert Resident.nbytes(plain) == 8 * 4 * 96
+    assert Resident.nbytes(plain) == 4 * 4 * (96 + 140)
+    assert Resident.nbytes(Augmented(pairs * 3, None)) == 3 * 4 * 4 * (96 + 140)  # from 8 of the 24
     augment = PerPicture(transform)
     for (images, masks, draws), *others in zip(early, late, resident, strict=True):
         for other_images, other_masks, other_draws in others:

@@ -155,9 +155,10 @@ class Resident:
 
     @staticmethod
     def nbytes(data: Augmented) -> int:
-        """What all pictures and masks take, if they are as large as the first."""
-        image, mask, _ = _Bytes(data)[0]
-        return len(data) * (image.nbytes + mask.nbytes)
+        """What all pictures and masks take, by the mean of up to eight from all over the set."""
+        few = min(len(data), 8)
+        pairs = (_Bytes(data)[number * len(data) // few] for number in range(few))
+        return sum(image.nbytes + mask.nbytes for image, mask, _ in pairs) * len(data) // few
 
     def __iter__(self) -> Iterator[list[list[Any]]]:
         """The batches of the sampler."""
