@@ -24,6 +24,13 @@ def _can_compile() -> bool:
     return sys.platform == "linux" and capability in native_kernels._FLAGS and native_kernels._compiler() is not None
 
 
+def _multiplies_halves() -> bool:
+    """Whether the CPU does, as PyTorch is told to see it, and the compiler knows how."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return _can_compile() and _compiles(native_kernels._HALVES)
+
+
 def _compiles(flag: str) -> bool:
     command = [*shlex.split(native_kernels._compiler() or ""), flag, "-x", "c++", "-fsyntax-only", "/dev/null"]
     return subprocess.run(command, capture_output=True).returncode == 0
@@ -31,7 +38,7 @@ def _compiles(flag: str) -> bool:
 
 needs_native = pytest.mark.skipif(not _can_compile(), reason="no C++ compiler, or not Linux on a CPU with AVX2")
 needs_halves = pytest.mark.skipif(
-    not (_can_compile() and torch.cpu._is_avx512_bf16_supported() and _compiles(native_kernels._HALVES)),
+    not _multiplies_halves(),
     reason="no C++ compiler that knows AVX-512 BF16, or not Linux on a CPU with it",
 )
 needs_nnpack = pytest.mark.skipif(not _nnpack_runs(), reason="this PyTorch or CPU has no NNPACK")

@@ -461,7 +461,7 @@ void split_picture(const void *arguments, Member &member) {
         for (int64_t left = 0; left < of.out_width; left += STRETCH) {
             const int64_t end = smaller(left + STRETCH, of.out_width);
             std::fill(out + left * of.out_channels, out + end * of.out_channels, 0.0f);
-            for (int64_t k = 0; k < of.channels * of.side * of.side; k++) {
+            for (int64_t k = 0; k < smaller(of.out_channels, of.channels * of.side * of.side); k++) {
                 const int64_t down = k / of.side % of.side, right = k % of.side;
                 const float *from = picture + k / (of.side * of.side) * of.steps[1] +
                                     smaller(row % of.out_height * of.side + down, of.height - 1) * of.steps[2];
