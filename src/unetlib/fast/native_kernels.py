@@ -145,7 +145,7 @@ class NativeDoubling:
             (N, out, height, width), in channels_last.
         """
         out = empty(len(x), self.out_channels, height, width, channels_last=True)
-        workspace = empty(torch.get_num_threads() * x.shape[-1] * x.shape[1] // 2 if self.halves else 0)
+        workspace = empty(torch.get_num_threads() * x.shape[-1] * x.shape[1] // 2) if self.halves else None
         _run("double_map", _Doubling(
             *map(_address, (x, self.weights, self.bias, out, workspace)),
             len(x), *x.shape[-2:], x.shape[1], height, width, self.out_channels, replicate, self.halves,
@@ -232,18 +232,21 @@ def _agrees() -> bool:
     x = torch.rand(2, many, 9, 70, generator=generator).to(memory_format=torch.channels_last)
     weight, corners = torch.rand(few, many, 3, 3, generator=generator), torch.rand(many, few, 2, 2, generator=generator)
     point, bias = weight[..., 1:2, 1:2], torch.linspace(-9 * few, 0, few)
-    pooled, small = (map.contiguous(memory_format=torch.channels_last) for map in (torch.empty(2, few, 4, 35), x[..., :7]))
+    maps = torch.empty(2, few, 4, 35), x[..., :7], x[..., :1, :1]
+    pooled, small, pixel = (map.contiguous(memory_format=torch.channels_last) for map in maps)
     result = F.conv2d(x, weight, bias, padding=1).relu()
     convs = [NativeConv(weight, bias, relu=True, halves=halves) for halves in (False, has_halves())]
     exact = (
         (convs[0](x, pooled=pooled), result),
         (pooled, F.max_pool2d(result, 2)),
         (convs[0](small), F.conv2d(small, weight, bias, padding=1).relu()),
-        (NativeDoubling(corners, bias)(x, 18, 140), F.conv_transpose2d(x, corners, bias, stride=2)),
+        (convs[0](pixel), F.conv2d(pixel, weight, bias, padding=1).relu()),
+        (NativeDoubling(corners, bias)(x, 18, 140), doubled := F.conv_transpose2d(x, corners, bias, stride=2)),
         (split_picture(x, 3, 9 * many + few), F.pad(split_patches(x, 3), (0, 0, 0, 0, 0, few))),
         (NativeHead(point, bias, 2)(x, (18, 139)), join_patches(F.conv2d(x, point, bias), 2, (18, 139))),
     )
-    rounded = ((convs[1](x), result), (convs[1](small), exact[2][1]))
+    doubling = NativeDoubling(corners, bias, halves=has_halves())
+    rounded = ((convs[1](x), result), (convs[1](small), exact[2][1]), (doubling(x, 18, 140), doubled))
     agree = [torch.allclose(found, expected, rtol=1e-4, atol=1e-3) for found, expected in exact]
     return all(agree) and all(torch.allclose(found, expected, rtol=0.05, atol=1) for found, expected in rounded)
 
