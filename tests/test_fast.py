@@ -264,6 +264,17 @@ def test_native_levels_multiply_in_bfloat16_where_the_cpu_can(monkeypatch):
     assert error(optimize_for_inference(model)(x), expected) <= 1e-5
 
 
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_levels_double_maps_in_their_type(dtype):
+    model, x = trained(features=(16, 32)), torch.randn(2, 32, 4, 5).to(memory_format=torch.channels_last)
+    up = model.decoder[-1]
+    doubling = NativeLevel(Parts.of(model.encoder[0], up), dtype).doubling
+    weight = up.upsample.weight.detach().to(dtype).double()
+    expected = nn.functional.conv_transpose2d(x.to(dtype).double(), weight, up.upsample.bias.detach().double(), stride=2)
+    assert error(doubling(x, 8, 10), expected) <= 1e-6
+
+
 def test_compiled():
     model = trained(features=(4,))  # compiling takes seconds for each level
     x = pictures(model, 16, 24)

@@ -163,6 +163,7 @@ def test_a_split_picture_is_its_patches_and_zeros(side, layout):
     found, channels = split_picture(x, side, 3 * side**2 + 4), 3 * side**2
     assert torch.equal(found[:, :channels], split_patches(x, side))
     assert not found[:, channels:].any()
+    assert torch.equal(split_picture(x, side, 2), split_patches(x, side)[:, :2])
 
 
 @needs_native

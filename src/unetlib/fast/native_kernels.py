@@ -154,12 +154,12 @@ class NativeDoubling:
 
 
 def split_picture(x: Tensor, side: int, channels: int) -> Tensor:
-    """As `unetlib.blocks.split_patches`, with channels of zeros at the end.
+    """As `unetlib.blocks.split_patches`, with channels of zeros at the end, or as many as fit.
 
     Args:
         x: (N, C, H, W) float32, in any layout.
         side: of the squares.
-        channels: of the result, at least C * side ** 2.
+        channels: of the result.
 
     Returns:
         (N, channels, ceil(H / side), ceil(W / side)), in channels_last.
