@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from train_carvana import starting_model, train
-from training_options import add_training_options
+from train_carvana import train
+from training_options import add_training_options, starting_model
 
 from unetlib import ImageMaskDataset, UNet
 from unetlib.distributed import joined_processes

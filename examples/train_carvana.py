@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,34 +33,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
-from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
-from training_options import AUGMENTATION, FREE, PRESETS, add_training_options
+from training_options import AUGMENTATION, FREE, PRESETS, add_training_options, make_loss, make_schedule, starting_model
 
-from unetlib import (
-    BCEDiceLoss,
-    CarvanaDataset,
-    CrossEntropyLoss,
-    DiceLoss,
-    ImageMaskDataset,
-    SegmentationMetrics,
-    UNet,
-    dice_score,
-    split_by_car,
-)
-from unetlib.adapt import grow
+from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet, dice_score, split_by_car
 from unetlib.averaging import follow
-from unetlib.cache import CachedDataset
-from unetlib.cards import model_card
+from unetlib.cards import training_card
 from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
-from unetlib.loading import Augmented, Draw, Resident, ShuffledBatches, listed, stacked
-from unetlib.memory import available_memory, keep_freed, release_freed
+from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches
+from unetlib.memory import keep_freed, release_freed
 from unetlib.synthetic import write_carvana
-from unetlib.transforms import PerPicture, eval_transform, train_transform
+from unetlib.transforms import eval_transform, train_transform
 from unetlib.visualize import comparison, learning_curves
 
 
@@ -94,25 +80,12 @@ def train(
     if args.window:
         window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
         augment = v2.Compose([window, augment])
-    on_device = PerPicture(augment) if args.augment_on == "device" else None
-    keep = None if args.crop or args.window else tuple(args.size)
     names = [image for dataset in train_sets for image in dataset.images]
-
-    def data_in(gib: float) -> Augmented:
-        sets = [CachedDataset(dataset, keep, budget_gib=gib / len(train_sets)) for dataset in train_sets]
-        return Augmented(ConcatDataset(sets), None if on_device else augment)
-
-    data = data_in(0)
-    batches = ShuffledBatches(data, args.batch_size, seed=args.seed, rank=rank, world_size=world)
-    loader: Resident | DataLoader[Any]
-    if on_device and Resident.nbytes(data) <= min(args.cache_gib * 2**30, available_memory(device) / 2):
-        loader = Resident(data, batches, device, workers=args.workers, progress=rank == 0)
-    else:
-        # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
-        loader = DataLoader(
-            data_in(args.cache_gib), batch_sampler=batches, num_workers=args.workers, persistent_workers=args.workers > 0,
-            pin_memory=device.type == "cuda", collate_fn=listed if on_device else stacked, generator=torch.Generator(),
-        )  # fmt: skip
+    batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
+    loader = AugmentedBatches(
+        train_sets, batches, augment, device, size=None if args.crop or args.window else tuple(args.size),
+        augment_on=args.augment_on, cache_gib=args.cache_gib, workers=args.workers, progress=rank == 0,
+    )  # fmt: skip
     mean, std = (
         torch.tensor(part, device=device).view(-1, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
     )
@@ -141,6 +114,7 @@ def train(
     epoch = step = 0  # `step` counts within the epoch
     best: dict[str, float] = {"dice": -1.0}
     checkpoint = args.out / "checkpoint.pt"
+    command = f"python {shlex.join(sys.argv)}"
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     say = print if rank == 0 else lambda *_: None
 
@@ -162,7 +136,7 @@ def train(
         if len(state["random"]) == world:
             set_random_state(state["random"][rank])
         say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
-    say(f"{len(data)} pictures to train on, {len(val_set)} to validate on, {world} x {device}, {args.precision}")
+    say(f"{len(names)} pictures to train on, {len(val_set)} to validate on, {world} x {device}, {args.precision}")
 
     writer = None
     if args.tensorboard and rank == 0:
@@ -191,15 +165,11 @@ def train(
         )  # fmt: skip
         started = time.perf_counter()
         for images, masks, draws in loader:
-            if on_device:
-                images, masks = ([part.to(device, non_blocking=True) for part in parts] for parts in (images, masks))
-                images, masks = on_device(images, masks, [draw.seed for draw in draws])
             optimizer.zero_grad(set_to_none=True)
             shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
             total = torch.zeros((), device=device)
             for number, (inputs, targets) in enumerate(shares, 1):
-                inputs = inputs.to(device, non_blocking=True).sub(mean).div_(std)
-                targets = targets.to(device, non_blocking=True)
+                inputs = inputs.sub(mean).div_(std)
                 # Gradients meet those of the other processes once a step, with the last share.
                 with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
                     with autocast:
@@ -244,7 +214,7 @@ def train(
             if entry["dice"] > best["dice"]:
                 best = entry
                 if rank == 0:
-                    card = filled_card(judged, name, description, best, (len(data), len(val_set)))
+                    card = training_card(judged, name, description, best, command, (len(names), len(val_set)))
                     judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)
         for key, value in entry.items() if writer else ():
@@ -264,32 +234,6 @@ def train(
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
     release_freed()
     return best
-
-
-def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
-    """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
-    names = ("features", "bottleneck", "patch_size", "match")
-    shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
-
-
-def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
-    if channels > 1:
-        return CrossEntropyLoss() if args.loss == "bce" else CrossEntropyLoss() + DiceLoss()
-    if args.loss == "bce":
-        bce = nn.BCEWithLogitsLoss()
-        return lambda logits, masks: bce(logits, masks.unsqueeze(1).float())
-    return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
-
-
-def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    if args.schedule == "constant":
-        return ConstantLR(optimizer, factor=1.0)
-    if args.schedule == "onecycle":
-        return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=args.warmup)
-    rising = max(1, round(args.warmup * steps))
-    parts = [LinearLR(optimizer, 0.01, total_iters=rising), CosineAnnealingLR(optimizer, max(1, steps - rising))]
-    return SequentialLR(optimizer, parts, milestones=[rising])
 
 
 def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: ImageMaskDataset) -> dict[str, float]:
@@ -334,27 +278,6 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
     else:
         train[0], val = split_by_car(train[0], val_fraction=0.25, seed=args.seed)
     return train, val
-
-
-def filled_card(model: UNet, name: str, description: str, scores: dict[str, float], pictures: tuple[int, int]) -> str:
-    """The README of the best weights: what they are, how they came about and what they score."""
-    return f"""{model_card(model, name, f"path/to/{name}")}
-{description}
-
-## Recipe
-
-{pictures[0]} pictures to train on; epoch {scores["epoch"]:.0f} of
-
-```bash
-python {shlex.join(sys.argv)}
-```
-
-## Results
-
-| {pictures[1]} validation pictures, mean of each | Dice | IoU | pixel accuracy |
-|---|---|---|---|
-| epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
-"""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,13 +1,18 @@
-"""The options of training, which train_carvana.py and finetune.py share, and whole recipes of them."""
+"""The options of training, which train_carvana.py and finetune.py share, whole recipes of them, and what is made by them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
+from unetlib import BCEDiceLoss, CrossEntropyLoss, DiceLoss, UNet
+from unetlib.adapt import grow
 from unetlib.config import MATCHES
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,3 +95,29 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--tensorboard", action="store_true")
     add("--device", default="cuda" if cuda else "cpu")
     add("--seed", type=int, default=0)
+
+
+def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
+    """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
+    names = ("features", "bottleneck", "patch_size", "match")
+    shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+
+
+def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+    if channels > 1:
+        return CrossEntropyLoss() if args.loss == "bce" else CrossEntropyLoss() + DiceLoss()
+    if args.loss == "bce":
+        bce = nn.BCEWithLogitsLoss()
+        return lambda logits, masks: bce(logits, masks.unsqueeze(1).float())
+    return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    if args.schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0)
+    if args.schedule == "onecycle":
+        return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=args.warmup)
+    rising = max(1, round(args.warmup * steps))
+    parts = [LinearLR(optimizer, 0.01, total_iters=rising), CosineAnnealingLR(optimizer, max(1, steps - rising))]
+    return SequentialLR(optimizer, parts, milestones=[rising])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from unetlib import Preprocessing, UNet
-from unetlib.cards import model_card, read_card
+from unetlib.cards import model_card, read_card, training_card
 from unetlib.trust import TEXT_LIMIT
 
 
@@ -22,6 +22,17 @@ def test_our_own_card_is_read(tmp_path):
         "tags": ["unet", "image-segmentation"],
     }
     for part in ("# streets\n", '"someone/streets"', "widths (4, 6), bottleneck 12", "2 channels in, 3 out", "sky, road, car"):
+        assert part in card
+
+
+def test_the_card_of_a_run_says_what_was_run_and_what_it_scores(tmp_path):
+    scores = {"epoch": 3.0, "loss": 0.5, "dice": 0.98765, "iou": 0.97561, "accuracy": 0.99123}
+    card = training_card(UNet(features=(2,)), "cars", "Finds cars.", scores, "python train.py --epochs 4", (90, 10))
+    assert read(tmp_path, card)["library_name"] == "unetlib"
+    for part in (
+        "# cars\n", '"path/to/cars"', "\nFinds cars.\n", "```bash\npython train.py --epochs 4\n```\n",
+        "90 pictures to train on; epoch 3 of", "10 validation pictures", "| 0.9877 | 0.9756 | 99.12% |",
+    ):  # fmt: skip
         assert part in card
 
 

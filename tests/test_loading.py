@@ -5,7 +5,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from unetlib.loading import Augmented, Draw, Resident, ShuffledBatches, listed, stacked
+from unetlib import CarvanaDataset
+from unetlib.loading import Augmented, AugmentedBatches, Draw, Resident, ShuffledBatches, listed, stacked
+from unetlib.synthetic import write_carvana
 from unetlib.transforms import PerPicture, train_transform
 
 
@@ -127,3 +129,52 @@ def test_augmentation_leaves_the_chance_outside_alone():
     first, _, _ = Augmented(PAIRS, noisy)[Draw(0, 1)]
     assert torch.equal(torch.rand(1), expected)
     assert not torch.equal(first, Augmented(PAIRS, noisy)[Draw(0, 2)][0])
+
+
+# --- AugmentedBatches
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_carvana(folder, cars=2, views=4, size=(64, 96))
+    write_carvana(folder, cars=[5], views=4, size=(48, 96), split="more")
+    return [CarvanaDataset(folder / split, folder / f"{split}_masks") for split in ("train", "more")]
+
+
+@pytest.mark.parametrize("size", [(32, 48), None])
+def test_batches_do_not_depend_on_where_pictures_are_kept_and_augmented(scenes, size, monkeypatch):
+    augment = train_transform((32, 48), rotation=20, color_jitter=0.2)
+    batches = ShuffledBatches(range(12), batch_size=4, seed=3)
+    batches.first = 1
+    ways = {
+        "workers": {"workers": 1},
+        "here": {"workers": 0, "cache_gib": 0},
+        "on the device": {"augment_on": "device"},
+        "sent to it": {"augment_on": "device", "cache_gib": 0},
+        "no room": {"augment_on": "device"},
+    }
+    loaders = {}
+    for name, options in ways.items():
+        if name == "no room":
+            monkeypatch.setattr("unetlib.loading.available_memory", lambda device: 1000)
+        loaders[name] = AugmentedBatches(scenes, batches, augment, torch.device("cpu"), size=size, **options)
+    assert [name for name, loader in loaders.items() if isinstance(loader.loader, Resident)] == ["on the device"]
+    expected, *others = (list(loader) for loader in loaders.values())
+    assert [draws for _, _, draws in expected] == list(batches)
+    assert len(expected) == 2
+    for batch, (images, masks, draws) in zip(list(batches), expected, strict=True):
+        assert draws == batch
+        assert images.shape == (4, 3, 32, 48)
+        assert masks.shape == (4, 32, 48)
+    for other in others:
+        for (images, masks, draws), (other_images, other_masks, other_draws) in zip(expected, other, strict=True):
+            assert other_draws == draws
+            assert torch.equal(other_images, images)
+            torch.testing.assert_close(other_masks, masks, rtol=0, atol=1e-7)
+
+
+def test_pictures_are_augmented_by_workers_or_on_the_device(scenes):
+    batches = ShuffledBatches(range(12), batch_size=4)
+    with pytest.raises(ValueError, match='augment_on must be "workers" or "device", got \'gpu\''):
+        AugmentedBatches(scenes, batches, train_transform((32, 48)), torch.device("cpu"), augment_on="gpu")

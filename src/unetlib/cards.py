@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,48 @@ mask = UNet.from_pretrained("{source}").predict("picture.jpg")
 ```
 
 Written by unetlib {installed_version()}. `config.json` has the network's options and the preprocessing; `predict` applies it.
+"""
+
+
+def training_card(
+    model: UNet, name: str, description: str, scores: Mapping[str, float], command: str, pictures: tuple[int, int]
+) -> str:
+    """The card of weights that were just trained: what they are, how they came about and what they score.
+
+    Args:
+        model: the network.
+        name: the card's heading.
+        description: a sentence on what it does.
+        scores: "dice", "iou" and "accuracy" on the validation pictures, and "epoch", after which they were counted.
+        command: what was run.
+        pictures: how many were trained on, and how many validated on.
+
+    Returns:
+        `model_card`, and the above.
+
+    Example:
+        >>> from unetlib import UNet
+        >>> scores = {"epoch": 3, "dice": 0.98, "iou": 0.961, "accuracy": 0.99}
+        >>> card = training_card(UNet(features=(8,)), "cars", "Finds cars.", scores, "python train.py", (90, 10))
+        >>> print(card.splitlines()[-1])
+        | epoch 3, the best by Dice | 0.9800 | 0.9610 | 99.00% |
+    """
+    return f"""{model_card(model, name, f"path/to/{name}")}
+{description}
+
+## Recipe
+
+{pictures[0]} pictures to train on; epoch {scores["epoch"]:.0f} of
+
+```bash
+{command}
+```
+
+## Results
+
+| {pictures[1]} validation pictures, mean of each | Dice | IoU | pixel accuracy |
+|---|---|---|---|
+| epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
 """
 
 

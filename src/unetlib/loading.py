@@ -1,4 +1,4 @@
-"""The order of training pictures, and the chance in their augmentation, from a seed alone.
+"""Batches for training: the order of the pictures, and the chance in their augmentation, from a seed alone.
 
 Both are the same on any number of processes and loader workers, and from any step on: a run that goes on from a checkpoint,
 or on more machines, sees what an unbroken run on one would have seen.
@@ -11,9 +11,93 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
-from .transforms import seeded
+from .cache import CachedDataset
+from .datasets import ImageMaskDataset
+from .memory import available_memory
+from .transforms import PerPicture, seeded
+
+
+class AugmentedBatches:
+    """Batches for training, augmented and on their device, of pictures that are decoded once where memory allows.
+
+    Pictures that are augmented on the device and fit into half of its free memory are kept there as bytes (`Resident`); others
+    are kept in memory that the workers share (`CachedDataset`). What they are augmented to does not depend on that.
+
+    Args:
+        datasets: their pictures and masks, one data set after the other.
+        batches: which pictures make a batch, and the chance for each.
+        augment: takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
+        device: where the batches are to be.
+        size: height and width to which pictures are reduced before they are kept; None keeps their own.
+        augment_on: "workers", or "device", in batches of bytes.
+        cache_gib: memory for decoded pictures in each process, or on the device; what does not fit is decoded again each time.
+        workers: processes that decode and augment; 0: this one.
+        progress: show a bar while pictures are decoded for the device.
+
+    Yields:
+        Pictures and masks on the device, as `augment` gives them and stacked, and the list of their draws.
+
+    Raises:
+        ValueError: for another `augment_on`.
+
+    Example:
+        >>> import tempfile
+        >>> from unetlib import CarvanaDataset
+        >>> from unetlib.synthetic import write_carvana
+        >>> from unetlib.transforms import train_transform
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write_carvana(folder, cars=4, views=1, size=(64, 96))
+        ...     scenes = CarvanaDataset(f"{folder}/train", f"{folder}/train_masks")
+        ...     order = ShuffledBatches(scenes, batch_size=4)
+        ...     [(images, masks, draws)] = AugmentedBatches([scenes], order, train_transform((32, 48)), torch.device("cpu"))
+        >>> images.shape, masks.shape, len(draws)
+        (torch.Size([4, 3, 32, 48]), torch.Size([4, 32, 48]), 4)
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ImageMaskDataset],
+        batches: ShuffledBatches,
+        augment: torch.nn.Module,
+        device: torch.device,
+        *,
+        size: tuple[int, int] | None = None,
+        augment_on: str = "workers",
+        cache_gib: float = 8.0,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> None:
+        """Choose where pictures are kept; those that are kept on the device are decoded at once."""
+        if augment_on not in ("workers", "device"):
+            raise ValueError(f'augment_on must be "workers" or "device", got {augment_on!r}')
+        self.device, self.augment = device, PerPicture(augment) if augment_on == "device" else None
+
+        def data_in(gib: float) -> Augmented:
+            sets = [CachedDataset(dataset, size, budget_gib=gib / len(datasets)) for dataset in datasets]
+            return Augmented(ConcatDataset(sets), None if self.augment else augment)
+
+        data = data_in(0)
+        self.loader: Resident | DataLoader[Any]
+        if self.augment and Resident.nbytes(data) <= min(cache_gib * 2**30, available_memory(device) / 2):
+            self.loader = Resident(data, batches, device, workers=workers, progress=progress)
+        else:
+            # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
+            self.loader = DataLoader(
+                data_in(cache_gib), batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda", collate_fn=listed if self.augment else stacked, generator=torch.Generator(),
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[Draw]]]:
+        """The batches of `ShuffledBatches`, from its `first` on."""
+        images: Any
+        masks: Any
+        for images, masks, draws in self.loader:
+            if self.augment:
+                images, masks = ([part.to(self.device, non_blocking=True) for part in parts] for parts in (images, masks))
+                images, masks = self.augment(images, masks, [draw.seed for draw in draws])
+            yield images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True), draws
 
 
 class Draw(NamedTuple):
