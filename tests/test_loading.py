@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from unetlib import CarvanaDataset
+from unetlib.cache import CachedDataset
 from unetlib.loading import Augmented, AugmentedBatches, Draw, Resident, ShuffledBatches, listed, stacked
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import PerPicture, train_transform
@@ -178,3 +179,37 @@ def test_pictures_are_augmented_by_workers_or_on_the_device(scenes):
     batches = ShuffledBatches(range(12), batch_size=4)
     with pytest.raises(ValueError, match='augment_on must be "workers" or "device", got \'gpu\''):
         AugmentedBatches(scenes, batches, train_transform((32, 48)), torch.device("cpu"), augment_on="gpu")
+
+
+def batches_of(scenes, size=(32, 48), **options):
+    order = ShuffledBatches(range(12), batch_size=4)
+    return AugmentedBatches(scenes, order, train_transform((32, 48)), torch.device("cpu"), size=size, **options)
+
+
+@pytest.mark.parametrize("size", [(32, 48), None])
+def test_all_sets_together_keep_what_the_budget_holds_at_the_size_asked_for(scenes, size):
+    half = 10 * 4 * 32 * 48 if size else 10 * (3 * 64 * 96 + 64 * 96 // 8)
+    sets = batches_of(scenes, size, cache_gib=2 * half / 2**30).loader.dataset.dataset.datasets
+    expected = [CachedDataset(dataset, size, budget_gib=half / 2**30) for dataset in scenes]
+    assert [repr(kept) for kept in sets] == [repr(kept) for kept in expected]
+    tight = batches_of(scenes, size, cache_gib=half / 4 / 2**30).loader.dataset.dataset.datasets
+    expected = [CachedDataset(dataset, size, budget_gib=half / 8 / 2**30) for dataset in scenes]
+    assert [repr(kept) for kept in tight] == [repr(kept) for kept in expected]
+    assert "room for 8 pictures" in repr(sets[0])
+    assert "room for 8 pictures" not in repr(tight[0])
+
+
+def test_pictures_stay_on_the_device_where_they_fit_into_half_of_its_free_memory(scenes, monkeypatch):
+    needed = Resident.nbytes(Augmented([CachedDataset(part, (32, 48))[i] for part in scenes for i in range(len(part))], None))
+    for free, stay in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr("unetlib.loading.available_memory", lambda device, free=free: free)
+        assert isinstance(batches_of(scenes, augment_on="device").loader, Resident) is stay
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_batches_take_nothing_from_the_chance_outside_and_their_workers_stay(scenes, place):
+    batches = batches_of(scenes, augment_on=place, workers=1, cache_gib=0)
+    state = torch.get_rng_state()
+    assert len([*batches]) == len([*batches]) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert batches.loader.persistent_workers
