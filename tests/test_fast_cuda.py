@@ -64,9 +64,7 @@ def test_gives_the_logits_of_the_model(cuda_level, stand_ins, monkeypatch, optio
     with_relu = options.get("activation", "relu") == "relu" and options.get("norm", "batch") in ("batch", "none")
     winners = set(cuda._winners.values())
     assert (cuda._Cudnn in winners) == bool(stand_ins) == with_relu
-    first = [-(-side // model.config.patch_size) for side in size]
-    even = any(all((side >> level) % 2 == 0 for side in first) for level in range(2))  # a map doubles to its skip's size
-    assert (cuda._ProductUp in winners) == (even and options.get("upsample", "transpose") == "transpose")
+    assert (cuda._ProductUp in winners) == (options.get("upsample", "transpose") == "transpose")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -136,6 +134,17 @@ class Overflowing(cuda._Plain):
         return super().put(y, place)
 
 
+class Pitchless(cuda._Plain):
+    """Takes a place for a map of its own height and width."""
+
+    def put(self, y, place):
+        height, width = place.shape[-2:]
+        total = place.stride(3)
+        strides = (total * width * height, 1, total * width, total)
+        torch.as_strided(place, place.shape, strides, place.storage_offset()).copy_(y)
+        return F.max_pool2d(y, 2)
+
+
 class Forgetful(cuda._Plain):
     """Pools and leaves the place as it was."""
 
@@ -165,6 +174,13 @@ def test_a_route_that_writes_beside_its_place_or_not_into_it_is_left_out(monkeyp
         for wrong in (Overflowing, Forgetful):
             assert fastest((cuda._Plain, wrong), layer(), a_map(), place) is cuda._Plain
         assert fastest((cuda._Plain, Right), layer(), a_map(), place) is Right
+
+
+def test_a_route_that_takes_a_place_for_a_whole_map_is_left_out(monkeypatch):
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float(type(function.func) is Pitchless))
+    larger = torch.empty(2, 20, 10, 14).to(memory_format=torch.channels_last)
+    assert fastest((cuda._Plain, Pitchless), layer(), a_map(), a_map(20)[:, 4:12]) is Pitchless
+    assert fastest((cuda._Plain, Pitchless), layer(), a_map(), larger[:, 4:12, :9, :13]) is cuda._Plain
 
 
 def test_the_fastest_wins_and_is_tried_once_for_each_shape(monkeypatch):

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import match_size
 from .folding import Layer, Parts
-from .levels import PlainEnds, PlainLevel, Step, chain, copied, places
+from .levels import PlainEnds, PlainLevel, Step, chain, copied, matched, places
 
 Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
 Maker = Callable[[Layer, torch.dtype], Route]
@@ -70,11 +69,24 @@ class CudaLevel(PlainLevel):
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample into the place beside the skip, and convolve."""
         x, place = self.enter(deeper), places(skip, self.width, self.skip_first)[1]
-        if self.up_conv is not None and place.shape[-2:] == (2 * x.shape[-2], 2 * x.shape[-1]):
-            self.up_conv(x, place)
-        else:
-            place.copy_(match_size(chain(self.upsample, x), place, self.match))
+        self.fill(place, x)
         return chain(self.up_convs, skip)
+
+    def fill(self, place: Tensor, x: Tensor) -> None:
+        """Upsample a map into its place, which may have a row or a column more."""
+        height, width = 2 * x.shape[-2], 2 * x.shape[-1]
+        fits = place.shape[-2:] == (height, width)
+        if self.up_conv is None:
+            place.copy_(matched(chain(self.upsample, x), place, self.match))
+        elif self.match == "resize" and not fits:
+            doubled = _empty(x, place.shape[1], (height, width))
+            self.up_conv(x, doubled)
+            place.copy_(matched(doubled, place, self.match))
+        else:
+            self.up_conv(x, place[..., :height, :width])
+            for dim, side in ((-2, height), (-1, width)):
+                beyond, last = place.narrow(dim, side, place.shape[dim] - side), place.narrow(dim, side - 1, 1)
+                beyond.copy_(last if self.match == "replicate" else torch.zeros_like(last))
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
@@ -349,10 +361,10 @@ class _Case:
         self.maps = [torch.empty_like(x).normal_(generator=generator)]
         self.whole: Tensor | None = None
         if place is not None:
-            total = place.stride(3)
+            total, (_, channels, height, width) = place.stride(3), place.shape
             first = place.storage_offset() % total
-            self.whole = _empty(place, total, place.shape[-2:])
-            self.maps.append(self.whole[:, first : first + place.shape[1]])
+            self.whole = _empty(place, total, (place.stride(0) // place.stride(2), place.stride(2) // total))
+            self.maps.append(self.whole[:, first : first + channels, :height, :width])
 
     def run(self, route: Route, expected: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """What the route gives, and the whole map with its place in it, in memory that held NaN before."""

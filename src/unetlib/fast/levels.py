@@ -75,7 +75,7 @@ class PlainLevel:
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample, concatenate and convolve."""
-        x = match_size(chain(self.upsample, self.enter(deeper)), skip, self.match)
+        x = matched(chain(self.upsample, self.enter(deeper)), skip, self.match)
         return chain(self.up_convs, torch.cat((skip, x) if self.skip_first else (x, skip), dim=1))
 
 
@@ -140,7 +140,7 @@ class PrepackedLevel(PlainLevel):
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample, concatenate and convolve."""
-        return self.merge(match_size(chain(self.upsample, self.enter(deeper)), skip, self.match), skip)
+        return self.merge(matched(chain(self.upsample, self.enter(deeper)), skip, self.match), skip)
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         """Convolve the upsampled map and the skip."""
@@ -235,7 +235,7 @@ def _upsampling(*parts: nn.Module | Layer) -> Callable[[Tensor, Tensor, str], No
     steps = [_WinogradStep(part) if isinstance(part, Layer) else part.float() for part in parts]
 
     def upsample(x: Tensor, place: Tensor, match: str) -> None:
-        place.copy_(match_size(chain(steps, x), place, match))
+        place.copy_(matched(chain(steps, x), place, match))
 
     return upsample
 
@@ -255,7 +255,7 @@ def _transposed(module: nn.ConvTranspose2d) -> Callable[[Tensor, Tensor, str], N
             product = product.view(2, 2, channels, height, width).add_(bias)
             result.view(channels, height, 2, width, 2).copy_(product.permute(2, 3, 0, 4, 1))
         if not fits:
-            place.copy_(match_size(doubled, place, match))
+            place.copy_(matched(doubled, place, match))
 
     return upsample
 
@@ -281,6 +281,13 @@ def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:
     if skip_first:
         return both[:, :width], both[:, width:]
     return both[:, -width:], both[:, :-width]
+
+
+def matched(x: Tensor, skip: Tensor, match: str) -> Tensor:
+    """`match_size` for prediction, faster where it resizes: antialiasing changes nothing but the rounding where a map grows."""
+    if match != "resize" or x.shape[-2:] == skip.shape[-2:]:
+        return match_size(x, skip, match)
+    return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import match_size
 from .folding import Layer, Parts
-from .levels import PrepackedLevel, Step, chain, copied, max_pool_channels_last
+from .levels import PrepackedLevel, Step, chain, copied, matched, max_pool_channels_last
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, has_halves, lanes, split_picture
 from .pool import empty
 
@@ -126,5 +125,5 @@ def _laid_out(x: Tensor) -> Tensor:
 def _doubled(doubling: NativeDoubling, x: Tensor, skip: Tensor, match: str) -> Tensor:
     """A map doubled and brought to the size of the skip, where possible in its place."""
     if match == "resize":
-        return match_size(doubling(x, *(2 * side for side in x.shape[-2:])), skip, match)
+        return matched(doubling(x, *(2 * side for side in x.shape[-2:])), skip, match)
     return doubling(x, *skip.shape[-2:], replicate=match == "replicate")
