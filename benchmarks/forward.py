@@ -64,7 +64,9 @@ COLUMNS = ("GFLOP", "ms", "25%", "75%", "pictures/s", "GFLOP/s", "of roof", "err
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--networks", nargs="+", default=[STUDY, "carvana"], help="study, or what UNet.from_pretrained takes")
+    parser.add_argument(
+        "--networks", nargs="+", default=[STUDY, "carvana"], help="study, narrow, or a name for UNet.from_pretrained"
+    )
     parser.add_argument("--shapes", nargs="+", metavar="BATCHxHEIGHTxWIDTH", help="such as 4x320x480")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="the contestants beside study (default: all)")

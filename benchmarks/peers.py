@@ -28,6 +28,7 @@ from unetlib.convert import convert, export_state_dict
 
 Forward = Callable[[Tensor], Tensor]
 STUDY = "study"  # the network of that name, and the contestant that all others are held against
+NARROW = "narrow"  # the same network with a quarter of its widths
 
 
 class Case(NamedTuple):
@@ -53,9 +54,10 @@ class Network(NamedTuple):
 
 
 def load_network(name: str) -> Network:
-    """The study's network with random weights for "study"; else what `UNet.from_pretrained` finds under the name."""
-    if name == STUDY:
-        study, ours = randomize(StudyUNet()), UNet().eval()
+    """The study's network with random weights for "study" and "narrow"; else what `UNet.from_pretrained` finds by the name."""
+    if name in (STUDY, NARROW):
+        features = (64, 128, 256, 512) if name == STUDY else (16, 32, 64, 128)
+        study, ours = randomize(StudyUNet(features=features)), UNet(features=features).eval()
         ours.load_state_dict(convert(study.state_dict()).state_dict)
     else:
         ours = UNet.from_pretrained(name)

@@ -148,6 +148,14 @@ def test_the_studys_module_has_the_studys_tensors():
     assert state["ups.1.conv.0.weight"].shape == (512, 1024, 3, 3)
 
 
+def test_the_narrow_network_is_the_studys_with_a_quarter_of_its_widths():
+    study, ours = peers.load_network("narrow")
+    assert ours.config == UNet(features=(16, 32, 64, 128)).config
+    x = torch.rand(1, 3, 32, 48)
+    with torch.inference_mode():
+        assert torch.equal(study(x), ours(x))
+
+
 @pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
 def test_other_runtimes_compute_the_same(small, tmp_path, peer):
     for package in (peer, "onnxscript"):
