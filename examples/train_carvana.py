@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
         model = starting_model(args)
-        size, class_names = tuple(args.size), ("background", "car")
+        size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
+        class_names = ("background", "car")
         model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 

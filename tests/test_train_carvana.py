@@ -82,6 +82,15 @@ def test_without_matplotlib_only_the_curves_are_missing(script, tmp_path, monkey
     assert (tmp_path / "predictions.png").exists()
 
 
+def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(script, data, tmp_path):
+    script.main(["--data", str(data), *TINY, "--window", "--out", str(tmp_path)])
+    model = UNet.from_pretrained(tmp_path / "model")
+    assert model.preprocessing.size is None
+    val = CarvanaDataset(data / "val", data / "val_masks")
+    best = max(entry["dice"] for entry in json.loads((tmp_path / "history.json").read_text())["epochs"])
+    assert evaluate(model, val)["dice"] == pytest.approx(best, abs=1e-3)
+
+
 OPTIONS = (
     "--loss bce-dice --schedule onecycle --epochs 12 --noise 0.1 --crop 0.3 1 --rotation 20 "
     "--checkpoint-every 1 --validate-every 4"
