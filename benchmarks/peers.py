@@ -56,8 +56,8 @@ class Network(NamedTuple):
 def load_network(name: str) -> Network:
     """The study's network with random weights for "study" and "narrow"; else what `UNet.from_pretrained` finds by the name."""
     if name in (STUDY, NARROW):
-        features = (64, 128, 256, 512) if name == STUDY else (16, 32, 64, 128)
-        study, ours = randomize(StudyUNet(features=features)), UNet(features=features).eval()
+        widths = {"features": (16, 32, 64, 128)} if name == NARROW else {}
+        study, ours = randomize(StudyUNet(**widths)), UNet(**widths).eval()
         ours.load_state_dict(convert(study.state_dict()).state_dict)
     else:
         ours = UNet.from_pretrained(name)

@@ -108,7 +108,7 @@ def model_info(
     Example:
         >>> info = model_info("carvana")
         >>> info.parameters, info.card["library_name"]
-        (3761668, 'unetlib')
+        (3955380, 'unetlib')
     """
     where = _locate(name, revision)
     if isinstance(where, Path):
