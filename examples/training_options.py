@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "fp16" if torch.cuda.is_available() else "fp32",
     },
     # For one large GPU: full resolution in patches, weighted borders, a long cosine, averaged weights. `--init carvana` begins
-    # with the zoo's weights, grown to these widths.
+    # with the zoo's weights, which have these widths.
     "full": {
         "features": [32, 48, 64, 96, 128, 192], "bottleneck": 192, "patch_size": 2, "match": "replicate", "size": [1280, 1918],
         "epochs": 30, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "clip": 1.0, "ema": 0.998,
