@@ -75,18 +75,21 @@ class CudaLevel(PlainLevel):
     def fill(self, place: Tensor, x: Tensor) -> None:
         """Upsample a map into its place, which may have a row or a column more."""
         height, width = 2 * x.shape[-2], 2 * x.shape[-1]
-        fits = place.shape[-2:] == (height, width)
         if self.up_conv is None:
             place.copy_(matched(chain(self.upsample, x), place, self.match))
-        elif self.match == "resize" and not fits:
+        elif self.match == "resize" and place.shape[-2:] != (height, width):
             doubled = _empty(x, place.shape[1], (height, width))
             self.up_conv(x, doubled)
             place.copy_(matched(doubled, place, self.match))
         else:
             self.up_conv(x, place[..., :height, :width])
             for dim, side in ((-2, height), (-1, width)):
-                beyond, last = place.narrow(dim, side, place.shape[dim] - side), place.narrow(dim, side - 1, 1)
-                beyond.copy_(last if self.match == "replicate" else torch.zeros_like(last))
+                if place.shape[dim] > side:
+                    beyond = place.narrow(dim, side, 1)
+                    if self.match == "replicate":
+                        beyond.copy_(place.narrow(dim, side - 1, 1))
+                    else:
+                        beyond.zero_()
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
