@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import pickle
 import sys
@@ -147,12 +148,13 @@ def test_grey_pictures(folders):
 def test_pictures_that_exif_turns(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.arange(24 * 48, dtype=np.uint8).reshape(24, 48)).save(tmp_path / "x.jpg", exif=exif)
-    Image.new("L", (24, 48), 1).save(tmp_path / "x_mask.png")
+    for name in ("x.jpg", "y.tif", "z.png"):
+        Image.fromarray(np.arange(24 * 48, dtype=np.uint8).reshape(24, 48)).convert("RGB").save(tmp_path / name, exif=exif)
+        Image.new("L", (24, 48), 1).save(tmp_path / f"{name[0]}_mask.png")
     for size in (None, (12, 6)):
         cached = CachedDataset(ImageMaskDataset(tmp_path, tmp_path, mask_suffix="_mask"), size)
-        for _ in range(2):
-            assert cached[0][0].shape[1:] == cached[0][1].shape == (size or (48, 24))
+        for index in (0, 1, 2, 0, 1, 2):
+            assert cached[index][0].shape[1:] == cached[index][1].shape == (size or (48, 24))
 
 
 def test_the_transform_is_called_afresh_on_copies(folders):
@@ -303,8 +305,10 @@ def test_wrong_arguments(folders):
         CachedDataset([dataset])
     with pytest.raises(TypeError, match="transform must be callable"):
         CachedDataset(dataset, transform=SMALL)
-    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
-        CachedDataset(dataset, (16,))
+    for size in ((16,), 16):
+        with pytest.raises(TypeError, match=r"must be a pair \(height, width\)"):
+            CachedDataset(dataset, size)
+    assert "room for 4 pictures" in repr(CachedDataset(dataset, (4, 4), budget_gib=math.inf))
     with pytest.raises(ValueError, match="budget_gib must be 0 or more, not -1"):
         CachedDataset(dataset, budget_gib=-1)
     with pytest.raises(ValueError, match=r"CachedDataset\(transform=\.\.\.\)"):

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
-from torchvision import tv_tensors
+from torchvision import transforms as v1, tv_tensors
 from torchvision.transforms import v2
 
 from unetlib.datasets import CarvanaDataset, ImageMaskDataset, car_id, rle_decode, rle_encode, split_by_car
@@ -183,6 +183,9 @@ def test_missing_and_empty_folders(folders, tmp_path):
 def test_wrong_arguments(folders):
     with pytest.raises(TypeError, match="transform must be callable"):
         CarvanaDataset(*folders, transform=(160, 240))
+    for transform in (v1.Compose([v1.Resize((8, 8))]), v1.Resize((8, 8)), torch.nn.Identity()):
+        with pytest.raises(TypeError, match=r"(Compose|Resize|Identity) does not take a picture and its mask; give"):
+            CarvanaDataset(*folders, transform)
     with pytest.raises(ValueError, match="mode must be"):
         ImageMaskDataset(*folders, mask_suffix="_mask", mode="RGBA")
     with pytest.raises(ValueError, match="twice"):

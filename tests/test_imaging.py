@@ -102,7 +102,30 @@ def test_16_bit_colour_is_not_clipped(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), levels >> 8)
 
 
-@pytest.mark.parametrize(("dtype", "words"), [(np.float32, "floating-point"), (np.int32, "32-bit integers")])
+def test_12_bit_grey_reaches_white(tmp_path):
+    levels = np.array([[0, 2048, 4095]], "<u2")
+    tags = {256: 3, 257: 1, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 6}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    for bits in (16, 12):  # 12 bits are packed: 000 800 FFF
+        data = levels.tobytes() if bits == 16 else bytes.fromhex("000800FFF0")
+        stored = entries.replace(struct.pack("<HHII", 258, 4, 1, 16), struct.pack("<HHII", 258, 4, 1, bits))
+        head = b"II*\0" + struct.pack("<I", 16) + data.ljust(8, b"\0")
+        (tmp_path / f"{bits}.tif").write_bytes(head + struct.pack("<H", len(tags)) + stored + bytes(4))
+    assert read_image(tmp_path / "12.tif", "L")[..., 0].tolist() == [[0, 128, 255]]
+    assert read_image(tmp_path / "16.tif", "L")[..., 0].tolist() == [[0, 8, 16]]
+    with Image.open(tmp_path / "12.tif") as image:
+        assert read_image(image, "L")[..., 0].tolist() == [[0, 128, 255]]
+
+
+def test_a_picture_of_too_many_pixels_for_pillow_is_told_how_to_open_it(tmp_path, monkeypatch):
+    Image.new("1", (200, 200)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(ValueError, match=r"x\.png has more pixels than Pillow opens.*MAX_IMAGE_PIXELS = None first") as error:
+        read_mask(tmp_path / "x.png")
+    assert "Replace" not in str(error.value)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(np.float32, "floating-point"), (np.int32, "signed or 32-bit integers")])
 def test_numbers_of_unknown_range_are_refused(tmp_path, dtype, words):
     Image.fromarray(np.full((2, 2), 300, dtype)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=rf"x\.tif holds {words}.*0\.\.255"):
@@ -132,6 +155,10 @@ def test_exif_orientation(tmp_path, suffix, orientation, upright):
     path = tmp_path / f"turned.{suffix}"
     Image.fromarray(stored).save(path, exif=exif)
     np.testing.assert_allclose(read_image(path), upright(stored), atol=1)
+    assert image_size(path) == upright(stored).shape[:2]
+    with Image.open(path) as image:
+        image.load()
+        assert image_size(image) == upright(stored).shape[:2]
     if suffix == "png":
         np.testing.assert_array_equal(read_mask(path, "nonzero"), upright(stored)[..., 0] > 0)
 
@@ -234,8 +261,8 @@ def test_other_formats_and_open_pictures_stay_whole(tmp_path):
         assert read_image(image, min_size=(60, 80)).shape == (480, 640, 3)
         image.save(tmp_path / "x.png")
     np.testing.assert_array_equal(read_image(tmp_path / "x.png", min_size=(60, 80)), read_image(tmp_path / "x.jpg"))
-    for size in ((0, 5), (5,), (5.0, 5)):
-        with pytest.raises(ValueError, match=r"min_size must be \(height, width\)"):
+    for size, error in (((0, 5), ValueError), ((5,), TypeError), ((5.0, 5), TypeError), (5, TypeError)):
+        with pytest.raises(error, match="min_size="):
             read_image(tmp_path / "x.png", min_size=size)
 
 
@@ -383,6 +410,25 @@ def test_a_value_that_is_no_class_is_named(tmp_path):
         read_mask(tmp_path / "x.png", (0, 1, 2))
     with pytest.raises(ValueError, match=r"the given picture holds the colour \(9, 9, 9\), which"):
         read_mask(Image.new("L", (2, 2), 9), [(0, 0, 0), (1, 1, 1)])
+
+
+def test_classes_are_never_guessed_from_rounded_numbers(tmp_path):
+    deep = np.array([[0, 32896, 65535]], np.uint16)
+    for mask in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32)), Image.fromarray(deep.astype(np.float32))):
+        with pytest.raises(ValueError, match="holds numbers, but mask_values names colours"):
+            read_mask(mask, ((0, 0, 0), (128, 128, 128), (255, 255, 255)))
+    (tmp_path / "x.png").write_bytes(png_16_bit_rgb(np.array([[[0, 0, 0], [1, 1, 1]]])))  # Pillow would read 0 and 0
+    for values in (None, "nonzero", (0, 1)):
+        with pytest.raises(ValueError, match=r"x\.png has 16-bit colour.*16-bit grey"):
+            read_mask(tmp_path / "x.png", values)
+
+
+def test_numpy_gives_values_and_classes():
+    mask = Image.fromarray(np.array([[0, 128, 255]], np.uint8))
+    assert read_mask(mask, np.unique(np.asarray(mask))).tolist() == [[0, 1, 2]]
+    assert read_mask(mask, dict(zip((0, 128, 255), np.arange(3), strict=True))).tolist() == [[0, 1, 2]]
+    with pytest.raises(TypeError, match="mask_values must hold integers"):
+        read_mask(mask, np.array([0.5, 1.5]))
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,13 @@ def test_a_pass_goes_on_from_the_middle():
 
 @pytest.mark.parametrize(
     ("pictures", "size", "world", "message"),
-    [(4, 0, 1, "positive multiple"), (9, 4, 3, "multiple of the 3"), (3, 4, 1, "give a smaller")],
+    [(4, 0, 1, "positive multiple"), (9, 4, 3, "multiple of the 3"), (3, 4, 1, "give a smaller"), (4, 4, 0, "world_size=0")],
 )
 def test_sizes_that_cannot_be_are_refused(pictures, size, world, message):
     with pytest.raises(ValueError, match=message):
         ShuffledBatches(range(pictures), batch_size=size, world_size=world)
+    with pytest.raises(ValueError, match="rank must be from 0 to world_size - 1, got rank=3"):
+        ShuffledBatches(range(12), batch_size=6, rank=3, world_size=3)
 
 
 def noisy(image, mask):
@@ -179,6 +181,22 @@ def test_pictures_are_augmented_by_workers_or_on_the_device(scenes):
     batches = ShuffledBatches(range(12), batch_size=4)
     with pytest.raises(ValueError, match='augment_on must be "workers" or "device", got \'gpu\''):
         AugmentedBatches(scenes, batches, train_transform((32, 48)), torch.device("cpu"), augment_on="gpu")
+    with pytest.raises(ValueError, match="batches are of 12 pictures, and datasets have 8"):
+        AugmentedBatches(scenes[:1], batches, train_transform((32, 48)), "cpu")
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_pictures_that_stay_of_different_sizes_are_no_batch(scenes, place):
+    order = ShuffledBatches(range(12), batch_size=12)
+    with pytest.raises(ValueError, match=r"of one size.*\(48, 96\) and \(64, 96\); give it a size"):
+        [*AugmentedBatches(scenes, order, train_transform(None), "cpu", augment_on=place)]
+
+
+def test_pictures_for_workers_are_opened_for_their_sizes_once(scenes, monkeypatch):
+    looked = []
+    monkeypatch.setattr("unetlib.cache.image_size", lambda path, **_: looked.append(path) or (64, 96))
+    AugmentedBatches(scenes, ShuffledBatches(range(12), batch_size=4), train_transform((32, 48)), "cpu")
+    assert len(looked) == len(set(looked)) == 12
 
 
 def batches_of(scenes, size=(32, 48), **options):

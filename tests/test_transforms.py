@@ -95,10 +95,15 @@ def test_stacked_masks_and_single_tensors():
     assert Resize((10, 20))(torch.zeros(3, 30, 30)).shape == (3, 10, 20)
 
 
-@pytest.mark.parametrize("size", [(10,), (10, 0), (10, 2.5), (1, 2, 3)])
-def test_sizes_that_cannot_be(size):
-    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
-        Resize(size)
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [(10, TypeError), ((10,), TypeError), ((10, 0), ValueError), ((10, 2.5), TypeError), ((1, 2, 3), TypeError)],
+)
+def test_sizes_that_cannot_be(size, error):
+    for make in (Resize, lambda size: RandomCrop(size, (0.5, 1)), train_transform, eval_transform):
+        with pytest.raises(error, match="size="):
+            make(size)
+    assert Resize((np.int64(10), 20)).size == [10, 20]
 
 
 def test_bool_masks_are_shares_too():
@@ -133,10 +138,25 @@ def test_a_crop_of_all_is_a_resize():
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("area", [(0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1)])
+@pytest.mark.parametrize("shape", [(100, 400), (400, 100)])
+def test_a_crop_of_another_shape_than_the_picture_sees_all_of_it(shape):
+    torch.manual_seed(0)
+    crop, picture = RandomCrop((50, 50), (0.7, 1.0)), tv_tensors.Image(torch.zeros(1, *shape))
+    parts = [crop.make_params([picture]) for _ in range(300)]
+    assert {(part["height"], part["width"]) for part in parts} == {(100, 100)}  # 0.7 does not fit: the largest square
+    places = [part["top"] + part["left"] for part in parts]
+    assert min(places) <= 10
+    assert max(places) >= 290
+    assert abs(np.mean(places) - 150) < 20
+    assert crop(picture).shape == (1, 50, 50)
+
+
+@pytest.mark.parametrize("area", [0.5, (0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1)])
 def test_areas_that_cannot_be(area):
     with pytest.raises(ValueError, match="area must be"):
         RandomCrop((10, 10), area)
+    with pytest.raises(ValueError, match="crop must be"):
+        train_transform((10, 10), crop=area)
     with pytest.raises(ValueError, match="size=None"):
         train_transform(None, crop=(0.5, 1.0))
 
@@ -155,7 +175,7 @@ def test_low_resolution_takes_detail_and_leaves_the_mask():
     assert torch.equal(RandomLowResolution(p=0.0)(image), image)
     changed = sum(not torch.equal(RandomLowResolution(p=0.3)(image), image) for _ in range(200))
     assert 40 < changed < 80
-    with pytest.raises(ValueError, match="probability"):
+    with pytest.raises(ValueError, match=r"p must be from 0 to 1, not 1\.1"):
         RandomLowResolution(p=1.1)
 
 
@@ -423,6 +443,9 @@ def test_mean_and_std():
         assert (out_mask == 1).all()
     with pytest.raises(ValueError, match=r"mean and std go together, but mean=\(0,\)"):
         eval_transform(mean=(0,))
+    for mean, std in ((0.5, 0.5), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1, 1)), ((), ())):
+        with pytest.raises(ValueError, match="one number for each channel, and std above 0"):
+            eval_transform(mean=mean, std=std)
 
 
 def test_without_options_train_is_eval():
@@ -511,7 +534,7 @@ def test_the_corners_of_the_studys_rotation_are_black_and_background():
         assert (image[:, mask == 0] == 0).all()
 
 
-@pytest.mark.parametrize("scale", [(0.5,), (0, 1), (1.2, 0.8)])
+@pytest.mark.parametrize("scale", [1.2, (0.5,), (0, 1), (1.2, 0.8)])
 def test_scales_that_cannot_be(scale):
     with pytest.raises(ValueError, match="scale must be"):
         train_transform(scale=scale)
@@ -527,10 +550,15 @@ def test_scales_that_cannot_be(scale):
         {"horizontal_flip": 2},
         {"vertical_flip": -1},
         {"color_jitter": -1},
+        {"grayscale": 2},
+        {"invert": -0.1},
+        {"noise": -0.1},
     ],
 )
 def test_options_out_of_range(option):
-    with pytest.raises(ValueError):
+    name, value = next(reversed(option.items()))
+    named = "factor" if name == "least_resolution" else name
+    with pytest.raises(ValueError, match=rf"{named} must be .*{value}"):
         train_transform(**option)
 
 

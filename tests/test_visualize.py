@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
 
-from unetlib.visualize import PALETTE, comparison, grid, mask_to_image, overlay
+from unetlib.visualize import PALETTE, comparison, grid, learning_curves, mask_to_image, overlay
 
 
 def test_mask_to_image_spreads_the_classes_over_the_greys():
@@ -39,6 +44,11 @@ def test_grid_puts_pictures_where_they_belong():
     sheet = grid(pictures, columns=2, gap=1)
     assert sheet.shape == (2 * 4 + 1, 2 * 6 + 1, 3)
     assert [sheet[1, 1, 0], sheet[1, 7, 0], sheet[5, 1, 0], sheet[0, 0, 0]] == [10, 20, 30, 255]
+    tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+    np.testing.assert_array_equal(sheet, np.moveaxis(make_grid(tensors, nrow=2, padding=1, pad_value=255).numpy(), 0, -1))
+    for one in (pictures[:1], [pictures[0][..., 0]]):
+        alone = grid(one, columns=2, gap=1)
+        np.testing.assert_array_equal(alone, np.pad(pictures[0], ((1, 1), (1, 1), (0, 0)), constant_values=255))
 
 
 def test_a_comparison_has_masks_below_their_pictures():
@@ -65,6 +75,10 @@ def test_a_comparison_has_masks_below_their_pictures():
         (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], [np.zeros((2, 2))], []), "1 pictures, 1 masks and 0 predicted"),
         (lambda: comparison([], [], []), "got 0 pictures"),
+        (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.full((2, 2), 0.9)]] * 2), "fractions"),
+        (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.zeros((2, 2))]] * 2, columns=0), "columns must be 1 or more"),
+        (lambda: grid([np.zeros((2, 2), np.uint8)], columns=0), "columns must be 1 or more, got 0"),
+        (lambda: grid([np.zeros((2, 2, 4), np.uint8)] * 2), r"uint8 \(2, 2, 4\)"),
         (lambda: grid([]), "got none"),
         (lambda: grid([np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8)]), r"\(2, 2\), \(2, 3\)"),
     ],
@@ -72,3 +86,10 @@ def test_a_comparison_has_masks_below_their_pictures():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_curves_are_a_png_by_any_name_and_need_no_scores(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learning_curves([0.9, 0.5], [], tmp_path / "curves")
+    assert Image.open(tmp_path / "curves").format == "PNG"

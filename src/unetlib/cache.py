@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .datasets import ImageMaskDataset, size_clash
-from .imaging import class_of_value, image_size, read_image, read_labels, to_tensor
+from .imaging import class_of_value, image_size, is_binary, read_image, read_labels, to_tensor
 from .transforms import Resize
 
 logger = logging.getLogger("unetlib")
@@ -54,8 +54,8 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         folder: Where the temporary file lies: `None` for the system's folder for such, `"/dev/shm"` for memory alone.
 
     Raises:
-        ValueError: `dataset` has a transform, `size` is not two positive whole numbers, or `budget_gib` is negative.
-        TypeError: `dataset` is no `ImageMaskDataset`, or `transform` not callable.
+        ValueError: `dataset` has a transform, or `size` or `budget_gib` is out of its range.
+        TypeError: `dataset` is no `ImageMaskDataset`, `transform` is not callable, or `size` no pair of integers.
         FileNotFoundError: There is no such `folder`.
 
     Example:
@@ -92,9 +92,9 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         self.dataset = dataset
         self.transform = transform
         self._resize = None if size is None else Resize(size)
-        self._binary = dataset.mask_values is None or dataset.mask_values == "nonzero"
+        self._binary = is_binary(dataset.mask_values)
         self._mask_dtype = self._kept_dtype()
-        self._store = _Store([*self._slot_sizes()], int(budget_gib * 2**30), folder)
+        self._store = _Store([*self._slot_sizes()], budget_gib * 2**30, folder)
         logger.info("%r", self)
 
     def __len__(self) -> int:
@@ -156,10 +156,10 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
 
     def _kept_dtype(self) -> np.dtype[Any]:
         """Of masks: bits, which `_Store` packs; or shares of 255; or class indices as `read_labels` gives them."""
-        values = self.dataset.mask_values
-        if values is None or values == "nonzero":
+        if self._binary:
             return np.dtype(np.uint8 if self._resize else np.bool_)
-        return np.dtype(np.uint8 if max(class_of_value(values).values()) < 256 else np.int64)
+        classes = class_of_value(self.dataset.mask_values)  # type: ignore[arg-type]  # the others are binary
+        return np.dtype(np.uint8 if max(classes.values()) < 256 else np.int64)
 
     def _slot_sizes(self) -> Iterator[int]:
         """Bytes of each mask, then of each picture."""
@@ -179,7 +179,7 @@ class _Store:
     Two processes may fill a slot at the same time: they write the same. Its shape is written last, and says that it is full.
     """
 
-    def __init__(self, sizes: Sequence[int], budget: int, folder: str | PathLike[str] | None) -> None:
+    def __init__(self, sizes: Sequence[int], budget: float, folder: str | PathLike[str] | None) -> None:
         """Reserve the first slots, as many as budget and disk have room for."""
         folder = tempfile.gettempdir() if folder is None else folder
         if not Path(folder).is_dir():

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
+from .imaging import MaskValues, class_of_value, is_binary, read_image, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
@@ -82,10 +82,15 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         """Pair the files."""
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be callable or None, not {transform!r}")
+        if transform is not None and not (_binds(transform, None, None) or _binds(transform, image=None, mask=None)):
+            raise TypeError(
+                f"{type(transform).__name__} does not take a picture and its mask; give a preset of unetlib.transforms, "
+                "transforms of torchvision.transforms.v2, or an albumentations pipeline"
+            )
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
-        if mask_values is not None and mask_values != "nonzero":
-            class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
+        if not is_binary(mask_values):
+            class_of_value(mask_values)  # type: ignore[arg-type]  # wrong ones are refused here rather than in a worker
         self.image_dir = Path(image_dir)
         self.mask_dir = Path(mask_dir)
         self.transform = transform
@@ -330,7 +335,7 @@ def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
-    if not isinstance(transform, torch.nn.Module) and _takes_keywords(transform):
+    if not isinstance(transform, torch.nn.Module) and _binds(transform, image=None, mask=None):
         result = transform(image=image, mask=mask)
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
@@ -346,11 +351,15 @@ def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArra
     )
 
 
-def _takes_keywords(transform: Callable[..., Any]) -> bool:
+def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
+    """Whether a callable takes such arguments; one that is built in and has no signature takes them by position."""
     try:
-        inspect.signature(transform).bind(image=None, mask=None)
-    except (TypeError, ValueError):  # it takes other arguments, or is built in and has no signature
+        # A module's own call takes anything, and hands it on to its `forward`.
+        inspect.signature(transform.forward if isinstance(transform, torch.nn.Module) else transform).bind(*args, **kwargs)
+    except TypeError:
         return False
+    except ValueError:
+        return not kwargs
     return True
 
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .arguments import height_and_width
+
 Source: TypeAlias = "str | PathLike[str] | Image.Image"
 Color: TypeAlias = tuple[int, int, int]
 Classes: TypeAlias = dict["int | Color", int]
@@ -25,7 +27,7 @@ MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | 
 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION, _WIDTH, _BITS = 0x0112, 256, 258  # tags of EXIF and of TIFF
 
 
 def read_image(
@@ -34,8 +36,8 @@ def read_image(
     """Read a picture as 8-bit colour or grey.
 
     EXIF orientation is applied. Transparency is dropped, as `PIL.Image.convert("RGB")` does: the colour stored under it
-    stays. 16-bit grey is scaled from 0..65535 to 0..255 with rounding, never clipped; of 16-bit colour Pillow keeps
-    the high byte. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
+    stays. 16-bit grey is scaled from 0..65535 to 0..255 with rounding, never clipped, and so is a TIFF's of 12 bits; of
+    16-bit colour Pillow keeps the high byte. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
 
     Args:
         source: Path of a picture, or an open PIL picture (left unchanged).
@@ -48,8 +50,8 @@ def read_image(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, holds several frames, or holds 32-bit numbers, whose range is unknown; or
-            `min_size` is not two positive whole numbers.
+        ValueError: The file cannot be read, holds several frames, or holds 32-bit numbers, whose range is unknown.
+        TypeError: `min_size` is no pair of integers.
 
     Example:
         >>> read_image(Image.new("RGBA", (4, 2), (255, 128, 0, 10))).shape
@@ -59,14 +61,13 @@ def read_image(
     """
     if mode not in ("RGB", "L"):
         raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
-    if min_size is not None and (len(min_size) != 2 or not all(isinstance(side, int) and side > 0 for side in min_size)):
-        raise ValueError(f"min_size must be (height, width) in whole pixels, not {min_size!r}")
-    image, file_format = _load(source, min_size)
+    image, file_format = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
-        levels = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # round(v / 257), exactly
+        bits = getattr(source if isinstance(source, Image.Image) else image, "tag_v2", {}).get(_BITS, (16,))[0]
+        white = 2**bits - 1
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))  # rounded
     elif image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
             f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
             "and save it again."
@@ -155,11 +156,13 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         >>> read_labels(Image.new("L", (2, 1), 128), mask_values=(0, 128, 255)).dtype
         dtype('uint8')
     """
-    image, _ = _load(source)
-    if mask_values is None or mask_values == "nonzero":
-        return _foreground(image, source, any_values=mask_values == "nonzero")
-    classes = class_of_value(mask_values)
+    image, _ = _load(source, exact=True)
+    if is_binary(mask_values):
+        return _foreground(image, source, any_values=mask_values is not None)
+    classes = class_of_value(mask_values)  # type: ignore[arg-type]  # the others are binary
     if isinstance(next(iter(classes)), tuple):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
         values, are_colors = _color_codes(_convert(image, "RGB", source)), True
     else:
         values, are_colors = _stored_values(image, source), False
@@ -194,6 +197,16 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.require(channels_last, requirements=("C", "W"))).permute(2, 0, 1)
 
 
+def is_binary(mask_values: MaskValues) -> bool:
+    """Whether masks of these values are read as background and foreground.
+
+    Example:
+        >>> is_binary(None), is_binary("nonzero"), is_binary((0, 255))
+        (True, True, False)
+    """
+    return mask_values is None or (isinstance(mask_values, str) and mask_values == "nonzero")
+
+
 def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int]) -> Classes:
     """Check the `mask_values` of `read_mask` and write them as value -> class index.
 
@@ -207,7 +220,8 @@ def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, i
     """
     if isinstance(mask_values, Mapping):
         pairs: list[tuple[Any, int]] = list(mask_values.items())
-    elif isinstance(mask_values, Sequence) and not isinstance(mask_values, str):
+    elif isinstance(mask_values, (Sequence, np.ndarray)) and not isinstance(mask_values, str):
+        mask_values = mask_values.tolist() if isinstance(mask_values, np.ndarray) else mask_values
         pairs = [(tuple(value) if isinstance(value, list) else value, k) for k, value in enumerate(mask_values)]
     else:
         raise TypeError(f'mask_values must be None, "nonzero", a sequence or a mapping, not {mask_values!r}')
@@ -215,9 +229,9 @@ def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, i
         is_color = isinstance(value, tuple) and len(value) == 3 and all(part in range(256) for part in value)
         if not is_color and not isinstance(value, (int, np.integer)):
             raise TypeError(f"mask_values must hold integers or (r, g, b) colours of 0..255, not {value!r}")
-        if not isinstance(index, int) or index < 0:
+        if not isinstance(index, (int, np.integer)) or index < 0:
             raise ValueError(f"mask_values gives {value!r} the class {index!r}; classes are 0, 1, 2, ...")
-    classes: Classes = dict(pairs)
+    classes: Classes = {value: int(index) for value, index in pairs}
     if len(classes) < len(pairs):
         raise ValueError(f"mask_values={mask_values!r} names a value twice")
     if len(classes) < 2 or len({isinstance(value, tuple) for value in classes}) > 1:
@@ -239,18 +253,24 @@ def _opened(source: Source) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {str(source)!r}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{_name(source)} has more pixels than Pillow opens by itself ({error}). If you trust it, set "
+            "PIL.Image.MAX_IMAGE_PIXELS = None first."
+        ) from error
     except Exception as error:  # inside a decoder a broken file can raise nearly anything
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
 
 
-def _load(source: Source, min_size: tuple[int, int] | None = None) -> tuple[Image.Image, str | None]:
-    """Decode and turn upright; returns the picture and the format its file had."""
+def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, str | None]:
+    """Decode and turn upright; returns the picture and the format its file had. `exact`: refuse what Pillow rounds."""
     with _opened(source) as image:
+        rounded = exact and len(image.getbands()) > 1 and any(";16" in str(part) for part in getattr(image, "tile", ()))
         # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
         one = image is source or image.format == "MPO"
         frames = 1 if one else getattr(image, "n_frames", 1)
-        if frames == 1:
+        if frames == 1 and not rounded:
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
@@ -258,10 +278,15 @@ def _load(source: Source, min_size: tuple[int, int] | None = None) -> tuple[Imag
                 return ImageOps.exif_transpose(image), image.format
             ImageOps.exif_transpose(image, in_place=True)  # without a copy
             return image, image.format
+    if rounded:
+        raise ValueError(f"{_name(source)} has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey.")
     raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether the size that Pillow gives is the other way round; newer versions give that of a TIFF as it will be turned."""
+    if image.format == "TIFF" and image.size[0] != image.tag_v2.get(_WIDTH, image.size[0]):  # type: ignore[attr-defined]
+        return False
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 

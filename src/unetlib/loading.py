@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, defaul
 from .cache import CachedDataset
 from .datasets import ImageMaskDataset
 from .memory import available_memory
-from .transforms import PerPicture, seeded
+from .transforms import PerPicture, check_one_size, seeded
 
 
 class AugmentedBatches:
@@ -40,7 +40,7 @@ class AugmentedBatches:
         Pictures and masks on the device, as `augment` gives them and stacked, and the list of their draws.
 
     Raises:
-        ValueError: for another `augment_on`.
+        ValueError: for another `augment_on`, or `batches` of another number of pictures.
 
     Example:
         >>> import tempfile
@@ -61,7 +61,7 @@ class AugmentedBatches:
         datasets: Sequence[ImageMaskDataset],
         batches: ShuffledBatches,
         augment: torch.nn.Module,
-        device: torch.device,
+        device: torch.device | str,
         *,
         size: tuple[int, int] | None = None,
         augment_on: str = "workers",
@@ -72,15 +72,17 @@ class AugmentedBatches:
         """Choose where pictures are kept; those that are kept on the device are decoded at once."""
         if augment_on not in ("workers", "device"):
             raise ValueError(f'augment_on must be "workers" or "device", got {augment_on!r}')
-        self.device, self.augment = device, PerPicture(augment) if augment_on == "device" else None
+        if (pictures := sum(map(len, datasets))) != batches.length:
+            raise ValueError(f"batches are of {batches.length} pictures, and datasets have {pictures}; give both the same")
+        self.device = device = torch.device(device)
+        self.augment = PerPicture(augment) if augment_on == "device" else None
 
         def data_in(gib: float) -> Augmented:
             sets = [CachedDataset(dataset, size, budget_gib=gib / len(datasets)) for dataset in datasets]
             return Augmented(ConcatDataset(sets), None if self.augment else augment)
 
-        data = data_in(0)
         self.loader: Resident | DataLoader[Any]
-        if self.augment and Resident.nbytes(data) <= min(cache_gib * 2**30, available_memory(device) / 2):
+        if self.augment and Resident.nbytes(data := data_in(0)) <= min(cache_gib * 2**30, available_memory(device) / 2):
             self.loader = Resident(data, batches, device, workers=workers, progress=progress)
         else:
             # A generator of its own, so that the loader takes nothing from the one that dropout draws from.
@@ -125,7 +127,8 @@ class ShuffledBatches(Sampler[list[Draw]]):
         first: number of the batch with which that pass begins, from 0.
 
     Raises:
-        ValueError: if `batch_size` is below 1, above the number of pictures, or no multiple of `world_size`.
+        ValueError: if `batch_size` is below 1, above the number of pictures, or no multiple of `world_size`; or `rank` is
+            none of 0 to `world_size` - 1.
 
     Example:
         >>> batches = ShuffledBatches(range(8), batch_size=4, seed=1)
@@ -138,6 +141,8 @@ class ShuffledBatches(Sampler[list[Draw]]):
     """
 
     def __init__(self, dataset: Sized, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be from 0 to world_size - 1, got rank={rank!r} and world_size={world_size!r}")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size must be a positive multiple of the {world_size} processes, got {batch_size!r}")
         if len(dataset) < batch_size:
@@ -196,6 +201,7 @@ class Augmented(Dataset[tuple[Any, Any, Draw]]):
 def stacked(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> tuple[Tensor, Tensor, list[Draw]]:
     """A loader's `collate_fn` for items of `Augmented`: pictures and masks of one size as batches, draws as they are."""
     images, masks, draws = zip(*samples)
+    check_one_size(images)
     return default_collate([*images]), default_collate([*masks]), [*draws]
 
 

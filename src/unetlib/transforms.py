@@ -17,6 +17,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from .arguments import at_least, height_and_width, rising
+
 
 class Resize(v2.Transform):  # type: ignore[misc]
     """Resize a picture and its mask to one size, so that the mask stays where the picture is.
@@ -30,7 +32,8 @@ class Resize(v2.Transform):  # type: ignore[misc]
         size: (H, W) of the result.
 
     Raises:
-        ValueError: `size` is not two positive whole numbers.
+        TypeError: `size` is no pair of integers.
+        ValueError: One of them is below 1.
 
     Example:
         >>> image = tv_tensors.Image(torch.zeros(3, 8, 8, dtype=torch.uint8))
@@ -43,9 +46,7 @@ class Resize(v2.Transform):  # type: ignore[misc]
     def __init__(self, size: Sequence[int]) -> None:
         """Keep the size."""
         super().__init__()
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(f"size must be (height, width) in whole pixels, not {size!r}")
-        self.size = list(size)
+        self.size = [*height_and_width(size)]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize one picture or mask; torchvision calls this for each."""
@@ -64,18 +65,19 @@ class Resize(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(resized[0], like=inpt)
 
 
-class RandomCrop(v2.RandomResizedCrop):  # type: ignore[misc]
+class RandomCrop(v2.Transform):  # type: ignore[misc]
     """Cut out a random part of a picture, of the shape of the result, and resize it: objects at many scales.
 
-    torchvision's `RandomResizedCrop`, whose `scale` this `area` is, with the `Resize` above and without a change of
-    aspect ratio other than the one `size` itself asks for.
+    torchvision's `RandomResizedCrop` with the `Resize` above, and without a change of aspect ratio. Where a share asks for
+    more than the picture has in that shape, the largest part is taken, at a random place; torchvision's is then the middle.
 
     Args:
         size: (H, W) of the result.
         area: Least and largest share of the picture's area, each in (0, 1].
 
     Raises:
-        ValueError: `size` is not two positive whole numbers, or `area` no range within (0, 1].
+        TypeError: `size` is no pair of integers.
+        ValueError: One of them is below 1, or `area` is no range within (0, 1].
 
     Example:
         >>> image = tv_tensors.Image(torch.zeros(3, 32, 48, dtype=torch.uint8))
@@ -85,11 +87,18 @@ class RandomCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 
     def __init__(self, size: Sequence[int], area: Sequence[float]) -> None:
         """Keep the size and the range."""
-        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-            raise ValueError(f"area must be (least, largest) shares of a picture, 0 < least <= largest <= 1, not {area!r}")
-        resize = Resize(size)
-        super().__init__(resize.size, scale=tuple(area), ratio=(size[1] / size[0],) * 2)
-        self.resize = resize
+        super().__init__()
+        self.resize, self.area = Resize(size), rising("area", area, 0, 1)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the part; torchvision calls this once for a picture and its mask."""
+        height, width = F.get_size(flat_inputs[0])
+        ratio = self.resize.size[1] / self.resize.size[0]
+        tall = math.sqrt(torch.empty(()).uniform_(*self.area).item() * height * width / ratio)
+        tall = min(tall, height, width / ratio)
+        part = {"height": max(1, round(tall)), "width": max(1, round(tall * ratio))}
+        free = {"top": height - part["height"], "left": width - part["width"]}
+        return part | {name: int(torch.randint(pixels + 1, ())) for name, pixels in free.items()}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Cut and resize one picture or mask; torchvision calls this for each."""
@@ -117,11 +126,8 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
     def __init__(self, p: float, factor: tuple[float, float] = (0.2, 1.0)) -> None:
         """Keep the probability and the range."""
         super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p must be a probability in [0, 1], not {p!r}")
-        if not 0 < factor[0] <= factor[1] <= 1:
-            raise ValueError(f"factor must be (least, largest) factors, 0 < least <= largest <= 1, not {factor!r}")
-        self.p, self.factor = p, factor
+        at_least("p", p, 0, 1)
+        self.p, self.factor = p, rising("factor", factor, 0, 1)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the factor; torchvision calls this once for a picture and its mask."""
@@ -161,8 +167,8 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
 
     def __init__(self, rotation: float, scale: Sequence[float] | None = None) -> None:
         """Keep the ranges."""
-        if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1]):
-            raise ValueError(f"scale must be (least, largest) factors, 0 < least <= largest, not {scale!r}")
+        at_least("rotation", rotation, 0)
+        scale = None if scale is None else rising("scale", scale, 0)
         super().__init__(rotation, scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -323,7 +329,26 @@ class PerPicture(torch.nn.Module):
             with contextlib.nullcontext() if seeds is None else seeded(seeds[number], image.device):
                 pairs.append(self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask)))
         new_images, new_masks = zip(*pairs)
+        check_one_size(new_images)
         return torch.stack(new_images), torch.stack(new_masks)
+
+
+def check_one_size(images: Sequence[torch.Tensor]) -> None:
+    """Refuse pictures that cannot be one batch.
+
+    Raises:
+        ValueError: naming two of their sizes.
+
+    Example:
+        >>> check_one_size([torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)])
+    """
+    sizes = {tuple(image.shape[-2:]) for image in images}
+    if len(sizes) > 1:
+        one, other = sorted(sizes)[:2]
+        raise ValueError(
+            f"a batch needs pictures of one size, and their transform gives {one} and {other}; give it a size, as in "
+            "train_transform(size=(160, 240))"
+        )
 
 
 def _shapes(batch: torch.Tensor | Sequence[torch.Tensor]) -> str:
@@ -401,7 +426,8 @@ def train_transform(
         1e-6, before `mean` and `std`, and the mask HxW in its own dtype.
 
     Raises:
-        ValueError: Only one of `mean` and `std` is given, `size` is not (H, W), or a number is out of its range.
+        TypeError: `size` is no pair of integers.
+        ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -412,7 +438,15 @@ def train_transform(
     """
     if crop is not None and size is None:
         raise ValueError("crop needs the size that the cut out part is to have; got size=None")
-    steps: list[torch.nn.Module] = [] if size is None else [Resize(size) if crop is None else RandomCrop(size, crop)]
+    shares = {"horizontal_flip": horizontal_flip, "vertical_flip": vertical_flip, "color_jitter": color_jitter}
+    shares |= {"grayscale": grayscale, "invert": invert, "low_resolution": low_resolution}
+    for name, value in shares.items():
+        at_least(name, value, 0, 1)
+    for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
+        at_least(name, value, 0)
+    steps: list[torch.nn.Module] = []
+    if size is not None:
+        steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
     if quarter_turns:
         steps.append(RandomQuarterTurn())
     # Flips come first, on bytes: since pictures are turned either way as often, the order is the same to chance. What
@@ -452,7 +486,8 @@ def eval_transform(
         A transform as `train_transform` gives.
 
     Raises:
-        ValueError: Only one of `mean` and `std` is given, or `size` is not (H, W).
+        TypeError: `size` is no pair of integers.
+        ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
 
     Example:
         >>> image = tv_tensors.Image(torch.full((3, 32, 48), 255, dtype=torch.uint8))
@@ -512,5 +547,12 @@ def _to_pure_tensor(mean: Sequence[float] | None, std: Sequence[float] | None) -
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
     if mean is not None and std is not None:
-        return [v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
+        wrong = f"mean and std must each be one number for each channel, and std above 0, not mean={mean!r} and std={std!r}"
+        try:
+            means, stds = [*map(float, mean)], [*map(float, std)]
+        except TypeError:
+            raise ValueError(wrong) from None
+        if not means or len(means) != len(stds) or min(stds) <= 0:
+            raise ValueError(wrong)
+        return [v2.Normalize(means, stds), v2.ToPureTensor()]
     return [v2.ToPureTensor()]

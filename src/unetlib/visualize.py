@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.utils import draw_segmentation_masks, make_grid
+from torchvision.utils import draw_segmentation_masks
 
 from .imaging import to_tensor
 
@@ -69,8 +69,7 @@ def overlay(
         [238, 102, 119]
     """
     mask = _check_mask(mask)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ValueError(f"image must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+    _check_picture(image)
     if image.shape[:2] != mask.shape:
         raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
     pixels = to_tensor(image).expand(3, -1, -1)
@@ -94,7 +93,7 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
         uint8 (rows of them, columns of them, 3).
 
     Raises:
-        ValueError: for no picture, or pictures of several sizes.
+        ValueError: for no picture, pictures of several sizes or no colours, or less than one column.
 
     Example:
         >>> grid([np.zeros((10, 20), np.uint8)] * 5, columns=3, gap=2).shape
@@ -103,8 +102,13 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
     sizes = sorted({picture.shape[:2] for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
-    sheet = make_grid([to_tensor(picture).expand(3, -1, -1) for picture in pictures], nrow=columns, padding=gap, pad_value=255)
-    return _to_array(sheet)
+    _check_columns(columns)
+    (height, width), columns = sizes[0], min(columns, len(pictures))
+    sheet = np.full((gap + -(-len(pictures) // columns) * (height + gap), gap + columns * (width + gap), 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = gap + number // columns * (height + gap), gap + number % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = _check_picture(picture).reshape(height, width, -1)
+    return sheet
 
 
 def comparison(
@@ -130,7 +134,7 @@ def comparison(
         uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last row.
 
     Raises:
-        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range.
+        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range or a fraction.
 
     Example:
         >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
@@ -142,6 +146,7 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
+    _check_columns(columns)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
     def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -149,7 +154,7 @@ def comparison(
 
     kinds = (
         [tile(image[..., 0] if image.shape[2:] == (1,) else image) for image in images],
-        *([tile(mask_to_image(mask.astype(np.int64), classes)) for mask in kind] for kind in (masks, predicted)),
+        *([tile(mask_to_image(_whole(mask), classes)) for mask in kind] for kind in (masks, predicted)),
     )
     tiles: list[NDArray[np.uint8]] = []
     for start in range(0, len(images), columns):
@@ -187,8 +192,27 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
         known = [(epoch, entry[key]) for epoch, entry in enumerate(scores, 1) if key in entry]
         epochs.plot(*zip(*known), marker="o", label=f"{key} {known[-1][1]:.4f}") if known else None
     epochs.set(xlabel="epoch", ylabel="validation score")
-    epochs.legend()
-    figure.savefig(path, dpi=100)
+    if epochs.lines:
+        epochs.legend()
+    figure.savefig(path, dpi=100, format="png")
+
+
+def _check_columns(columns: int) -> None:
+    if columns < 1:
+        raise ValueError(f"columns must be 1 or more, got {columns}")
+
+
+def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(f"a picture must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+    return image
+
+
+def _whole(mask: NDArray[Any]) -> NDArray[np.int64]:
+    classes = mask.astype(np.int64)
+    if (classes != mask).any():
+        raise ValueError("a mask holds fractions, as a resized one does, where classes are compared; round it first")
+    return classes
 
 
 def _to_array(picture: torch.Tensor) -> NDArray[np.uint8]:

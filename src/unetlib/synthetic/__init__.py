@@ -16,7 +16,6 @@ The rooms, in the order in which a scene is made; each knows only rooms above it
 - `backdrop`: the studio painted, with the car's shadow.
 - `light`: what a sample of the car looks like in the studio.
 - `painting`: the car painted, with the share of each pixel that it covers.
-- `arguments`: checks of what the callers give.
 - `scene`: all of it together, `render_scene`.
 - `carvana`: the files, `write_carvana`.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .arguments import height_and_width, whole
+from ..arguments import height_and_width, whole
 from .scene import VIEWS, render_scene
 
 logger = logging.getLogger("unetlib")

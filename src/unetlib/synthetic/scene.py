@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageFilter
 
-from .arguments import height_and_width, whole
+from ..arguments import height_and_width, whole
 from .backdrop import paint_studio
 from .car import Car, design_car
 from .drawing import draw_car

@@ -1,0 +1,41 @@
+"""Checks of what callers give, with one error for each mistake."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Read an integer, Python's or NumPy's, from `low` to `high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer, such as {name}={low}") from None
+    if number < low or (high is not None and number > high):
+        allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={number} must be {allowed}")
+    return number
+
+
+def height_and_width(size: Any, name: str = "size") -> tuple[int, int]:
+    """Read a picture's size."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"{name}={size!r} must be a pair (height, width), such as {name}=(320, 480)")
+    return whole(name, size[0], 1), whole(name, size[1], 1)
+
+
+def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[float, float]:
+    """Read a (least, largest) pair of numbers, above `low` and up to `high`."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+        below = "" if high == math.inf else f" <= {high:g}"
+        raise ValueError(f"{name} must be (least, largest), {low:g} < least <= largest{below}, not {pair!r}")
+    return pair[0], pair[1]
+
+
+def at_least(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a number that is below `low` or above `high`, or none."""
+    if not low <= value <= high:
+        allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")

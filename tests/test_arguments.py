@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from unetlib.arguments import at_least, height_and_width, rising, whole
+
+
+def test_what_fits_is_given_back():
+    assert whole("seed", np.int64(3), 0) == 3
+    assert height_and_width([np.int32(4), 6]) == (4, 6)
+    assert rising("crop", [0.5, 1], 0, 1) == (0.5, 1)
+    at_least("noise", 0.0, 0)
+    at_least("p", 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("check", "error", "message"),
+    [
+        (lambda: whole("seed", 1.0, 0), TypeError, "seed=1.0 must be an integer, such as seed=0"),
+        (lambda: whole("seed", -1, 0), ValueError, "seed=-1 must be 0 or more"),
+        (lambda: whole("view", 17, 1, 16), ValueError, "view=17 must be from 1 to 16"),
+        (lambda: height_and_width(64), TypeError, r"size=64 must be a pair \(height, width\)"),
+        (lambda: height_and_width((4, 5, 6), "min_size"), TypeError, r"min_size=\(4, 5, 6\) must be a pair"),
+        (lambda: height_and_width((4, 0)), ValueError, "size=0 must be 1 or more"),
+        (
+            lambda: rising("crop", (0, 1), 0, 1),
+            ValueError,
+            r"crop must be \(least, largest\), 0 < least <= largest <= 1, not \(0, 1\)",
+        ),
+        (lambda: rising("scale", (2, 1), 0), ValueError, r"0 < least <= largest, not \(2, 1\)"),
+        (lambda: rising("scale", 1.5, 0), ValueError, "not 1.5"),
+        (lambda: at_least("noise", -0.1, 0), ValueError, "noise must be 0 or more, not -0.1"),
+        (lambda: at_least("p", 2, 0, 1), ValueError, "p must be from 0 to 1, not 2"),
+        (lambda: at_least("noise", math.nan, 0), ValueError, "not nan"),
+    ],
+)
+def test_what_does_not_is_named(check, error, message):
+    with pytest.raises(error, match=message):
+        check()
