@@ -27,6 +27,14 @@ def test_the_average_follows_weights_and_statistics_and_takes_over_counts():
     assert average.state_dict()["encoder.0.norm1.num_batches_tracked"] == 12
 
 
+def test_a_weight_under_two_names_moves_once():
+    model, average = (torch.nn.Sequential(layer, layer) for layer in (torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)))
+    for network, weight in ((model, 1.0), (average, 0.0)):
+        torch.nn.init.constant_(network[0].weight, weight)
+    follow(average, model, 0.75, steps=1000)
+    assert average[1].weight.item() == 0.25
+
+
 @pytest.mark.parametrize(("decay", "steps"), [(1.0, 0), (-0.1, 0), (0.9, -1)])
 def test_bad_numbers_are_named(decay, steps):
     model = UNet(features=(4,))

@@ -268,6 +268,8 @@ def test_unknown_ways_of_doubling_and_matching_list_the_known():
         Up(3, 4, upsample="cubic")
     with pytest.raises(ValueError, match="match must be one of resize, zeros, replicate, got 'crop'"):
         Up(3, 4, match="crop")
+    with pytest.raises(ValueError, match="match must be one of resize, zeros, replicate, got 'zero'"):
+        match_size(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), "zero")
 
 
 # --- match_size

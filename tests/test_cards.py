@@ -59,6 +59,9 @@ def test_line_ends_and_marks_do_not_matter(tmp_path, text):
     [
         ("---\na: [\n---\n", "expected"),
         ("---\n- a\n---\n", "must be a mapping, got a list"),
+        ("---\na: !!bool maybe\n---\n", "maybe"),
+        ("---\na: !!timestamp foo\n---\n", "groupdict"),
+        ("---\na: !!int ''\n---\n", "index out of range"),
         ("---\na: !!python/object/apply:os.mkdir [x]\n---\n", "could not determine a constructor"),
         ("---\na: &a [x]\nb: *a\n---\n", "aliases are not read"),
         ("---\na: " + 5000 * "[" + "\n---\n", "too many brackets"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,32 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, caplog, left)
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_of_which_bytes_changed_is_passed_over(tmp_path, seed):
+    path, generator = tmp_path / "checkpoint.pt", random.Random(seed)
+    save_checkpoint({"step": 1, "names": ["a", "b"], "pair": (1, 2.5)}, path)
+    save_checkpoint({"step": 2, "names": ["a", "b"], "pair": (1, 2.5)}, path)
+    whole = path.read_bytes()
+    start = whole.index(b"\x80\x02")  # the pickle in the archive
+    for _ in range(100):
+        spoilt = bytearray(whole)
+        spoilt[start + generator.randrange(2, 60)] ^= 1 << generator.randrange(8)
+        path.write_bytes(spoilt)
+        assert isinstance(load_checkpoint(path), object)  # either of the two, and no error
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64(0.97), np.zeros(2), Path("x"), {1: [np.int64(3)]}, lambda: 0, (member for member in "a")]
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"dice": 0.5}, path)
+    with pytest.raises(TypeError, match=r"checkpoint\.pt holds more than plain values .*float\(x\)"):
+        save_checkpoint({"dice": value}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint(path) == {"dice": 0.5}
+
+
 def test_no_checkpoint_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="leave out --resume"):
         load_checkpoint(tmp_path / "checkpoint.pt")
@@ -53,7 +80,7 @@ class Spy:
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"step": Spy()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="no checkpoint can be read"):
+    with pytest.raises(ValueError, match=r"no checkpoint can be read \(.*checkpoint\.pt asks for the code posix\.mkdir\)"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Spy()))  # the trap is armed: unpickling does run it

@@ -251,6 +251,10 @@ def test_bad_preprocessing_is_named_with_what_was_expected(field, value, expecte
     assert expected in str(error.value)
 
 
+def test_names_may_come_one_by_one():
+    assert Preprocessing(class_names=map(str.strip, ["bg ", "car"])).class_names == ("bg", "car")
+
+
 def test_size_and_scale_exclude_each_other():
     with pytest.raises(ValueError, match=r"size or scale, not both: got size=\(4, 6\) and scale=0.5"):
         Preprocessing(size=(4, 6), scale=0.5)

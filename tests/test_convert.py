@@ -473,6 +473,7 @@ def prefixed(*prefixes: str) -> dict[str, Tensor]:
         {"ema": STATE, "model": {**STATE, "ups.1.conv.0.weight": torch.zeros(8, 16, 3, 3)}},
         {"state_dict_ema": STATE, "state_dict": {key: value * 0 for key, value in STATE.items()}},
         {"ema": {"decay": 0.999, "updates": 7}, "model": STATE},
+        {"ema": {"updates": torch.tensor(7)}, "model": STATE},
         prefixed("module."),
         prefixed("_orig_mod."),
         prefixed("module.", "_orig_mod."),
@@ -616,6 +617,8 @@ def test_entries_that_are_no_tensors_are_refused():
 
 @pytest.mark.parametrize("checkpoint", [{}, {"state_dict": {}}, {"state_dict": 3}, {"model": {"net": {"epoch": 3}}}])
 def test_a_checkpoint_without_tensors_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"expected a state dict, got a str; .* UNet\.from_pretrained reads a file"):
+        convert("unet.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         convert(checkpoint)
 

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import hub_server
@@ -360,6 +362,22 @@ def test_without_network_the_cache_serves(unreachable, cache, tmp_path, caplog):
         UNet.from_pretrained("owner/name", cache_dir=cache)
 
 
+def test_the_cache_is_for_all_who_may_read_it_and_is_not_written_for_nothing(server, repository, cache, model):
+    UNet.from_pretrained("owner/name", cache_dir=cache)
+    ref = cache / "models--owner--name" / "refs" / "main"
+    assert stat.S_IMODE(ref.stat().st_mode) == 0o666 & ~umask()
+    before = ref.stat().st_ino
+    assert_same(UNet.from_pretrained("owner/name", cache_dir=cache), model)
+    assert ref.stat().st_ino == before  # as it must be where the cache cannot be written
+    assert [path.name for path in ref.parent.iterdir()] == ["main"]
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_a_folder_of_that_name_is_pointed_to_and_never_taken(unreachable, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     UNet(features=(5,)).save_pretrained("runs/best")
@@ -394,6 +412,16 @@ def test_info_of_a_damaged_file_on_the_hub(server, repository, cache, weights):
     repository.commit({WEIGHTS: weights})
     with pytest.raises(ValueError, match="owner/name"):
         model_info("owner/name", cache_dir=cache)
+
+
+@pytest.mark.parametrize(("metadata", "error"), [(None, None), ([1], "metadata is a list")])
+def test_info_of_strange_metadata_on_the_hub(server, repository, cache, model, tmp_path, metadata, error):
+    made = files(model, tmp_path / "odd")
+    length = int.from_bytes(made[WEIGHTS][:8], "little")
+    header = json.dumps({**json.loads(made[WEIGHTS][8 : 8 + length]), "__metadata__": metadata}).encode()
+    repository.commit({**made, WEIGHTS: len(header).to_bytes(8, "little") + header + made[WEIGHTS][8 + length :]})
+    with nullcontext() if error is None else pytest.raises(ValueError, match=error):
+        assert model_info("owner/name", cache_dir=cache).config == model.config
 
 
 # --- uploads

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from study import StudyUNet, randomize
+from torch.nn.utils import prune
 
-from unetlib import Preprocessing, UNet, hub, list_pretrained, pretrained, trust
+from unetlib import Preprocessing, UNet, export_state_dict, hub, list_pretrained, pretrained, trust
 from unetlib.pretrained import model_info
 
 FILES = ["README.md", "config.json", "model.safetensors"]
@@ -136,11 +138,53 @@ def test_a_channels_last_network_comes_back(model, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, "float16"])
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+def test_a_loaded_network_does_not_hang_on_its_file(model, tmp_path, form):
+    if form == "folder":
+        path, file = tmp_path, model.save_pretrained(tmp_path) / "model.safetensors"
+    else:
+        path = file = tmp_path / "study.pth"
+        torch.save(export_state_dict(UNet(features=(4, 8)), "study"), path)
+    loaded = UNet.from_pretrained(path)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    file.write_bytes(bytes(file.stat().st_size))  # in place, as by a training script that writes its best weights again
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16", torch.float8_e4m3fnuz])
 def test_a_storage_type_that_is_no_float_is_refused(model, tmp_path, dtype):
     with pytest.raises(ValueError, match=r"dtype must be a floating point type such as torch\.float16, got"):
         model.save_pretrained(tmp_path / "saved", dtype=dtype)
     assert not (tmp_path / "saved").exists()
+
+
+def replace_head(model):
+    model.head = torch.nn.Conv2d(4, 5, 1)
+
+
+def prune_head(model):
+    prune.l1_unstructured(model.head, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(replace_head, r"head\.weight is \(5, 4, 1, 1\)"), (prune_head, "head.weight_orig")]
+)
+def test_what_would_not_load_is_not_written_over_what_does(model, folder, change, named):
+    before, changed = contents(folder), copy.deepcopy(model)
+    change(changed)
+    with pytest.raises(ValueError, match=rf"this model.*{named}.*build a UNet with the options that it has now"):
+        changed.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_a_weight_beyond_the_storage_type_is_refused(model, folder):
+    before, changed = contents(folder), copy.deepcopy(model)
+    torch.nn.init.constant_(changed.head.weight, 1e5)
+    with pytest.raises(ValueError, match=r"float16 is too small for the weights in head\.weight; give dtype=torch\.bfloat16"):
+        changed.save_pretrained(folder, dtype=torch.float16)
+    assert contents(folder) == before
+    loaded = UNet.from_pretrained(changed.save_pretrained(folder, dtype=torch.bfloat16))
+    assert loaded.head.weight.max().item() == pytest.approx(1e5, rel=0.01)
 
 
 def test_the_device_is_taken(folder):
@@ -304,6 +348,8 @@ def test_home_is_expanded(no_network, tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     UNet(features=(5,)).save_pretrained(tmp_path / "mine")
     assert UNet.from_pretrained("~/mine").config.features == (5,)
+    with pytest.raises(FileNotFoundError, match="is no model folder"):
+        UNet.from_pretrained("~")
 
 
 # --- lists and descriptions

@@ -364,7 +364,7 @@ def test_fit_names_the_first_keys_and_counts_the_rest():
         trust.check_fit(expected, {"f": torch.zeros(3)}, "m")
 
 
-@pytest.mark.parametrize("dtype", list(trust._DTYPES.values()))
+@pytest.mark.parametrize("dtype", list(trust.DTYPES.values()))
 def test_the_types_of_safetensors_are_known(tmp_path, dtype):
     (tmp_path / "a.safetensors").write_bytes(save({"a": torch.zeros(3).to(dtype)}))
     described = trust.read_safetensors(tmp_path / "a.safetensors", header_only=True).tensors["a"]

@@ -225,6 +225,12 @@ def test_another_shape_is_refused_with_the_expected_one():
         small()(pictures(16, 16)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_pictures_of_bytes_are_told_what_to_become(dtype):
+    with pytest.raises(ValueError, match=rf"floats, such as pixels / 255, got {dtype}; `predict` takes pictures as they are"):
+        small()(pictures(16, 16).to(dtype))
+
+
 def test_an_empty_batch_gives_empty_logits():
     assert small()(torch.zeros(0, 3, 9, 8)).shape == (0, 1, 9, 8)
 
@@ -331,6 +337,9 @@ def test_preprocessing_must_fit_the_network():
         model.preprocessing = Preprocessing(mean=(0.1, 0.2))
     with pytest.raises(ValueError, match="class_names has 2 names, but 3 output channels make 3 classes"):
         model.preprocessing = Preprocessing(class_names=("background", "car"))
+    for wrong in ({"size": (64, 96)}, None):
+        with pytest.raises(TypeError, match=r"must be a Preprocessing, such as Preprocessing\(size=\(160, 240\)\), got"):
+            model.preprocessing = wrong
     assert model.preprocessing.size == (16, 24)
 
 

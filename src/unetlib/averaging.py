@@ -33,7 +33,7 @@ def follow(average: nn.Module, model: nn.Module, decay: float, *, steps: int) ->
     """
     if not 0 <= decay < 1 or steps < 0:
         raise ValueError(f"decay must be in [0, 1) and steps 0 or more, got decay={decay!r}, steps={steps!r}")
-    mine, others = [*average.state_dict().values()], [*model.state_dict().values()]
+    mine, others = ([*network.parameters(), *network.buffers()] for network in (average, model))  # shared ones once
     floats = [number for number, tensor in enumerate(mine) if tensor.is_floating_point()]
     share = 1 - min(decay, (1 + steps) / (10 + steps))
     torch._foreach_lerp_([mine[number] for number in floats], [others[number] for number in floats], share)

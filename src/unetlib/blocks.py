@@ -102,8 +102,7 @@ class Up(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if match not in MATCHES:
-            raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {match!r}")
+        _check_match(match)
         self.match = match
         self.skip_first = skip_first
         up_channels = in_channels if upsample in ("bilinear", "nearest") else up_channels or skip_channels
@@ -119,6 +118,11 @@ class Up(nn.Module):
         return x
 
 
+def _check_match(match: str) -> None:
+    if match not in MATCHES:
+        raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {match!r}")
+
+
 def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
     """Bring `x` to the height and width of `skip`; an exact identity where they agree.
 
@@ -132,11 +136,15 @@ def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
     Returns:
         (N, C, H, W).
 
+    Raises:
+        ValueError: for an unknown `match`.
+
     Example:
         >>> match_size(torch.ones(1, 1, 2, 2), torch.zeros(1, 3, 2, 3), "zeros")
         tensor([[[[1., 1., 0.],
                   [1., 1., 0.]]]])
     """
+    _check_match(match)
     # In a captured graph the operation is always there: a branch on the sizes would tie an exported program to even ones.
     # Eager mode saves itself the copy.
     captured = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -122,7 +122,7 @@ def read_card(path: Path) -> dict[str, Any]:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block[1])):
             raise ValueError("aliases are not read")
         data = yaml.safe_load(block[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # its constructors raise all
         raise ValueError(f"the front matter of {path} cannot be read: {' '.join(str(error).split())}") from error
     if data is not None and not isinstance(data, dict):
         raise ValueError(f"the front matter of {path} must be a mapping, got a {type(data).__name__}")

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
         path: the file.
 
     Raises:
+        TypeError: the state holds something else, such as a number of NumPy's, which cannot be read without running code.
         OSError: the file cannot be written, for want of space or permission; what was there before stays.
 
     Example:
@@ -45,9 +47,17 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+        if code := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
+            raise pickle.PicklingError(f"it needs {', '.join(code)} to be read")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         raise OSError(f"the checkpoint {path} could not be written: {error}; the one before it is kept") from error
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # the latter two of what pickle cannot take
+        partial.unlink(missing_ok=True)
+        raise TypeError(
+            f"the state for {path} holds more than plain values ({error}); expected tensors, numbers, strings, and lists, "
+            "tuples and dictionaries of them: float(x) for a number of NumPy's, x.tolist() for an array, str(x) for a path"
+        ) from error
     if path.exists():
         os.replace(path, _previous(path))
     os.replace(partial, path)
@@ -75,8 +85,10 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
     for candidate in found:
         try:
             state: dict[str, Any] = torch.load(candidate, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            problems.append(f"{candidate}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            cause = f"asks for the code {code[1]}" if code else f"is damaged ({type(error).__name__})"
+            problems.append(f"{candidate} {cause}")
             continue
         if problems:
             _log.warning("%s; going on from %s", problems[0], candidate)

@@ -256,10 +256,10 @@ class Preprocessing(_JSONConfig):
         if not _is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold must be a probability in (0, 1), got {self.threshold!r}")
         if self.class_names is not None:
-            names = self.class_names
-            if not _is_sequence(names) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"class_names must be a sequence of strings, background first, got {names!r}")
-            object.__setattr__(self, "class_names", tuple(names))
+            names = tuple(self.class_names) if _is_sequence(self.class_names) else (None,)
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError(f"class_names must be a sequence of strings, background first, got {self.class_names!r}")
+            object.__setattr__(self, "class_names", names)
 
     def check_channels(self, in_channels: int, out_channels: int) -> None:
         """Check that the numbers of means, stds and class names fit a network.

@@ -331,7 +331,8 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
             be another, so that outputs are equal for heights and widths that can be halved at every level.
 
     Returns:
-        The tensors, detached and not copied, in the order of the model's own; `convert` takes them back to exactly this model.
+        The tensors, detached and not copied, in the order of the model's own. `convert` takes them back to exactly this model,
+        if it is told what the tensors do not tell: dropout, and the options that the family leaves open.
 
     Raises:
         ValueError: for an unknown family, or a network that the family cannot express, naming the options.
@@ -385,6 +386,11 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
 
 def _peel(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict inside a checkpoint, without the prefixes of wrapped models."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f"expected a state dict, got a {type(checkpoint).__name__}; of a model it is model.state_dict(), and "
+            "UNet.from_pretrained reads a file"
+        )
     inside = _inside(checkpoint)
     if inside is None:
         raise ValueError(
@@ -408,7 +414,8 @@ def _inside(checkpoint: Mapping[str, Any], wrappers: int = MAX_WRAPPERS) -> Mapp
         if found is not None:
             logger.info("of the checkpoint, %r is taken", name)
             return found
-    return checkpoint if any(isinstance(value, Tensor) for value in checkpoint.values()) else None
+    # Averages keep their count of steps beside the weights, some of them as a tensor without dimensions.
+    return checkpoint if any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()) else None
 
 
 def _modules_of(family: Family, entries: Mapping[str, Any]) -> dict[str, str] | None:

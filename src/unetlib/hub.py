@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,9 +100,11 @@ def describe(repo: str, name: str, *, revision: str, token: str | bool | None = 
     try:
         header = _call(lambda: parse(repo, name, revision=revision), repo, revision)
         tensors = on_meta({key: (str(tensor.dtype), tensor.shape) for key, tensor in header.tensors.items()})
+        if not isinstance(metadata := header.metadata or {}, dict):
+            raise ValueError(f"its metadata is a {type(metadata).__name__}")
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name} of {repo!r} is no safetensors file, or a damaged one: {error}") from error
-    return Weights(tensors, header.metadata), size or 0
+    return Weights(tensors, metadata), size or 0
 
 
 def push(
@@ -170,10 +172,15 @@ class _Cache:
 
     def point(self, revision: str, commit: str) -> None:
         ref = self.root / "refs" / revision
+        if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
+            return  # a cache that only others may write serves too
         ref.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=ref.parent, prefix=".", delete=False) as file:
-            file.write(commit)
-        os.replace(file.name, ref)
+        partial = ref.with_name(f".{uuid.uuid4().hex}")  # others may read it, unlike what tempfile makes
+        try:
+            partial.write_text(commit, encoding="utf-8")
+            os.replace(partial, ref)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check(repo: str, revision: str | None) -> str:

@@ -217,8 +217,9 @@ def from_pretrained(
     if in_channels is not None or out_channels is not None:
         found = Pretrained(*adapt(*found, in_channels=in_channels, out_channels=out_channels))
         model = _skeleton(cls, found.config, str(name))
-    model.load_state_dict(found.state_dict, assign=True)
-    model = model.float()  # half precision is a way of storing; networks start in float32
+    # In memory of its own, since the file's may change or go while the network lives; and in float32, since half precision is
+    # a way of storing.
+    model.load_state_dict({key: _copied(tensor) for key, tensor in found.state_dict.items()}, assign=True)
     if not allow_nonfinite:
         trust.check_finite(model.state_dict(), str(name))
     model.preprocessing = found.preprocessing
@@ -230,7 +231,8 @@ def save_pretrained(
 ) -> Path:
     """Write a model folder: `config.json`, `model.safetensors` and `README.md`.
 
-    All files are written before the first takes its name, so that a call that fails leaves the folder as it was.
+    All files are written before the first takes its name, so that a call that fails leaves the folder as it was. Nothing is
+    written that `from_pretrained` would refuse.
 
     Args:
         model: the network to save.
@@ -243,7 +245,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: for a `dtype` that is no floating point type.
+        ValueError: for a `dtype` that is no floating point type or too small for a weight; for a network that is no longer the
+            one of its config, as after replacing a layer.
         OSError: where the folder cannot be written.
 
     Example:
@@ -253,8 +256,9 @@ def save_pretrained(
         ...     sorted(path.name for path in UNet(features=(8,)).save_pretrained(folder).iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (dtype in trust.DTYPES.values() and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point type such as torch.float16, got {dtype!r}")
+    tensors = _stored(model, dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
@@ -265,10 +269,6 @@ def save_pretrained(
         },
         indent=2,
     )
-    tensors = {
-        key: (value.to(dtype) if dtype is not None and value.ndim > 1 else value).detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-    }
     if card is None and not (folder / CARD).exists():
         title = folder.resolve().name
         card = model_card(model, title, f"path/to/{title}")
@@ -341,7 +341,7 @@ def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
         return Path(name).expanduser()
     if name in list_pretrained():
         return ZOO / name
-    if "/" in name or os.sep in name or _is_file_name(name):
+    if "/" in name or os.sep in name or name.startswith("~") or _is_file_name(name):
         return Path(name).expanduser()
     near = difflib.get_close_matches(name, list_pretrained(), n=1)
     raise ValueError(
@@ -413,6 +413,31 @@ def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return Pretrained(converted.config, converted.state_dict, converted.preprocessing)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors as `save_pretrained` writes them."""
+    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    (builder, *_) = (cls for cls in type(model).__mro__ if "from_config" in vars(cls))  # subclasses may be built otherwise
+    try:
+        trust.check_fit(_skeleton(builder, model.config, "this model").state_dict(), tensors, "this model")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
+            "out_channels=5, or undo that before saving"
+        ) from None
+    stored = {
+        key: (value.to(dtype) if dtype is not None and value.ndim > 1 else value).cpu().contiguous()
+        for key, value in tensors.items()
+    }
+    changed = (key for key in stored if stored[key].dtype != tensors[key].dtype)
+    if beyond := [key for key in changed if tensors[key].isfinite().all() and not stored[key].float().isfinite().all()]:
+        raise ValueError(f"{dtype} is too small for the weights in {', '.join(beyond[:3])}; give dtype=torch.bfloat16, or none")
+    return stored
 
 
 def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:

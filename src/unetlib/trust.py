@@ -27,7 +27,7 @@ DEPTH_LIMIT = 30  # levels: such a network needs pictures of 2**30 pixels a side
 PIXEL_LIMIT = 2**28  # of a picture after resizing: 16384 x 16384
 SCALE_LIMIT = 16.0
 
-_DTYPES = {
+DTYPES = {  # what safetensors calls them, and PyTorch
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -189,9 +189,9 @@ def on_meta(described: Mapping[str, tuple[str, list[int]]]) -> dict[str, Tensor]
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"tensors of type {name} are not known; expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"tensors of type {name} are not known; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _check_header(path: Path) -> None:

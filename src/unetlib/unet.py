@@ -46,7 +46,8 @@ class UNet(nn.Module):
 
     Shape:
         (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `config.stride`,
-        which is `2 ** len(features)` without patches.
+        which is `2 ** len(features)` without patches. While training, batch norm needs more than one pixel in the bottleneck:
+        a larger picture, or several.
 
     Raises:
         ValueError: for an option that `UNetConfig` refuses.
@@ -131,6 +132,10 @@ class UNet(nn.Module):
 
     @preprocessing.setter
     def preprocessing(self, preprocessing: Preprocessing) -> None:
+        if not isinstance(preprocessing, Preprocessing):
+            raise TypeError(
+                f"preprocessing must be a Preprocessing, such as Preprocessing(size=(160, 240)), got {preprocessing!r}"
+            )
         preprocessing.check_channels(self.config.in_channels, self.config.out_channels)
         self._preprocessing = preprocessing
 
@@ -273,7 +278,7 @@ class UNet(nn.Module):
         Args:
             images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1];
                 or a list of these, of any sizes. Arrays may lie on disk, and be larger than memory.
-            threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
+            threshold: probability above which a pixel is foreground; None takes the model's own. For one output channel only.
             tile: side, or (height, width), of what the network sees at a time; None: the whole picture where memory suffices.
             overlap: pixels that a tile sees beyond what it keeps; None: as many as it takes for the whole picture's result.
             tta: average over the picture turned and mirrored; "mirror": over it and its mirror image, left to right, alone.
@@ -317,7 +322,7 @@ class UNet(nn.Module):
             (N, out_channels, H, W) logits.
 
         Raises:
-            ValueError: for another shape.
+            ValueError: for another shape, or integers.
         """
         check_input(x, self.config)
         size, skips = x.shape[-2:], []
@@ -337,13 +342,17 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
     """Check that a network of this config takes a batch.
 
     Args:
-        x: to be (N, in_channels, H, W), H and W at least `config.stride`.
+        x: to be (N, in_channels, H, W), of floats, H and W at least `config.stride`.
         config: of the network.
 
     Raises:
         ValueError: naming the shape, and what was expected.
     """
     smallest = config.stride
+    if not x.is_floating_point():
+        raise ValueError(
+            f"expected pixels as floats, such as pixels / 255, got {x.dtype}; `predict` takes pictures as they are"
+        )
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(
             f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}"
