@@ -149,7 +149,7 @@ def test_pictures_that_exif_turns(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ("x.jpg", "y.tif", "z.png"):
-        Image.fromarray(np.arange(24 * 48, dtype=np.uint8).reshape(24, 48)).convert("RGB").save(tmp_path / name, exif=exif)
+        Image.fromarray(np.arange(24 * 48, dtype=np.uint8).reshape(24, 48)).save(tmp_path / name, exif=exif)
         Image.new("L", (24, 48), 1).save(tmp_path / f"{name[0]}_mask.png")
     for size in (None, (12, 6)):
         cached = CachedDataset(ImageMaskDataset(tmp_path, tmp_path, mask_suffix="_mask"), size)

@@ -159,7 +159,9 @@ def test_exif_orientation(tmp_path, suffix, orientation, upright):
     with Image.open(path) as image:
         image.load()
         assert image_size(image) == upright(stored).shape[:2]
-    if suffix == "png":
+    Image.fromarray(stored[..., 0]).save(path, exif=exif)
+    np.testing.assert_allclose(read_image(path, "L")[..., 0], upright(stored)[..., 0], atol=1)
+    if suffix != "jpg":
         np.testing.assert_array_equal(read_mask(path, "nonzero"), upright(stored)[..., 0] > 0)
 
 

@@ -274,6 +274,8 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
+            if image is not source and image.format == "TIFF":
+                image.filename = ""  # type: ignore[attr-defined]  # what Pillow maps by name it turns wrongly where it is grey
             if image is source:  # the caller's, which stays as it is
                 return ImageOps.exif_transpose(image), image.format
             ImageOps.exif_transpose(image, in_place=True)  # without a copy
