@@ -11,9 +11,7 @@ and the masks must be equal. A ratio above 1 says that the script is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import check, command, machine, write_json
 from PIL import Image
 
 from unetlib import UNet
@@ -71,10 +70,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
-    if args.files < 1 or args.rounds < 1:
-        parser.error("--files and --rounds must be at least 1")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
+    check(parser, args)
+    if args.files < 1:
+        parser.error(f"--files must be at least 1, got {args.files}")
     if args.pictures is None and "UNETLIB_DATA" in os.environ:
         args.pictures = Path(os.environ["UNETLIB_DATA"]) / "carvana" / "val"
     return args
@@ -82,8 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    machine = {"device": args.device, "cores": os.cpu_count(), "torch threads": torch.get_num_threads()}
-    machine |= {"python": platform.python_version(), "torch": torch.__version__}
+    about = machine(args.device, ("pillow",))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.pictures is None:
@@ -97,15 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(model, names[:1], args, folder)  # warms up
         rounds = [measure(model, names, args, folder) for _ in range(args.rounds)]
     ratios = [seconds["loop"] / seconds["predict_folder.py"] for seconds in rounds]
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{len(names)} pictures, {args.rounds} rounds, batches of {args.batch_size}, {args.threads} threads")
     for side in rounds[0]:
         print(f"{side:<18}{len(names) / statistics.median(seconds[side] for seconds in rounds):8.2f} pictures/s")
     print(f"{'times as fast':<18}{statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
-    if args.json:
-        beside = args.json.with_suffix(".tmp")
-        beside.write_text(json.dumps({"machine": machine, "files": len(names), "seconds": rounds, "ratio": ratios}, indent=2))
-        beside.replace(args.json)
+    results = {"command": command(argv), "machine": about, "files": len(names), "seconds": rounds, "ratio": ratios}
+    write_json(args.json, results)
 
 
 if __name__ == "__main__":

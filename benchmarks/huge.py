@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import resident
 
 from unetlib import UNet
-
-STATUS = Path("/proc/self/status")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,17 +47,13 @@ def write_noise(path: Path, height: int, width: int) -> None:
     picture.flush()
 
 
-def resident(field: str) -> int:
-    return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", STATUS.read_text())[0])
-
-
 @contextmanager
 def peak_of(field: str, every: float = 0.02) -> Iterator[list[int]]:
     """The most that a field of /proc/self/status reads inside, looked at every few milliseconds; Linux only."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:
-        while STATUS.exists():
+        while Path("/proc/self/status").exists():
             peak[0] = max(peak[0], resident(field))
             if done.wait(every):
                 return

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -134,7 +134,7 @@ def line(row: dict[str, object]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=4)
@@ -143,16 +143,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--only", nargs="*", help="names of losses, such as dice")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check(parser, args)
     torch.manual_seed(0)
 
     about = machine(args.device, ("segmentation-models-pytorch", "monai"))
-    about |= {name: getattr(args, name) for name in ("batch", "size", "classes", "repeats")}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    settings = {name: getattr(args, name) for name in ("batch", "size", "classes", "repeats")}
+    print(", ".join(f"{name} {value}" for name, value in (about | settings).items()))
     print("\n| loss | unetlib, ms | smp, times as long | MONAI | unetlib, MiB | smp, times as much | MONAI |")
     print("|---|---|---|---|---|---|---|")
-    write_json(args.json, {"command": command(), "about": about, "rows": compare(args)})
+    write_json(args.json, {"command": command(argv), "machine": about, **settings, "rows": compare(args)})
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import add_training_options, starting_model
+from training_options import parse_options, starting_model
 
-from unetlib import ImageMaskDataset, UNet
+from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.distributed import joined_processes
 
 MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or soft edges, hardly classes
@@ -55,7 +55,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         sets.append(ImageMaskDataset(*folders, mode="L" if args.grey else "RGB", mask_suffix=args.mask_suffix))
 
     listed = args.data / "classes.txt"
-    names = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else []
+    names = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []  # Windows marks the order of bytes
     names = [name.strip() for name in names if name.strip()]
     found = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
     names, mask_values = classes_of(found, names, args.nonzero)
@@ -89,6 +89,10 @@ def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[
     values = f"{len(found)} values ({', '.join(map(str, found[:8]))}{', ...' * (len(found) > 8)})"
     if len(found) < 2:
         raise ValueError(f"the masks hold the one value {found[0]}; there is nothing to tell apart")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"classes.txt names {', '.join(twice)} more than once; give each class a name of its own")
+    if nonzero and 0 not in found and (0, 0, 0) not in found:
+        raise ValueError(f"the masks hold {values} and no 0, so that --nonzero makes all of them foreground; leave it out")
     if not names and len(found) > MOST_VALUES and not nonzero:
         raise ValueError(
             f"the masks hold {values}. If they are classes, name them in classes.txt; if all but 0 is foreground, as where "
@@ -120,10 +124,10 @@ def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[
     needed = {"in_channels": 1 if args.grey else 3, "out_channels": 1 if len(class_names) == 2 else len(class_names)}
     model = starting_model(args, **needed)
     if args.init:
-        before = UNet.from_pretrained(args.init).config
+        before = model_info(args.init).config
         changes = [f"{key} {getattr(before, key)} -> {n}" for key, n in needed.items() if getattr(before, key) != n]
         say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
-    size = None if args.own_size else tuple(args.size)
+    size = None if args.own_size or args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
     model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=tuple(class_names))
     return model
 
@@ -137,10 +141,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mask-suffix", default="", help="what a mask's name has after its picture's: _mask")
     add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
-    add("--own-size", action="store_true", help="predict at each picture's own size; --size is that of the parts to train on")
-    add_training_options(parser)
-    parser.set_defaults(out=Path("runs/finetuned"))
-    return parser.parse_args(argv)
+    add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
+    return parse_options(parser, argv, out=Path("runs/finetuned"))
 
 
 if __name__ == "__main__":

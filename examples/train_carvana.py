@@ -33,9 +33,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import v2
 from tqdm import tqdm
-from training_options import AUGMENTATION, FREE, PRESETS, add_training_options, make_loss, make_schedule, starting_model
+from training_options import (
+    PRESETS,
+    check_same,
+    make_augment,
+    make_loss,
+    make_schedule,
+    parse_options,
+    settings_of,
+    starting_model,
+)
 
 from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet, dice_score, split_by_car
 from unetlib.averaging import follow
@@ -46,7 +54,7 @@ from unetlib.inference import evaluate
 from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches
 from unetlib.memory import keep_freed, release_freed
 from unetlib.synthetic import write_carvana
-from unetlib.transforms import eval_transform, train_transform
+from unetlib.transforms import eval_transform
 from unetlib.visualize import comparison, learning_curves
 
 
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     with joined_processes(args.device) as process:
         train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
-        model = starting_model(args)
+        model = starting_model(args, in_channels=3, out_channels=1)
         size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
         class_names = ("background", "car")
         model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
@@ -71,21 +79,17 @@ def train(
     name: str,
     description: str,
 ) -> dict[str, float]:
-    """Train `model` as `args` (of `add_training_options`) say, and return the best validation scores."""
+    """Train `model` as `args` (of `parse_options`) say, and return the best validation scores."""
     rank, world, device = process
     parameters = sum(tensor.numel() for tensor in model.parameters())
     check_space(args.out, needed=100 * parameters)  # two checkpoints of weights, average, moments; weights; pictures
 
     # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
-    augment = train_transform(None if args.window else args.size, **{name: getattr(args, name) for name in AUGMENTATION})
-    if args.window:
-        window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
-        augment = v2.Compose([window, augment])
     names = [image for dataset in train_sets for image in dataset.images]
     batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
     loader = AugmentedBatches(
-        train_sets, batches, augment, device, size=None if args.crop or args.window else tuple(args.size),
-        augment_on=args.augment_on, cache_gib=args.cache_gib, workers=args.workers, progress=rank == 0,
+        train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
+        size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,
     )  # fmt: skip
     mean, std = (
         torch.tensor(part, device=device).view(-1, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
@@ -115,8 +119,8 @@ def train(
     epoch = step = 0  # `step` counts within the epoch
     best: dict[str, float] = {"dice": -1.0}
     checkpoint = args.out / "checkpoint.pt"
-    command = f"python {shlex.join(sys.argv)}"
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    command = f"python {shlex.join(word for word in sys.argv if word != '--resume')}"
+    settings = settings_of(args, model)
     say = print if rank == 0 else lambda *_: None
 
     def save() -> None:
@@ -128,9 +132,7 @@ def train(
 
     if args.resume:
         state = load_checkpoint(checkpoint, map_location=device)
-        if changed := [key for key in settings if settings[key] != state["settings"].get(key)]:
-            was = ", ".join(f"--{key.replace('_', '-')} {state['settings'].get(key)}" for key in changed)
-            raise SystemExit(f"{checkpoint} is from a run with {was}; resume with the same, or leave out --resume")
+        check_same(checkpoint, state["settings"], settings)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
@@ -212,7 +214,7 @@ def train(
                 scores = validate(args, process, judged, val_set)
             entry |= {key: scores[key] for key in ("dice", "iou", "accuracy")}
             say(f"epoch {epoch}: " + ", ".join(f"{key} {entry[key]:.5f}" for key in ("loss", "dice", "iou", "accuracy")))
-            if entry["dice"] > best["dice"]:
+            if math.isnan(entry["dice"]) or entry["dice"] > best["dice"]:  # nan: nothing to find, and nothing found
                 best = entry
                 if rank == 0:
                     card = training_card(judged, name, description, best, command, (len(names), len(val_set)))
@@ -265,7 +267,7 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
             print(f"rendering {args.synthetic} scenes into {folder}")
             check_space(args.out, needed=args.synthetic * size[0] * size[1])
             with tempfile.TemporaryDirectory(dir=args.out) as partial:
-                write_carvana(Path(partial) / "scenes", cars=math.ceil(args.synthetic / 4), views=(1, 6, 11, 16), size=size)
+                write_carvana(Path(partial) / "scenes", cars=args.synthetic // 4, views=(1, 6, 11, 16), size=size)
                 os.replace(Path(partial) / "scenes", folder)
         shared("rendered")  # the others wait
         train.append(CarvanaDataset(folder / "train", folder / "train_masks"))
@@ -285,13 +287,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole recipe; options given beside it win")
     parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
-    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="render N scenes and train on them (too)")
-    add_training_options(parser)
-    preset = parser.parse_args(argv).preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    args = parser.parse_args(argv)
-    if not args.data and not args.synthetic:
-        parser.error("give --data FOLDER, or --synthetic N to train on rendered scenes")
+    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="N rendered scenes (too), rounded up to fours")
+    args = parse_options(parser, argv)
+    if args.synthetic < (0 if args.data else 5):
+        scenes = f"8 or more (four views of a car, and two cars at least), not {args.synthetic}"
+        parser.error(f"give --data FOLDER, or --synthetic N to train on rendered scenes: {scenes}")
+    args.synthetic += -args.synthetic % 4
     return args
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib.util
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torchvision.transforms import v2
 
-from unetlib import BCEDiceLoss, CrossEntropyLoss, DiceLoss, UNet
+from unetlib import BCEDiceLoss, CrossEntropyLoss, DiceLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
+from unetlib.arguments import at_least, height_and_width, whole
 from unetlib.config import MATCHES
+from unetlib.imaging import image_size
+from unetlib.transforms import train_transform
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The study: half precision with a scaler where there is CUDA, no schedule, validation at the network's size.
@@ -38,8 +44,25 @@ AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", 
 AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "noise")
 
 # What may differ between the parts of a resumed run; everything else decides where it ends.
-FREE = {"out", "resume", "data", "init", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device"}
-FREE |= {"tensorboard"}
+FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
+
+# The least that whole numbers may be.
+LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1, "validate_every": 1}
+LEAST |= {"checkpoint_every": 0, "workers": 0}
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
+    """Parse the options that `parser` has and those of training, with other `defaults`; what cannot be right is an error."""
+    add_training_options(parser)
+    parser.set_defaults(**defaults)
+    preset = getattr(parser.parse_args(argv), "preset", None)
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+    except (ValueError, RuntimeError) as error:  # torch's own for a device that it does not know
+        parser.error(str(error))
+    return args
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +120,77 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would fail later, when pictures are read and rendered, or an epoch is over."""
+    for name, least in LEAST.items():
+        whole(typed(name), getattr(args, name), least)
+    for name in ("lr", "weight_decay", "clip", "border_weight", "cache_gib"):
+        at_least(typed(name), getattr(args, name), 0)
+    at_least("--warmup", args.warmup, 0, 1)
+    height_and_width(args.size, "--size")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema must be 0 or more and below 1, such as 0.99, not {args.ema}")
+    if args.border_size % 2 == 0:
+        raise ValueError(f"--border-size must be odd, such as {args.border_size + 1}, not {args.border_size}")
+    if args.crop and args.window:
+        raise ValueError("--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} needs a GPU that PyTorch can use, and there is none; give --device cpu")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs tensorboard: pip install 'unetlib[examples]'")
+    make_augment(args, datasets=())
+
+
+def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:
+    """End where a picture is too small for `--window`: a mirror image beside it has one pixel less than it on each side."""
+    for dataset in datasets:
+        for path, _ in map(dataset.paths, range(len(dataset))):
+            height, width = image_size(path)
+            if size[0] >= 2 * height or size[1] >= 2 * width:
+                raise SystemExit(
+                    f"{path} has {height}x{width} pixels, too few for --window with --size {size[0]} {size[1]}; give "
+                    f"--size {min(size[0], 2 * height - 1)} {min(size[1], 2 * width - 1)} or less, or leave out --window"
+                )
+
+
+def settings_of(args: argparse.Namespace, model: UNet) -> dict[str, Any]:
+    """All that decides where a run ends, in plain values for its checkpoint; `network` is what `--init` gave."""
+    statistics = {name: getattr(model.preprocessing, name) for name in ("mean", "std")}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | {"network": model.config.to_dict() | statistics}
+
+
+def check_same(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """End where a run would go on with other settings; weights to start from may have moved, and count by what they gave."""
+    changed = [name for name in now if now[name] != was.get(name)]
+    if changed not in ([], ["init"]):
+        words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
+        raise SystemExit(f"{checkpoint} is from a run with {', '.join(words)}; resume with the same, or leave out --resume")
+
+
+def typed(name: str, value: Any = True) -> str:
+    """An option as one types it."""
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return "--no-channels-last" if name == "channels_last" else f"without {option}"
+    return option if value is True else shlex.join([option, *map(str, value if isinstance(value, list) else [value])])
+
+
 def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
     """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
     names = ("features", "bottleneck", "patch_size", "match")
     shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+
+
+def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset]) -> v2.Compose:
+    """What pictures and masks of `datasets` go through; with `--window` parts of them, for which all must be large enough."""
+    options = {name: getattr(args, name) for name in AUGMENTATION}
+    if not args.window:
+        return train_transform(args.size, **options)
+    check_windows(args.size, datasets)
+    window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
+    return v2.Compose([window, train_transform(None, **options)])
 
 
 def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -117,7 +206,10 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
     if args.schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)
     if args.schedule == "onecycle":
-        return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=args.warmup)
+        steps = max(2, steps)
+        # PyTorch divides by zero where the rise takes exactly one step, or all of them.
+        share = min(args.warmup * (1.001 if args.warmup * steps == 1 else 1.0), 0.999)
+        return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=share)
     rising = max(1, round(args.warmup * steps))
     parts = [LinearLR(optimizer, 0.01, total_iters=rising), CosineAnnealingLR(optimizer, max(1, steps - rising))]
     return SequentialLR(optimizer, parts, milestones=[rising])

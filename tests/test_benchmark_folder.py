@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import folder
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unetlib import UNet
@@ -24,6 +27,8 @@ def test_ratio_and_json(options, tmp_path, capsys):
     folder.main([*options, "--rounds", "3", "--json", str(tmp_path / "figures.json")])
     results = json.loads((tmp_path / "figures.json").read_text())
     assert results["files"] == 4
+    assert results["machine"]["threads"] == torch.get_num_threads()
+    assert results["command"].startswith(f"python benchmarks/{Path(sys.argv[0]).name} --pictures {tmp_path / 'pictures'} ")
     assert results["ratio"] == [seconds["loop"] / seconds["predict_folder.py"] for seconds in results["seconds"]]
     printed = capsys.readouterr().out
     assert "4 pictures, 3 rounds" in printed
@@ -48,7 +53,8 @@ def test_rendered_scenes_where_there_is_no_data(options, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "--files and --rounds must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--files", "0"], "--files must be at least 1, got 0"),
         (["--json", "no/such/a.json"], "there is no folder 'no/such'"),
     ],
 )

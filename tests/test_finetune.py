@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from study import randomize
 
-from unetlib import Preprocessing, UNet
+from unetlib import ImageMaskDataset, Preprocessing, UNet
 from unetlib.inference import evaluate, iter_logits
 from unetlib.objects import label_objects, rand_f_score
 
@@ -102,17 +102,38 @@ def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path
     assert "in_channels 3 -> 1, out_channels 1 -> 3" in printed
 
 
-def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_path):
+def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tmp_path):
+    write(tmp_path / "mine")
+    write(tmp_path / "mine", count=2, split="val")
+    example("finetune").main(["--data", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), *TINY, "--window"])
+    model = UNet.from_pretrained(tmp_path / "out" / "model")
+    assert model.preprocessing.size is None
+    val = ImageMaskDataset(tmp_path / "mine" / "val", tmp_path / "mine" / "val_masks")
+    (entry,) = json.loads((tmp_path / "out" / "history.json").read_text())["epochs"]
+    assert evaluate(model, val)["dice"] == pytest.approx(entry["dice"], abs=1e-3)
+
+
+def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_path, monkeypatch):
     old = UNet(features=(8,))
     old.preprocessing = Preprocessing(scale=0.5, mean=(0.4, 0.5, 0.6), std=(0.2,), threshold=0.8)
     old.save_pretrained(tmp_path / "old")
     finetune, lines = example("finetune"), []
     args = finetune.parse_args(["--data", "mine", "--init", str(tmp_path / "old"), "--size", "32", "48"])
-    model = finetune.make_model(args, ["background", "cell"], lines.append)
+    loads, load = [], UNet.from_pretrained
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "from_pretrained", lambda name, **ends: loads.append(name) or load(name, **ends))
+        model = finetune.make_model(args, ["background", "cell"], lines.append)
+    assert len(loads) == 1
     torch.testing.assert_close(model.head.weight, UNet.from_pretrained(tmp_path / "old").head.weight)
     expected = Preprocessing(size=(32, 48), mean=(0.4, 0.5, 0.6), std=(0.2,), class_names=("background", "cell"))
     assert model.preprocessing == expected
     assert lines == [f"starting from {tmp_path / 'old'}, its head kept"]
+
+
+def test_options_that_cannot_be_right_are_refused(example, capsys):
+    with pytest.raises(SystemExit):
+        example("finetune").parse_args(["--data", "mine", "--validate-every", "0"])
+    assert "--validate-every=0 must be 1 or more" in capsys.readouterr().err
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------------
@@ -123,6 +144,7 @@ def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_p
     [
         ((0, 255), None, ["background", "foreground"], [0, 1]),
         ((0, 1), "ground\ncell", ["ground", "cell"], [0, 1]),
+        ((0, 1), "\ufeffground\r\ncell", ["ground", "cell"], [0, 1]),  # as Windows' editor saves it
         ((1, 2), None, ["class 1", "class 2"], [0, 1]),
         ((0, 7, 9), None, ["class 0", "class 7", "class 9"], [0, 1, 2]),
         ((0, 2), "a\nb\nc", ["a", "b", "c"], [0, 2]),  # class 1 is in none of these masks
@@ -133,7 +155,7 @@ def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_p
 def test_classes_are_the_masks_values_in_order(example, tmp_path, values, classes_txt, names, held):
     write(tmp_path, values=values)
     if classes_txt:
-        (tmp_path / "classes.txt").write_text(classes_txt)
+        (tmp_path / "classes.txt").write_bytes(classes_txt.encode())
     found, train_set, _, _ = loaded(example, "--data", tmp_path)
     assert found == names
     assert np.unique(train_set[0][1]).tolist() == held
@@ -146,6 +168,12 @@ def test_numbered_objects_are_foreground_if_one_says_so(example, tmp_path):
     names, train_set, _, _ = loaded(example, "--data", tmp_path, "--nonzero")
     assert names == ["background", "foreground"]
     assert np.unique(train_set[0][1]).tolist() == [0, 1]
+
+
+def test_without_any_background_not_all_is_foreground(example, tmp_path):
+    write(tmp_path, values=(1, 2))
+    with pytest.raises(ValueError, match=r"2 values \(1, 2\) and no 0, so that --nonzero .* leave it out"):
+        loaded(example, "--data", tmp_path, "--nonzero")
 
 
 # ---- the split ----------------------------------------------------------------------------------------------------------
@@ -192,6 +220,10 @@ def three_values(folder: Path) -> None:
     Image.fromarray(mask).save(folder / "train_masks" / "1.png")
 
 
+def one_name_twice(folder: Path) -> None:
+    (folder / "classes.txt").write_text("cell\ncell\n")
+
+
 def one_value(folder: Path) -> None:
     for mask in (folder / "train_masks").iterdir():
         Image.new("L", (56, 40)).save(mask)
@@ -208,6 +240,7 @@ def colours_and_numbers(folder: Path) -> None:
         (other_name, "1 x picture without a mask"),
         (other_size, "1 x size clash"),
         (three_values, r"names 2 classes \(ground, cell\), but the masks hold 3 values \(0, 128, 255\)"),
+        (one_name_twice, "names cell more than once"),
         (one_value, "the masks hold the one value 0"),
         (colours_and_numbers, "some masks hold numbers and others colours"),
     ],

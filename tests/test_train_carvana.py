@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from test_distributed import run_processes
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
 
 from unetlib import CarvanaDataset, Preprocessing, UNet, UNetConfig
 from unetlib.cache import CachedDataset
@@ -37,6 +40,13 @@ def script(monkeypatch):
     import train_carvana
 
     return train_carvana
+
+
+@pytest.fixture
+def training_options(script):
+    import training_options
+
+    return training_options
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +101,48 @@ def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(script, dat
     assert evaluate(model, val)["dice"] == pytest.approx(best, abs=1e-3)
 
 
+def test_a_picture_too_small_for_windows_is_named_with_the_largest_that_fits(script, training_options, data, tmp_path):
+    first = min((data / "train").iterdir())
+    expected = f"{first} has 64x96 pixels, too few for --window with --size 128 48; give --size 127 48 or less"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        script.main(["--data", str(data), *TINY, "--window", "--size", "128", "48", "--out", str(tmp_path)])
+    args = script.parse_args(["--data", str(data), "--window", "--size", "127", "191"])
+    augment = training_options.make_augment(args, [CarvanaDataset(data / "train", data / "train_masks")])
+    image, mask = augment(tv_tensors.Image(torch.zeros(3, 64, 96, dtype=torch.uint8)), tv_tensors.Mask(torch.zeros(64, 96)))
+    assert (image.shape, mask.shape) == ((3, 127, 191), (127, 191))
+
+
+def test_where_nothing_is_to_be_found_and_nothing_is_found_there_are_weights_too(script, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for mask in (tmp_path / "data" / "val_masks").iterdir():
+        Image.new("L", (96, 64)).save(mask)
+    model = UNet(features=(8, 16))
+    torch.nn.init.constant_(model.head.bias, -100.0)
+    model.save_pretrained(tmp_path / "start")
+    options = ["--init", str(tmp_path / "start"), "--lr", "1e-9", "--out", str(tmp_path / "run")]
+    script.main(["--data", str(tmp_path / "data"), *TINY, *options])
+    assert math.isnan(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["best"]["dice"])
+    assert weights(tmp_path / "run")["head.bias"].item() == pytest.approx(-100)
+
+
+def given_scores(*dice):
+    """A `validate` that gives these, and is interrupted after the last."""
+    scores = iter([dict.fromkeys(("dice", "iou", "accuracy"), score) for score in dice])
+
+    def validate(*_):
+        if (score := next(scores, None)) is None:
+            raise KeyboardInterrupt
+        return score
+
+    return validate
+
+
+def test_nothing_found_where_nothing_is_to_be_found_is_the_best(script, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "validate", given_scores(0.0, math.nan, 0.5))
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "3"])
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["best"]["epoch"] == 2
+
+
 OPTIONS = (
     "--loss bce-dice --schedule onecycle --epochs 12 --noise 0.1 --crop 0.3 1 --rotation 20 "
     "--checkpoint-every 1 --validate-every 4"
@@ -133,6 +185,38 @@ def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script,
     script.main([*options, "--epochs", "1"])
     with pytest.raises(SystemExit, match=r"--epochs 1.*resume with the same"):
         script.main([*options, "--resume"])
+    others = shlex.split("--epochs 1 --size 64 48 --window --channels-last --resume")
+    was = "--size 32 48, without --window, --no-channels-last"
+    with pytest.raises(SystemExit, match=f"checkpoint.pt is from a run with {was}; resume with the same"):
+        script.main([*options, *others])
+
+
+def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(script, data, tmp_path):
+    for name, width in (("start", 8), ("same", 8), ("wider", 16)):
+        model = UNet(features=(width,))
+        if name == "start":
+            model.preprocessing = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+        model.save_pretrained(tmp_path / name)
+    options = ["--data", str(data), "--out", str(tmp_path / "run"), *TINY[3:], "--epochs", "1"]
+    script.main([*options, "--init", str(tmp_path / "start")])
+    was = f"is from a run with --init {tmp_path / 'start'}; resume"
+    for name in ("same", "wider"):
+        with pytest.raises(SystemExit, match=re.escape(was)):
+            script.main([*options, "--init", str(tmp_path / name), "--resume"])
+    (tmp_path / "start").rename(tmp_path / "moved")
+    script.main([*options, "--init", str(tmp_path / "moved"), "--resume"])
+    assert UNet.from_pretrained(tmp_path / "run" / "model").preprocessing.mean == (0.5, 0.4, 0.3)
+
+
+def test_the_recipe_of_a_resumed_run_is_for_a_new_one(script, data, tmp_path, monkeypatch):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY]
+    monkeypatch.setattr(script, "validate", given_scores(0.1))
+    with pytest.raises(KeyboardInterrupt):
+        script.main(options)
+    monkeypatch.setattr(script, "validate", given_scores(0.2))
+    monkeypatch.setattr(sys, "argv", ["train_carvana.py", *options, "--resume"])
+    script.main(sys.argv[1:])
+    assert f"\npython {shlex.join(['train_carvana.py', *options])}\n" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
@@ -196,7 +280,7 @@ def test_the_network_sees_pictures_less_its_mean_over_its_deviation(script, data
     model = UNet(features=(4, 8))
     model.preprocessing = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     model.register_forward_pre_hook(lambda model, inputs: seen.extend(inputs if model.training else ()))
-    monkeypatch.setattr(script, "starting_model", lambda args: model)
+    monkeypatch.setattr(script, "starting_model", lambda args, **ends: model)
     options = shlex.split(f"--epochs 1 --ema 0 --horizontal-flip 0 --color-jitter 0 --augment-on {place}")
     script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
     cached = CachedDataset(CarvanaDataset(data / "train", data / "train_masks"), (32, 48))
@@ -211,6 +295,13 @@ def test_training_starts_from_given_weights(script, data, tmp_path):
     script.main(["--data", str(data), "--out", str(tmp_path / "next"), *TINY, *options])
     before, after = UNet.from_pretrained(tmp_path / "start").state_dict(), weights(tmp_path / "next")
     np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-3)  # stored in half precision
+
+
+def test_weights_of_other_pictures_and_classes_get_other_ends(script, data, tmp_path):
+    UNet(features=(8, 16), in_channels=1, out_channels=3).save_pretrained(tmp_path / "start")
+    options = ["--init", str(tmp_path / "start"), "--epochs", "1"]
+    script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY, *options])
+    assert UNet.from_pretrained(tmp_path / "run" / "model").config == UNetConfig(features=(8, 16))
 
 
 def test_larger_than_the_weights_it_starts_from(script, data, tmp_path):
@@ -286,6 +377,59 @@ def test_training_on_cuda(script, data, tmp_path, precision):
     script.main(["--data", str(data), "--out", str(tmp_path), *options])
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 10), (0.5, 2), (0.25, 4), (1.0, 1), (0.1, 1), (0.0, 3), (1.0, 7)])
+def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmup, steps):
+    args = script.parse_args(["--data", "carvana", "--schedule", "onecycle", "--warmup", str(warmup), "--lr", "1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = training_options.make_schedule(args, optimizer, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= 1 for rate in rates)
+    if warmup * steps == 1 < steps:  # PyTorch's own formula at this point divides 0 by 0
+        fall = [(1 + math.cos(math.pi * step / (steps - 1))) / 2 for step in range(steps)]
+        assert rates[0] == pytest.approx(1 / 25)
+        assert rates[1:] == pytest.approx(fall[1:], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs 0", "--epochs=0 must be 1 or more"),
+        ("--accumulate 0", "--accumulate=0 must be 1 or more"),
+        ("--validate-every 0", "--validate-every=0 must be 1 or more"),
+        ("--workers -1", "--workers=-1 must be 0 or more"),
+        ("--lr nan", "--lr must be 0 or more, not nan"),
+        ("--warmup 1.5", "--warmup must be from 0 to 1, not 1.5"),
+        ("--ema 1", "--ema must be 0 or more and below 1, such as 0.99, not 1.0"),
+        ("--size 0 48", "--size=0 must be 1 or more"),
+        ("--border-weight 3 --border-size 40", "--border-size must be odd, such as 41, not 40"),
+        ("--crop 0.2 1 --window", "--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two"),
+        ("--crop 1 0.2", "crop must be (least, largest), 0 < least <= largest <= 1, not [1.0, 0.2]"),
+        ("--device gpu", "device string: gpu"),
+        ("--device cuda:1", "--device cuda:1 needs a GPU that PyTorch can use, and there is none; give --device cpu"),
+        ("--tensorboard", "--tensorboard needs tensorboard: pip install 'unetlib[examples]'"),
+        ("--synthetic -1", "8 or more (four views of a car, and two cars at least), not -1"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_is_read(script, monkeypatch, capsys, options, message):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else there(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--data", "no/such/folder", *shlex.split(options)])
+    assert message in capsys.readouterr().err
+
+
+def test_scenes_are_counted_in_fours_and_make_two_cars(script, capsys):
+    assert script.parse_args(["--synthetic", "5"]).synthetic == 8
+    assert script.parse_args(["--synthetic", "3", "--data", "carvana"]).synthetic == 4
+    with pytest.raises(SystemExit):
+        script.parse_args(["--synthetic", "4"])
+    assert "8 or more (four views of a car, and two cars at least), not 4" in capsys.readouterr().err
 
 
 def test_the_script_says_what_to_give(script, capsys):
