@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unetlib import losses, targets
+from unetlib.gradients import RegionSums
 from unetlib.losses import (
     BCEDiceLoss,
     CompoundLoss,
@@ -53,6 +54,7 @@ ALL = {
     "focal tversky": (tversky_loss, {"gamma": 0.75}),
     "generalized dice": (generalized_dice_loss, {}),
     "mcc": (mcc_loss, {}),
+    "mcc smooth 0": (mcc_loss, {"smooth": 0.0}),
     "lovasz": (lovasz_loss, {}),
     "cldice": (soft_cldice_loss, {"iterations": 1}),
     "bce dice": (bce_dice_loss, {"border_weight": 3.0, "border_size": 3}),
@@ -192,12 +194,13 @@ class Numpy:
         return -np.log(np.where(self.t == 1, self.p, 1 - self.p))[self.valid]
 
     def border(self, size: int) -> np.ndarray:
-        """Whether a window is mixed for some class, (N, pixels)."""
-        t = self.t.reshape(self.n, self.c, *self.shape)
+        """Whether a window's pixels that count are mixed for some class, (N, pixels)."""
+        t, valid = (values.reshape(self.n, self.c, *self.shape) for values in (self.t, self.valid))
         result = np.zeros((self.n, *self.shape), bool)
         for index in np.ndindex(result.shape):
             window = tuple(slice(max(0, i - size // 2), i + size // 2 + 1) for i in index[1:])
-            result[index] = any(0.01 < t[index[0], c][window].mean() < 0.99 for c in range(self.c))
+            shares = [t[index[0], c][window][valid[index[0], c][window]] for c in range(self.c)]
+            result[index] = any(len(share) and 0.01 < share.mean() < 0.99 for share in shares)
         return result.reshape(self.n, -1)
 
 
@@ -255,23 +258,42 @@ def test_pixel_losses_equal_loops(kind: str, shape: tuple[int, ...], ignore_inde
     assert focal_loss(logits, target, gamma=1.5, **options).item() == pytest.approx(focal.mean(), rel=1e-9)
 
 
+@pytest.mark.parametrize("ignore_index", [None, 255])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_border_weights_equal_loops(kind: str, shape: tuple[int, ...]) -> None:
+def test_border_weights_equal_loops(kind: str, shape: tuple[int, ...], ignore_index: int | None) -> None:
     logits, target, options = case(kind, shape)
     target = target * 0
     target[..., : shape[-1] // 2] = 1  # half the picture, so that some windows are pure
-    loops = Numpy(logits, target, kind)
+    if ignore_index is not None:
+        target = with_ignored(target)
+    options |= {"ignore_index": ignore_index}
+    loops = Numpy(logits, target, kind, ignore_index)
     border = loops.border(3)
     assert border.any()
     assert not border.all()
-    w = np.where(border, 4.0, 1.0)[:, None]
-    pixels = loops.cross_entropy().reshape(loops.n, -1, w.shape[2])
+    w = np.broadcast_to(np.where(border, 4.0, 1.0)[:, None], loops.valid.shape) * loops.valid
     tp, p, t = ((w * v).sum(2) for v in (loops.p * loops.t, loops.p, loops.t))
-    reference = (w * pixels).sum() / (w * np.ones_like(pixels)).sum() + (1 - (2 * tp + 1) / (p + t + 1)).mean()
+    w = w[:, 0][loops.valid[:, 0]] if kind == "multiclass" else w[loops.valid]
+    reference = (w * loops.cross_entropy()).sum() / w.sum() + (1 - (2 * tp + 1) / (p + t + 1)).mean()
     assert bce_dice_loss(logits, target, border_weight=4, border_size=3, **options).item() == pytest.approx(reference)
     plain = cross_entropy_loss(logits, target, **options) + dice_loss(logits, target, **options)
     assert bce_dice_loss(logits, target, **options).item() == pytest.approx(plain.item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ignored_pixels_make_no_border(kind: str) -> None:
+    logits, target, options = case(kind, (5, 6))
+    target = target * 0 + 1
+    target[..., 1, 3] = 0  # one corner of what is left
+    options |= {"border_weight": 3.0, "border_size": 3}
+    cut = bce_dice_loss(logits[..., 1:5, 3:], target[..., 1:5, 3:], **options)
+    frame = torch.full_like(target, 255)
+    frame[..., 1:5, 3:] = target[..., 1:5, 3:]
+    torch.testing.assert_close(bce_dice_loss(logits, frame, ignore_index=255, **options), cut)
+    if kind == "multiclass":
+        one_hot = torch.where((frame == 255).unsqueeze(1), 255, F.one_hot(target, 3).movedim(-1, 1))
+        torch.testing.assert_close(bce_dice_loss(logits, one_hot, ignore_index=255, **options), cut)
 
 
 def test_border_weights_in_half_precision_find_the_same_border():
@@ -460,6 +482,39 @@ def test_soft_masks() -> None:
     torch.testing.assert_close(dice_loss(logits, soft), reference.mean())
 
 
+def test_lovasz_cuts_class_probabilities_at_their_largest_class() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    soft = F.one_hot(target, 3).movedim(-1, 1) * 0.1 + 0.3  # 0.4 of the true class, 0.3 of the others
+    torch.testing.assert_close(lovasz_loss(logits, soft), lovasz_loss(logits, target))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_soft_masks_may_be_a_rounding_outside(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    hard = F.one_hot(target, 3).movedim(-1, 1).float() if kind == "multiclass" else target.float()
+    rounded = hard * (1 + 2.4e-7) - (1 - hard) * 1e-8
+    assert rounded.max() > 1
+    assert torch.equal(loss(logits, rounded, **options, **extra), loss(logits, hard, **options, **extra))
+    with pytest.raises(ValueError, match=r"values from 0 to 1, found 1\.00002"):
+        loss(logits, hard * (1 + 2e-5), **options, **extra)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_masks_get_no_gradient(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, _, options = case(kind, (5, 6))
+    soft = case(kind, (5, 6), seed=1)[0].softmax(1) if kind == "multiclass" else case(kind, (5, 6), seed=1)[0].sigmoid()
+    x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    learned = soft.clone().requires_grad_()
+    loss(x, learned, **options, **extra).backward()
+    loss(y, soft, **options, **extra).backward()
+    assert learned.grad is None
+    assert torch.equal(x.grad, y.grad)
+
+
 def test_tversky_is_dice_and_jaccard() -> None:
     logits, target, _ = case("multiclass", (5, 6))
     torch.testing.assert_close(tversky_loss(logits, target, smooth=0.5), dice_loss(logits, target, smooth=1.0))
@@ -478,6 +533,29 @@ def test_gradients_are_the_derivatives(name: str, kind: str) -> None:
     for mask, keywords in masks:
         of_logits = functools.partial(loss, target=mask, **keywords, **extra)
         assert torch.autograd.gradcheck(of_logits, logits.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_second_derivatives_are_right_or_refused(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (2, 2))
+    masks = [(target, options), (with_ignored(target), options | {"ignore_index": 255})]
+    for mask, keywords in masks:
+        of_logits = functools.partial(loss, target=mask, **keywords, **extra)
+        if loss is focal_loss:
+            with pytest.raises(RuntimeError, match="focal_loss has no second derivative"):
+                torch.autograd.functional.hessian(of_logits, logits)
+        else:
+            assert torch.autograd.gradgradcheck(of_logits, logits.clone().requires_grad_())
+
+
+def test_the_derivative_leaves_the_gradient_it_is_given_alone() -> None:
+    p, given_tp, given_p = torch.rand(2, 3, 1, requires_grad=True), torch.rand(2, 3), torch.rand(2, 3)
+    tp, pred, _ = RegionSums.apply(p, torch.tensor([[0], [2]]), None)
+    before = given_p.clone()
+    torch.autograd.grad((tp, pred), p, (given_tp, given_p))
+    assert torch.equal(given_p, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -539,6 +617,43 @@ def test_a_large_batch_loses_no_digits() -> None:
     value = dice_loss(logits, torch.zeros(1, 1280, 2**14, dtype=torch.uint8), smooth=0, reduction="none")
     p = torch.tensor(18.0, dtype=torch.float64).sigmoid().item()
     torch.testing.assert_close(value, torch.tensor([[1 - 2 * p / (1 + p), 1.0]]), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("shape", [(2**20,), (2**20 + 3,), (2, 2**19 + 1)], ids=str)
+def test_a_long_row_loses_no_digits(shape: tuple[int, ...]) -> None:
+    logits, target, _ = case("multiclass", shape, n=1)
+    for mask, options in ((target, {}), (with_ignored(target), {"ignore_index": 255})):
+        value = dice_loss(logits.float(), mask, reduction="none", **options)
+        reference = Numpy(logits, mask, "multiclass", 255)
+        tp, p, t = (
+            torch.from_numpy((v * reference.valid).sum(2)) for v in (reference.p * reference.t, reference.p, reference.t)
+        )
+        torch.testing.assert_close(value.double(), 1 - (2 * tp + 1) / (p + t + 1), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mcc_of_a_class_that_fills_nearly_everything_keeps_its_digits(kind: str, ignore_index: int | None) -> None:
+    channels = 1 if kind == "binary" else 2
+    logits = 5 + torch.randn(1, 1, 2**20, generator=torch.Generator().manual_seed(0))
+    target = torch.ones(1, channels, 2**20, dtype=torch.long)
+    logits[..., :4], target[..., :4] = -1, 0
+    target[..., -9:] = 255 if ignore_index else 1
+    if kind == "multiclass":
+        logits, target = torch.cat([-logits / 2, logits / 2], 1), target[:, 0]
+    logits = logits.expand(1, channels, -1)
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    options = {"multilabel": kind == "multilabel", "ignore_index": ignore_index}
+    value = mcc_loss(x, target, smooth=0, **options)
+    p = y.softmax(1)[:, 1] if kind == "multiclass" else y.sigmoid()[:, 0]
+    t, p = (v[..., : -9 if ignore_index else None] for v in (target.reshape(1, -1, 2**20)[:, 0], p))
+    tp, tn, fp, fn = (p * t).sum(), ((1 - p) * (1 - t)).sum(), (p * (1 - t)).sum(), ((1 - p) * t).sum()
+    reference = 1 - (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)).sqrt()
+    value.backward()
+    reference.backward()
+    torch.testing.assert_close(value.double(), reference, rtol=0, atol=5e-6)
+    gradient = y.grad if kind != "multilabel" else (y.grad[:, :1] / 2).expand(1, 2, -1)
+    assert (x.grad - gradient).norm() < 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("smooth", [0.5, 1.0])
@@ -653,6 +768,8 @@ def test_hard_predictions_give_the_index_itself(seed: int) -> None:
         (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4), {}, r"none of them empty"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"reduction": "avg"}, r"'mean', 'sum' or 'none', got 'avg'"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(2)}, r"shape \(1,\), got \(2,\)"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": 2.0}, r"weight must .* shape \(1,\), got \(\)"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(1).to("meta")}, "weight is on meta, .* on cpu"),
     ],
 )
 def test_bad_input_is_named(logits: torch.Tensor, target: torch.Tensor, options: dict[str, Any], message: str) -> None:
@@ -669,16 +786,49 @@ def test_bad_types_and_options_are_named() -> None:
         dice_loss(logits.long(), target)
     with pytest.raises(TypeError, match="complex"):
         dice_loss(logits, target.cfloat())
-    with pytest.raises(ValueError, match="border_size must be odd and positive, got 4"):
-        bce_dice_loss(logits, target, border_weight=3, border_size=4)
+    with pytest.raises(ValueError, match="border_size=4 must be odd, such as border_size=5"):
+        bce_dice_loss(logits, target, border_size=4)
+    with pytest.raises(TypeError, match=r"border_size=41\.0 must be an integer"):
+        bce_dice_loss(logits, target, border_size=41.0)
     with pytest.raises(ValueError, match=r"alpha=0\.25 .* softmax use weight="):
         focal_loss(torch.zeros(1, 2, 4, 4), target, alpha=0.25)
     with pytest.raises(ValueError, match="pos_weight belongs to sigmoids"):
         cross_entropy_loss(torch.zeros(1, 2, 4, 4), target, pos_weight=torch.ones(2))
-    with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 2"):
-        cross_entropy_loss(logits, target, label_smoothing=2)
+    with pytest.raises(ValueError, match=r"whole class indices, found 1\.00000095"):
+        dice_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 1 + 1e-6))
     with pytest.raises(ValueError, match="target on meta"):
         dice_loss(logits, target.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (cross_entropy_loss, {"label_smoothing": 2}, "label_smoothing must be from 0 to 1, not 2"),
+        (focal_loss, {"alpha": -1}, "alpha must be from 0 to 1, not -1"),
+        (focal_loss, {"gamma": -1}, "gamma must be 0 or more, not -1"),
+        (tversky_loss, {"alpha": -1}, "alpha must be 0 or more, not -1"),
+        (tversky_loss, {"beta": -1}, "beta must be 0 or more, not -1"),
+        (tversky_loss, {"gamma": -1}, "gamma must be 0 or more, not -1"),
+        (bce_dice_loss, {"border_weight": -1}, "border_weight must be 0 or more, not -1"),
+        (bce_dice_loss, {"border_size": -1}, "border_size=-1 must be 1 or more"),
+        (soft_cldice_loss, {"iterations": -1}, "iterations=-1 must be 0 or more"),
+        *(
+            (loss, {"smooth": -1}, "smooth must be 0 or more, not -1")
+            for loss in (
+                dice_loss,
+                jaccard_loss,
+                tversky_loss,
+                generalized_dice_loss,
+                mcc_loss,
+                soft_cldice_loss,
+                bce_dice_loss,
+            )
+        ),
+    ],
+)
+def test_keywords_out_of_range_are_named(loss: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4), **options)
 
 
 def test_an_ignored_value_outside_the_type_ignores_nothing() -> None:
@@ -718,6 +868,7 @@ def test_class_weights_move_with_the_module() -> None:
     logits, target, _ = case("multiclass", (5, 6))
     value = tversky_loss(logits, target, weight=torch.tensor([0, 1, 2]), alpha=0.3)
     assert torch.equal(loss.double()(logits, target), value)
+    assert torch.equal(tversky_loss(logits, target, weight=[0, 1, 2], alpha=0.3), value)
 
 
 def test_losses_add_up() -> None:
@@ -729,8 +880,25 @@ def test_losses_add_up() -> None:
     assert loss.factors == [1.0, 0.5, 1.0]
     mixed = CompoundLoss((2.0, torch.nn.BCEWithLogitsLoss()))
     torch.testing.assert_close(mixed(logits, target.double()), 2 * cross_entropy_loss(logits, target))
+    for plain in (CrossEntropyLoss() + torch.nn.BCEWithLogitsLoss(), torch.nn.BCEWithLogitsLoss() + CrossEntropyLoss()):
+        torch.testing.assert_close(plain(logits, target.double()), 2 * cross_entropy_loss(logits, target))
+    torch.testing.assert_close(sum([loss, loss])(logits, target), 2 * parts)
     with pytest.raises(ValueError, match="at least one"):
         CompoundLoss()
+
+
+def test_what_does_not_add_up_is_named() -> None:
+    loss = DiceLoss()
+    for terms in ((loss, loss), ([(1, loss), (1, loss)],), ((loss, 1),), (("1", loss),), ((1, loss, 2),)):
+        with pytest.raises(TypeError, match=r"pairs \(factor, loss\), for example \(0\.5, DiceLoss\(\)\), not .*DiceLoss"):
+            CompoundLoss(*terms)
+    for wrong in (lambda: loss + 1, lambda: 1 + loss, lambda: loss * loss):
+        with pytest.raises(TypeError, match=r"unsupported operand|pairs"):
+            wrong()
+    each = CrossEntropyLoss(reduction="none") + DiceLoss(reduction="none")
+    logits, target, _ = case("binary", (5, 6))
+    with pytest.raises(ValueError, match=r"\(2, 1, 5, 6\) and \(2, 1\), which do not add up; use reduction="):
+        each(logits, target)
 
 
 # Beyond the CPU

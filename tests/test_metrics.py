@@ -282,8 +282,10 @@ def test_boundary_iou_equals_loops(shape: tuple[int, ...], distance: int) -> Non
 def test_boundary_iou_by_default_takes_2_percent_of_the_diagonal() -> None:
     predicted, true = blob(0, (60, 80)), blob(1, (60, 80))
     assert torch.equal(boundary_iou(as_logits(predicted), true), boundary_iou(as_logits(predicted), true, distance=2))
-    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="distance=0 must be 1 or more"):
         boundary_iou(as_logits(predicted), true, distance=0)
+    with pytest.raises(TypeError, match=r"distance=2\.0 must be an integer"):
+        boundary_iou(as_logits(predicted), true, distance=2.0)
 
 
 def edge_points(mask: torch.Tensor) -> np.ndarray:
@@ -382,6 +384,32 @@ def test_calibration_of_known_probabilities() -> None:
     logits, target, options = case("multilabel", (5, 6))
     swapped = calibration_error(logits.transpose(0, 1), target.transpose(0, 1), **options)
     torch.testing.assert_close(calibration_error(logits, target, **options), swapped)
+
+
+def test_calibration_of_nan_is_nan() -> None:
+    logits = torch.tensor([[[0.0, math.nan]]])
+    assert calibration_error(logits, torch.tensor([[1, 0]])).isnan()
+    assert calibration_error(torch.cat([logits, -logits], 1), torch.tensor([[1, 0]])).isnan()
+
+
+# Keywords
+
+
+@pytest.mark.parametrize(
+    ("score", "options", "message"),
+    [
+        (calibration_error, {"bins": 0}, "bins=0 must be 1 or more"),
+        (fbeta_score, {"beta": -1}, "beta must be 0 or more, not -1"),
+        (boundary_f_score, {"tolerance": -1}, "tolerance must be 0 or more, not -1"),
+        (hausdorff_distance, {"percentile": 101}, "percentile must be from 0 to 100, not 101"),
+        (hausdorff_distance, {"spacing": (1.0, 0.0)}, r"spacing .* 2 numbers above 0, not \(1\.0, 0\.0\)"),
+        (hausdorff_distance, {"spacing": (1.0, 1.0, 1.0)}, r"2 numbers above 0, not \(1\.0, 1\.0, 1\.0\)"),
+        (hausdorff_distance, {"spacing": 0.5}, r"2 numbers above 0, not 0\.5"),
+    ],
+)
+def test_keywords_out_of_range_are_named(score: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4), **options)
 
 
 # The accumulator
@@ -494,7 +522,7 @@ def test_empty_pictures_in_a_data_set() -> None:
 
 
 def test_accumulator_names_bad_input() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+    with pytest.raises(ValueError, match="num_classes=0 must be 1 or more"):
         SegmentationMetrics(0)
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) do not have num_classes=1 channels"):
         SegmentationMetrics().update(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4))
@@ -569,6 +597,7 @@ def test_plot_draws_the_confusion_and_the_pictures() -> None:
         table = metrics.confusion.double()
         table = table.flatten(1) if kind == "multilabel" else table
         np.testing.assert_allclose(shares, table / table.sum(1, keepdim=True), rtol=1e-6)
+        assert matrix.get_title() == ("share of all pixels" if kind == "multilabel" else "share of the true class's pixels")
         assert sum(bar.get_height() for bar in histogram.patches) == 3
         with pytest.raises(ValueError, match="class_names must name"):
             metrics.plot(["a"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _EPS = 1e-7
+_ROW = 1024
 
 
 class RegionSums(torch.autograd.Function):
@@ -30,8 +31,9 @@ class RegionSums(torch.autograd.Function):
             if weight is not None:
                 ones = weight.squeeze(1)
                 true *= ones
-            rows = p.new_zeros(*mask.shape[:-1], p.shape[1])
-            tp, t = (rows.scatter_add(-1, mask, value).unsqueeze(1).flatten(1, -2).sum(1) for value in (true, ones))
+            classes = _rows(mask)
+            rows = p.new_zeros(*classes.shape[:-1], p.shape[1])
+            tp, t = (rows.scatter_add(-1, classes, _rows(value)).flatten(1, -2).sum(1) for value in (true, ones))
         else:
             mask = mask if weight is None else mask * weight
             tp, t = (p * mask).sum(ctx.space), mask.sum(ctx.space)
@@ -41,19 +43,28 @@ class RegionSums(torch.autograd.Function):
         return tp, (p if weight is None else p * weight).sum(ctx.space), t
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_tp: Tensor, grad_p: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """Return w (grad_p + t grad_tp)."""
         mask, weight = ctx.saved_tensors
         column = (*ctx.shape[:2], *[1] * len(ctx.space))
-        grad = grad_p.view(column)
+        grad = grad_p.view(column).expand(ctx.shape)
         if weight is not None:
             grad = grad * weight
         if mask.ndim == len(ctx.shape):
-            return torch.addcmul(grad.expand(ctx.shape), mask, grad_tp.view(column)), None, None
-        grad = grad.expand(ctx.shape).contiguous()
+            return torch.addcmul(grad, mask, grad_tp.view(column)), None, None
         true = grad_tp.gather(1, mask.flatten(1)).view(mask.shape).unsqueeze(1)
-        return grad.scatter_add_(1, mask.unsqueeze(1), true if weight is None else true * weight), None, None
+        if weight is None:  # not in place, for with one pixel this is still the memory of grad_p
+            return grad.scatter_add(1, mask.unsqueeze(1), true), None, None
+        return grad.scatter_add_(1, mask.unsqueeze(1), true * weight), None, None
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Rows (..., n) cut into equal ones of at most 1024 values, filled up with zeros: (..., rows, values)."""
+    length = values.shape[-1]
+    rows = -(-length // _ROW)
+    missing = -length % rows
+    filled = F.pad(values, (0, missing)) if missing else values
+    return filled.reshape(*values.shape[:-1], rows, -1)
 
 
 class Focal(torch.autograd.Function):
@@ -68,9 +79,10 @@ class Focal(torch.autograd.Function):
         return power.mul_(wrong).mul_(entropy)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return grad times the slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
+        if torch.is_grad_enabled():  # for the slope is a constant here
+            raise RuntimeError("focal_loss has no second derivative; use cross_entropy_loss where one is needed")
         (slope,) = ctx.saved_tensors
         return grad * slope, None
 
@@ -106,7 +118,6 @@ class Lovasz(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Return grad times each pixel's weight, below zero in the mask."""
         (slope,) = ctx.saved_tensors

@@ -16,25 +16,27 @@ logits and masks look like. Everything is computed in float32, whatever type the
   picture and class, (N, C), or (C,) with ``batch=True``.
 
 In the formulas TP, P and T are sums over the pixels of a class: of p t, of p and of t, for probability p and mask t.
+Masks get no gradient.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import at_least, whole
 from .gradients import Focal, Lovasz
 from .targets import read
 from .terms import (
     EPS,
     border_map,
-    count,
     cross_entropy,
     pixel_weight,
+    rare_sums,
     ratio,
     reduce_pixels,
     reduce_regions,
@@ -96,7 +98,7 @@ def focal_loss(
 ) -> Tensor:
     """Focal loss, (1 - e^-CE)^gamma CE, for the cross-entropy CE of a pixel; e^-CE is the true class's probability.
 
-    From Lin et al., "Focal loss for dense object detection", 2017.
+    From Lin et al., "Focal loss for dense object detection", 2017. It has no second derivative.
 
     Args:
         logits: (N, C, *spatial).
@@ -119,8 +121,10 @@ def focal_loss(
         tensor(0.1733)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+    at_least("gamma", gamma, 0)
     pixels = Focal.apply(cross_entropy(reading), gamma)
     if alpha is not None:
+        at_least("alpha", alpha, 0, 1)
         if not reading.sigmoid:
             raise ValueError(f"alpha={alpha} weighs the two outcomes of a sigmoid; for a softmax use weight=")
         pixels = pixels * (alpha * reading.target + (1 - alpha) * (1 - reading.target))
@@ -253,6 +257,8 @@ def tversky_loss(
         tensor(0.2501)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+    for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        at_least(name, value, 0)
     tp, p, t = sums(reading, batch)
     score = ratio(tp, tp + alpha * (p - tp) + beta * (t - tp), smooth)
     if gamma != 1:
@@ -316,7 +322,8 @@ def mcc_loss(
     """1 - Matthews' correlation coefficient, (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)).
 
     From Abhishek and Hamarneh, 2021. ``smooth`` pixels are added to TP and to TN, so that the coefficient is defined,
-    and false positives cost, when a class fills nothing or everything of a picture.
+    and false positives cost, when a class fills nothing or everything of a picture; with 0 its loss is then 1,
+    without a gradient.
 
     Args:
         logits: (N, C, *spatial).
@@ -339,9 +346,10 @@ def mcc_loss(
         tensor(1.)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
-    tp, p, t = (value + smooth for value in sums(reading, batch))
-    total = count(reading, batch) + 2 * smooth
-    tp, p, t = tp / total, p / total, t / total  # shares keep the products within float32, and MCC the same
+    at_least("smooth", smooth, 0)
+    *counts, pixels = rare_sums(reading, batch)  # MCC is the same for a class and for all outside it
+    total = pixels + 2 * smooth
+    tp, p, t = ((count + smooth) / total for count in counts)  # shares keep the products within float32, and MCC the same
     variance = p * (1 - p) * t * (1 - t)
     defined = variance > 1e-30
     score = torch.where(defined, (tp - p * t) / torch.where(defined, variance, 1).sqrt(), 0)
@@ -361,7 +369,8 @@ def lovasz_loss(
     """Lovász loss, the convex surrogate of the Jaccard index: hinge for sigmoids, softmax for classes.
 
     From Berman et al., 2018. A class absent from the picture stays in the mean, with its largest error as its term
-    (the paper's code leaves it out, which makes its false positives free). Soft masks are cut at 0.5.
+    (the paper's code leaves it out, which makes its false positives free). Soft masks are cut at 0.5, class
+    probabilities at their largest class.
 
     Args:
         logits: (N, C, *spatial).
@@ -389,7 +398,7 @@ def lovasz_loss(
         return value.transpose(0, 1).flatten(1) if batch else value.flatten(2)
 
     predicted = reading.logits if reading.sigmoid else reading.probabilities()
-    mask = reading.one_hot() > 0.5
+    mask = reading.cut().one_hot()
     valid = None if reading.valid is None else rows(reading.valid.expand_as(mask))
     score = 1 - Lovasz.apply(rows(predicted), rows(mask), valid, reading.sigmoid)
     return reduce_regions(score, reading, weight, reduction)
@@ -436,6 +445,7 @@ def soft_cldice_loss(
         tensor(0.)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+    iterations = whole("iterations", iterations, 0)
     p, t = reading.probabilities(), reading.one_hot().to(reading.logits.dtype)
     if reading.valid is not None:
         p, t = p * reading.valid, t * reading.valid
@@ -461,8 +471,8 @@ def bce_dice_loss(
     """Cross-entropy (binary for sigmoids) plus Dice, both with more weight on the pixels at mask borders.
 
     The loss of the Carvana challenge's winners, who took 3 and a window of 41 at 1024 x 1024. A pixel is at the border
-    where a class fills between 1% and 99% of the window around it. The weights make a weighted mean of the
-    cross-entropy, and multiply each pixel's share of Dice's sums.
+    where a class fills between 1% and 99% of the pixels that count in the window around it. The weights make a weighted
+    mean of the cross-entropy, and multiply each pixel's share of Dice's sums.
 
     Args:
         logits: (N, C, *spatial).
@@ -475,7 +485,7 @@ def bce_dice_loss(
         multilabel: one sigmoid a channel instead of one softmax.
 
     Returns:
-        The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
+        The loss in float32 (float64 of float64 logits): a number.
 
     Raises:
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
@@ -486,6 +496,9 @@ def bce_dice_loss(
         tensor(1.1931)
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+    at_least("border_weight", border_weight, 0)
+    if whole("border_size", border_size, 1) % 2 == 0:
+        raise ValueError(f"border_size={border_size} must be odd, such as border_size={border_size + 1}")
     pixels = cross_entropy(reading)
     weight = factor = None
     if border_weight != 1:
@@ -541,9 +554,15 @@ class Loss(nn.Module):
         """Return the weighted losses that this one sums up: itself, once."""
         return [(1.0, self)]
 
-    def __add__(self, other: Loss) -> CompoundLoss:
-        """Return the sum of two losses."""
-        return CompoundLoss(*self.terms(), *other.terms())
+    def __add__(self, other: nn.Module) -> CompoundLoss:
+        """Return the sum of two losses, of which the other may be any module that takes (logits, target)."""
+        if not isinstance(other, nn.Module):
+            return NotImplemented
+        return CompoundLoss(*self.terms(), *(other.terms() if isinstance(other, Loss) else [(1.0, other)]))
+
+    def __radd__(self, other: Any) -> Loss:
+        """Return the sum with a module of another kind, or with the 0 that `sum` starts from."""
+        return self if other == 0 else self.__add__(other)
 
     def __rmul__(self, factor: float) -> CompoundLoss:
         """Return the loss times a number."""
@@ -565,17 +584,25 @@ class CompoundLoss(Loss):
         """Keep the terms.
 
         Raises:
+            TypeError: for a term that is not a pair of a number and a module.
             ValueError: if there are none.
         """
         super().__init__()
         if not terms:
             raise ValueError("CompoundLoss needs at least one (factor, loss), for example (0.5, DiceLoss())")
+        for term in terms:
+            if not _is_term(term):
+                raise TypeError(f"CompoundLoss takes pairs (factor, loss), for example (0.5, DiceLoss()), not {term!r}")
         self.factors = [float(factor) for factor, _ in terms]
         self.losses = nn.ModuleList(loss for _, loss in terms)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the weighted sum."""
-        return torch.stack([factor * loss(logits, target) for factor, loss in self.terms()]).sum(0)
+        values = [factor * loss(logits, target) for factor, loss in self.terms()]
+        if len({value.shape for value in values}) > 1:
+            shapes = " and ".join(str(tuple(value.shape)) for value in values)
+            raise ValueError(f"the losses have the shapes {shapes}, which do not add up; use reduction='mean' or 'sum' in each")
+        return torch.stack(values).sum(0)
 
     def terms(self) -> list[tuple[float, nn.Module]]:
         """Return the weighted losses."""
@@ -584,6 +611,11 @@ class CompoundLoss(Loss):
     def extra_repr(self) -> str:
         """Return the factors for `repr`."""
         return f"factors={self.factors}"
+
+
+def _is_term(term: Any) -> bool:
+    pair = isinstance(term, (tuple, list)) and len(term) == 2
+    return pair and isinstance(term[0], SupportsFloat) and isinstance(term[1], nn.Module)
 
 
 class CrossEntropyLoss(Loss):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import counts
+from .arguments import at_least, whole
 from .boundary import edge_distances
 from .counts import SCORES, Cells, one_against_rest
 from .targets import Reading, read
@@ -167,6 +168,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
         >>> fbeta_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]), beta=0).item()
         0.6666666666666666
     """
+    at_least("beta", beta, 0)
     return _score(functools.partial(counts.fbeta, beta=beta), logits, target, **options)
 
 
@@ -277,11 +279,8 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
         >>> boundary_iou(20 * square.roll(1, -1)[:, None] - 10, square, distance=1).item()
         0.3333333333333333
     """
-    if distance is None:
-        distance = max(1, round(0.02 * math.hypot(*logits.shape[2:])))
-    if distance < 1:
-        raise ValueError(f"distance must be at least 1 pixel, got {distance}")
-    return _score(counts.iou, logits, target, cells=functools.partial(counts.band_cells, width=distance), **options)
+    width = max(1, round(0.02 * math.hypot(*logits.shape[2:]))) if distance is None else whole("distance", distance, 1)
+    return _score(counts.iou, logits, target, cells=functools.partial(counts.band_cells, width=width), **options)
 
 
 def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, **options: Unpack[PictureOptions]) -> Tensor:
@@ -309,6 +308,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
         >>> boundary_f_score(20 * square.roll(1, -1)[:, None] - 10, square, tolerance=1).item()
         1.0
     """
+    at_least("tolerance", tolerance, 0)
 
     def score(to_true: NDArray[np.float64], to_predicted: NDArray[np.float64]) -> float:
         right = (to_true <= tolerance).mean(), (to_predicted <= tolerance).mean()
@@ -349,6 +349,7 @@ def hausdorff_distance(
         >>> hausdorff_distance(20 * square.roll(1, -1)[:, None] - 10, square).item()
         1.0
     """
+    at_least("percentile", percentile, 0, 100)
 
     def score(to_true: NDArray[np.float64], to_predicted: NDArray[np.float64]) -> float:
         return max(float(np.percentile(to_true, percentile)), float(np.percentile(to_predicted, percentile)))
@@ -381,6 +382,7 @@ def calibration_error(
         >>> calibration_error(torch.zeros(1, 1, 4), torch.tensor([[1, 0, 0, 0]])).item()
         0.25
     """
+    bins = whole("bins", bins, 1)
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
     predicted, true = reading.decisions()
     confidence, right = reading.probabilities(), true
@@ -389,7 +391,7 @@ def calibration_error(
     if reading.valid is not None:
         confidence, right = confidence[reading.valid], right[reading.valid]
     confidence, right = confidence.flatten().double(), right.flatten().double()
-    box = (confidence * bins).long().clamp_max(bins - 1)
+    box = (confidence * bins).long().clamp(0, bins - 1)  # nan, which makes the result nan, is no number of a bin
     gap = confidence.new_zeros(bins).scatter_add_(0, box, confidence - right)
     return gap.abs().sum() / confidence.numel()
 
@@ -434,9 +436,7 @@ class SegmentationMetrics:
         multilabel: bool = False,
     ) -> None:
         """Start with nothing counted."""
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, the model's output channels, got {num_classes}")
-        self.num_classes = num_classes
+        self.num_classes = whole("num_classes", num_classes, 1)
         self.threshold = threshold
         self.include_background = include_background
         self.empty = empty
@@ -554,6 +554,8 @@ class SegmentationMetrics:
     def plot(self, class_names: Sequence[str] | None = None) -> Figure:
         """Draw the confusion matrix as shares of each true class, and the pictures' Dice where they were kept.
 
+        Each class of a multilabel task has a row of its own: the shares of TN, FP, FN and TP of all pixels.
+
         Args:
             class_names: by default 0, 1, ...
 
@@ -568,16 +570,16 @@ class SegmentationMetrics:
         names = list(class_names or map(str, range(len(table))))
         if len(names) != len(table):
             raise ValueError(f"class_names must name {len(table)} classes, got {len(names)}: {names}")
-        columns = names
+        columns, rows, title = names, "true class", "share of the true class's pixels"
         if table.ndim == 3:  # one row for each class of a multilabel task
-            table, columns = table.flatten(1), ["TN", "FP", "FN", "TP"]
+            table, columns, rows, title = table.flatten(1), ["TN", "FP", "FN", "TP"], "class", "share of all pixels"
         shares = table / table.sum(1, keepdim=True)
         figure = Figure(figsize=(10, 4.5) if self._kept else (5.5, 4.5), layout="constrained")
         axes = figure.subplots(1, 2 if self._kept else 1, squeeze=False)[0]
         axes[0].imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes[0].set_xticks(range(len(columns)), columns)
         axes[0].set_yticks(range(len(names)), names)
-        axes[0].set(xlabel="predicted", ylabel="true class", title="share of the true class's pixels")
+        axes[0].set(xlabel="predicted", ylabel=rows, title=title)
         if len(names) <= 12:
             for (row, column), share in np.ndenumerate(shares.numpy()):
                 color = "white" if share > 0.5 else "black"
@@ -687,6 +689,9 @@ def _mean_distance(
 ) -> Tensor:
     """A score made of edge distances, `alone` where only one of the masks has an edge, under `PictureOptions`."""
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
+    axes = len(reading.spatial)
+    if spacing is not None and not (np.shape(spacing) == (axes,) and np.greater(spacing, 0).all()):
+        raise ValueError(f"spacing must hold the size of a pixel along each axis, {axes} numbers above 0, not {spacing!r}")
     predicted, true = (mask.flatten(0, 1).cpu().numpy() for mask in reading.masks(threshold))
     scores = [
         score(*edge_distances(p, t, spacing)) if p.any() and t.any() else alone if p.any() or t.any() else empty

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
+_ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
 
 
 class Reading(NamedTuple):
@@ -60,18 +61,23 @@ class Reading(NamedTuple):
             return self.target
         return self._one_hot(self.target)
 
+    def cut(self) -> Reading:
+        """The same with a hard mask: bool for sigmoids, soft ones cut at 0.5; class indices, of the largest class."""
+        if self.sigmoid:
+            return self._replace(target=self.target > 0.5 if self.target.is_floating_point() else self.target.bool())
+        return self if self.has_indices() else self._replace(target=self.target.argmax(dim=1))
+
     def decisions(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """What is predicted and what is true, soft masks cut at 0.5 or by their largest class.
 
         Bool (N, C, *spatial), false where ignored, for sigmoids; int64 class indices (N, *spatial) for a softmax.
         """
+        true = self.cut().target
         if not self.sigmoid:
-            predicted = self.logits.max(dim=1).indices  # a third of argmax's time on a CPU
-            return predicted, self.target if self.has_indices() else self.target.argmax(dim=1)
+            return self.logits.max(dim=1).indices, true  # a third of argmax's time on a CPU
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}; for logits > 0 it is 0.5")
         predicted = self.logits > math.log(threshold / (1 - threshold))
-        true = self.target > 0.5 if self.target.is_floating_point() else self.target.bool()
         return (predicted, true) if self.valid is None else (predicted & self.valid, true & self.valid)
 
     def masks(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -91,7 +97,7 @@ class Reading(NamedTuple):
 def read(
     logits: Tensor, target: Tensor, *, multilabel: bool = False, ignore_index: int | None = None, soft: bool = False
 ) -> Reading:
-    """Bring logits and a mask of any allowed form into one form, or raise.
+    """Bring logits and a mask of any allowed form into one form, or raise; the mask gets no gradient.
 
     Args:
         logits: (N, C, *spatial), any floating point type, one to three spatial dimensions.
@@ -111,6 +117,7 @@ def read(
         ([[[0, 1], [2, 0]]], [[[[True, True], [True, False]]]])
     """
     _check_form(logits, target, multilabel)
+    target = target.detach()
     channels = logits.shape[1]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -125,11 +132,14 @@ def read(
         valid = target != ignore_index
         if not sigmoid and not indices:
             valid = valid.all(dim=1, keepdim=True)
+    rounded = soft and not indices and target.is_floating_point()
     if soft and not indices:
         target = target.to(logits.dtype)
     if valid is not None:
         target = target.masked_fill(~valid, 0)
     _check_values(target, valid, highest=channels - 1 if indices else 1, indices=indices, soft=not (sigmoid or indices))
+    if rounded:
+        target = target.clamp(0, 1)
     return Reading(logits, target.squeeze(1).long() if indices else target, valid, sigmoid)
 
 
@@ -171,10 +181,11 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
 def _check_values(target: Tensor, valid: Tensor | None, *, highest: int, indices: bool, soft: bool) -> None:
     if target.dtype != torch.bool:
         low, high = (value if _waits(value) else value.item() for value in target.aminmax())  # one NaN makes both NaN
+        slack = 0 if indices else _ROUNDING
         _require(
-            (low >= 0) & (high <= highest),
+            (low >= -slack) & (high <= highest + slack),
             f"{'class indices' if indices else 'values'} from 0 to {highest}",
-            lambda: high if low >= 0 else low,
+            lambda: high if low >= -slack else low,
             "map the mask's values first (0 and 255: mask > 0), or leave a value out with ignore_index=",
         )
     if indices and target.is_floating_point():
@@ -201,4 +212,4 @@ def _require(good: Tensor | bool, expected: str, found: Callable[[], Tensor | fl
     if isinstance(good, Tensor) and _waits(good):
         torch._assert_async(good, f"target must hold {expected}; {fix}")
     elif not good:
-        raise ValueError(f"target must hold {expected}, found {float(found()):g}; {fix}")
+        raise ValueError(f"target must hold {expected}, found {float(found()):.10g}; {fix}")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import at_least
 from .boundary import window_sums
 from .gradients import RegionSums
 from .targets import Reading
@@ -21,8 +22,7 @@ def cross_entropy(
     """Weighted cross-entropy of every pixel: (N, *spatial) for a softmax, (N, C, *spatial) for sigmoids."""
     target = reading.target
     weight, pos_weight = _per_class("weight", weight, reading), _per_class("pos_weight", pos_weight, reading)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+    at_least("label_smoothing", label_smoothing, 0, 1)
     if reading.sigmoid:
         if label_smoothing:
             target = target * (1 - label_smoothing) + label_smoothing / 2
@@ -57,17 +57,18 @@ def reduce_pixels(pixels: Tensor, reading: Reading, weight: Tensor | None, reduc
 
 
 def sums(
-    reading: Reading, batch: bool, *, weight: Tensor | None = None, squared: bool = False
+    reading: Reading, batch: bool, *, p: Tensor | None = None, weight: Tensor | None = None, squared: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """TP, P and T of each picture and class, (N, C), or (C,) of the whole batch.
 
     Args:
         reading: logits and mask.
         batch: pool over the pictures.
+        p: what to sum in place of the probabilities.
         weight: factor for each pixel, (N, 1, *spatial).
         squared: sum p^2 and t^2 for P and T.
     """
-    p = reading.probabilities()
+    p = reading.probabilities() if p is None else p
     if reading.valid is not None:
         weight = reading.valid.to(p.dtype) if weight is None else weight * reading.valid
     tp, pred, true = RegionSums.apply(p, reading.target, weight)
@@ -79,16 +80,27 @@ def sums(
     return (tp.sum(0), pred.sum(0), true.sum(0)) if batch else (tp, pred, true)
 
 
-def count(reading: Reading, batch: bool) -> Tensor | int:
-    """Number of pixels that `sums` adds up."""
-    dims = [0, *reading.spatial] if batch else reading.spatial
-    if reading.valid is None:
-        return reading.logits[0, 0].numel() * (reading.logits.shape[0] if batch else 1)
-    return reading.valid.sum(dims)
+def rare_sums(reading: Reading, batch: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    """`sums` and the number of pixels, 1 for none; of a class that is true on most pixels, of all outside it instead.
+
+    For the few pixels outside such a class, the difference of two large sums would have few digits.
+    """
+    p = reading.probabilities()
+    tp, pred, true = sums(reading, batch, p=p)
+    with torch.no_grad():
+        fn, rest, _ = sums(reading, batch, p=1 - p)
+    fn, rest = fn + (tp.detach() - tp), rest + (pred.detach() - pred)  # adds 0, and the derivatives without a pass
+    pixels: Tensor | int = p.numel() // pred.numel()
+    if reading.valid is not None:
+        pixels = reading.valid.sum([0, *reading.spatial] if batch else reading.spatial).clamp_min(1)
+    most = true > pixels / 2
+    tp, pred = torch.where(most, rest - fn, tp), torch.where(most, rest, pred)
+    return tp, pred, torch.where(most, pixels - true, true), pixels
 
 
 def ratio(numerator: Tensor, denominator: Tensor, smooth: float, empty: float = 1.0) -> Tensor:
     """(numerator + smooth) / (denominator + smooth), or `empty` for 0 / 0; finite in value and gradient."""
+    at_least("smooth", smooth, 0)
     if smooth > EPS:
         return (numerator + smooth) / (denominator + smooth)
     defined = denominator > EPS
@@ -108,14 +120,24 @@ def reduce_regions(
 
 
 def border_map(reading: Reading, size: int) -> Tensor:
-    """Pixels, bool (N, 1, *spatial), with between 1% and 99% of some class in the window of that side around them."""
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"border_size must be odd and positive, got {size}")
+    """Pixels, bool (N, 1, *spatial), with between 1% and 99% of some class in the window of that side around them.
+
+    Of a window only the pixels that count are looked at; one without such pixels is no border.
+    """
     mask = reading.one_hot().to(reading.logits.dtype)
-    for axis in range(2, mask.ndim):  # the mean over a window is the mean along each axis in turn
-        line = mask.new_ones([side if other == axis else 1 for other, side in enumerate(mask.shape)])
-        mask = window_sums(mask, size // 2, axis) / window_sums(line, size // 2, axis)  # of fewer pixels at the ends
-    return ((mask > 0.01) & (mask < 0.99)).any(dim=1, keepdim=True)
+    pixels = mask.new_ones(1)
+    if reading.valid is not None:
+        pixels = reading.valid.to(mask.dtype)
+        mask = mask * pixels
+    for axis in range(2, mask.ndim):  # the sum over a window is the sum along each axis in turn
+        mask = window_sums(mask, size // 2, axis)
+        if reading.valid is not None:
+            pixels = window_sums(pixels, size // 2, axis)
+        else:  # as many as the window's sides have within the picture
+            line = mask.new_ones([side if other == axis else 1 for other, side in enumerate(mask.shape)])
+            pixels = pixels * window_sums(line, size // 2, axis)
+    share = mask / pixels  # 0 / 0 is nan, which is neither above nor below a number
+    return ((share > 0.01) & (share < 0.99)).any(dim=1, keepdim=True)
 
 
 def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
@@ -134,12 +156,15 @@ def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
 
 
 def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | None:
-    channels = reading.logits.shape[1]
+    channels, device = reading.logits.shape[1], reading.logits.device
     if value is None:
         return None
+    value = torch.as_tensor(value, dtype=reading.logits.dtype, device=None if isinstance(value, Tensor) else device)
     if tuple(value.shape) != (channels,):
         raise ValueError(f"{name} must hold a factor for each channel, shape ({channels},), got {tuple(value.shape)}")
-    return value.to(reading.logits.dtype)
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, logits on {device}; use {name}.to(logits.device)")
+    return value
 
 
 def _column(value: Tensor, reading: Reading) -> Tensor:
