@@ -5,7 +5,7 @@
     python examples/predict_folder.py pictures/ masks/ --precision int8          # the fastest on a CPU (unetlib[int8])
     python examples/predict_folder.py pictures/ masks/ --model carvana --ray     # on all machines of a Ray cluster
 
-A mask holds 0 and 255 for a model of one output channel, and the index of the class for one of several.
+A mask holds 0 and 255 for a model of one output channel, and the index of the class for one of several (in 16 bits beyond 256).
 Pictures that cannot be read do not stop the run: `masks/failed.json` has the reason for each, and the exit status is 1.
 """
 
@@ -22,7 +22,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,6 +36,7 @@ from unetlib import UNet, list_pretrained
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
+from unetlib.rasters import Raster, is_huge_tiff, open_raster
 from unetlib.visualize import mask_to_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -146,8 +146,8 @@ def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
     if dtype == torch.int8:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         pictures = (read(args.pictures, mode, name)[1] for name in names)
-        first = list(islice((picture for picture in pictures if not isinstance(picture, str)), CALIBRATION))
-        if not first:  # and nothing to segment
+        first = list(islice((picture for picture in pictures if isinstance(picture, np.ndarray)), CALIBRATION))
+        if not first:  # nothing to segment, or huge pictures alone, which are not read whole for this
             return model
         options = {"backend": "openvino", "calibration": network_inputs(model, first)}
     try:
@@ -182,34 +182,44 @@ def in_turn(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Ite
         yield waiting.popleft().result()
 
 
-def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | str]:
-    """A picture, or the reason why there is none."""
+def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | Raster | str]:
+    """A picture, to be read by region if it is huge, or the reason why there is none."""
     try:
-        return name, read_image(pictures / name, mode)
-    except (ValueError, OSError, MemoryError) as error:
+        path = pictures / name
+        return name, open_raster(path) if is_huge_tiff(path) else read_image(path, mode)
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         return name, str(error) or type(error).__name__
 
 
 def segment(
-    model: UNet, pictures: Iterator[tuple[str, np.ndarray | str]], batch_size: int
+    model: UNet, pictures: Iterator[tuple[str, np.ndarray | Raster | str]], batch_size: int
 ) -> Iterator[tuple[str, np.ndarray | str]]:
     """The masks of pictures, in batches; reasons pass through."""
     while batch := list(islice(pictures, batch_size)):
-        arrays = [picture for _, picture in batch if not isinstance(picture, str)]
-        masks = iter(predict_within_memory(model, arrays))
+        whole = [picture for _, picture in batch if not isinstance(picture, str)]
+        masks = iter(predict_each(model, whole))
         for name, picture in batch:
             yield name, picture if isinstance(picture, str) else next(masks)
 
 
-def predict_within_memory(model: UNet, pictures: list[np.ndarray]) -> list[np.ndarray | str]:
-    """Masks of one batch, of its pictures apart if it is too much for the GPU, and a reason for one that alone is."""
-    with suppress(torch.OutOfMemoryError):
+def predict_each(model: UNet, pictures: list[np.ndarray | Raster]) -> list[np.ndarray | str]:
+    """Masks of one batch, of its pictures apart if that fails, and a reason for one that alone does.
+
+    A batch may be too much for the GPU; a huge picture may be broken where it is read only now, or need tiles that the model
+    cannot do.
+    """
+    reason = ""
+    try:
         return predict(model, pictures, batch_size=max(1, len(pictures)))
+    except ValueError as error:
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        pass
     # Only out here, without the error and its stack, is the memory of the attempt free.
     if len(pictures) == 1:
         height, width = pictures[0].shape[:2]
-        return [f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
-    return [predict_within_memory(model, [picture])[0] for picture in pictures]
+        return [reason or f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
+    return [predict_each(model, [picture])[0] for picture in pictures]
 
 
 def write(masks: Path, classes: int, item: tuple[str, np.ndarray | str]) -> tuple[str, str]:
@@ -217,6 +227,8 @@ def write(masks: Path, classes: int, item: tuple[str, np.ndarray | str]) -> tupl
     name, mask = item
     if isinstance(mask, str):
         return name, mask
+    if classes > 256:
+        mask = mask.astype(np.uint16)  # PNG has no wider integers
     image = Image.fromarray(mask_to_image(mask) if classes == 1 else mask)
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
@@ -355,6 +367,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for option in ("batch_size", "threads", "actors"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    try:
+        device = torch.device(args.device)
+        if not args.ray:  # the machines of a cluster may have one that this has not
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not to be had here ({str(error).splitlines()[0]}); use --device cpu")
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
     args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere

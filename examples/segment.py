@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from unetlib import UNet, list_pretrained
+from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.imaging import read_image
+from unetlib.rasters import is_huge_tiff, open_raster
 from unetlib.visualize import mask_to_image, overlay
 
 SAMPLE = Path(__file__).parent / "car.jpg"
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     model = UNet.from_pretrained(args.model, device=args.device)
     for picture in pictures:
         start = time.perf_counter()
-        image = read_image(picture)
+        image = open_raster(picture)[:, :] if is_huge_tiff(picture) else read_image(picture)
         mask = model.predict(image)
         seconds = time.perf_counter() - start
         mask_path, overlay_path = (args.out / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay"))
@@ -40,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_pictures(paths: list[Path]) -> list[Path]:
     """The pictures among files and folders; two that would write the same mask are refused."""
-    suffixes = Image.registered_extensions()
     found = []
     for path in paths:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
         if not inside:
             sys.exit(f"no picture in {path}")
         found += inside

@@ -9,13 +9,14 @@ from pathlib import Path
 import albumentations as A
 import numpy as np
 import pytest
+import tifffile
 import torch
 from albumentations.pytorch import ToTensorV2
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from unetlib import CarvanaDataset, UNet
+from unetlib import CarvanaDataset, UNet, rasters
 from unetlib.synthetic import write_carvana
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,23 @@ def test_segmenting_files_and_folders(tmp_path, capsys):
     assert set(np.unique(mask)) <= {0, 255}
     assert Image.open(out / "grey_overlay.png").size == (30, 20)
     assert str(out / "grey_mask.png") in capsys.readouterr().out
+
+
+def test_segmenting_a_folder_takes_pictures_alone_and_tiffs_of_any_size(tmp_path, monkeypatch):
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for name in (".hidden.png", "text.pdf", "film.mpg"):
+        (tmp_path / "in" / name).write_text("no picture")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "in" / "huge.TIF", pixels, photometric="rgb", tile=(32, 32), compression="zlib")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(rasters, "_READ_WHOLE", 1000)
+    out = tmp_path / "out"
+    example("segment").main([str(tmp_path / "in"), "--model", str(tmp_path / "model"), "--out", str(out), "--device", "cpu"])
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.iterdir()) == ["huge_mask.png", "huge_overlay.png"]
+    expected = UNet.from_pretrained(tmp_path / "model").predict(pixels) * 255
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "huge_mask.png")), expected)
 
 
 def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path):

@@ -376,9 +376,47 @@ def test_shapes_that_the_model_refuses_are_refused_with_its_words():
         fast(torch.zeros(3, 40, 40))
 
 
+def test_integers_and_other_devices_are_refused():
+    fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
+    for integers in (x.byte(), x.long()):
+        with pytest.raises(ValueError, match=f"expected pixels as floats, such as pixels / 255, got {integers.dtype}"):
+            fast(integers)
+    with pytest.raises(ValueError, match=r"pictures on cpu, where this copy is, got meta; pass x\.to\(fast\.device\)"):
+        fast(x.to("meta"))
+
+
+def test_a_default_device_changes_nothing():
+    """In a process of its own, in which nothing has been tried and kept before."""
+    code = """
+import torch
+torch.set_default_device("meta")
+from unetlib import UNet
+from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
+from unetlib.fast.levels import PrepackedLevel, WinogradLevel
+from unetlib.fast.native import NativeLevel
+with torch.device("cpu"):
+    model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 300, 420)
+ways = {PrepackedLevel: True, NativeLevel: native_kernels.available(), WinogradLevel: winograd.available()}
+print(*map(int, ways.values()))
+network._trial(16, torch.float32, [way for way, there in ways.items() if there])
+with torch.inference_mode():
+    expected = model(x)
+    for way in (way for way, there in ways.items() if there):
+        network._way = lambda device, dtype: lambda *_: way
+        assert torch.allclose(optimize_for_inference(model)(x), expected, atol=1e-4)
+        assert (model.predict(x[0], tile=160, overlap=0) == model.predict(x[0])).mean() > 0.5
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", f"{native_kernels.available():d}", f"{winograd.available():d}"]
+
+
 def test_other_modules_are_refused():
-    with pytest.raises(TypeError, match=r"expected a UNet, got DataParallel; take it out of its wrapper, as in model\.module"):
-        optimize_for_inference(nn.DataParallel(trained()))
+    for wrapper, place in ((nn.DataParallel, "module"), (torch.compile, "_orig_mod")):
+        with pytest.raises(TypeError, match=rf"expected a UNet, got \w+; take it out of its wrapper, as in model\.{place}$"):
+            optimize_for_inference(wrapper(trained()))
+    with pytest.raises(TypeError, match=r"expected a UNet, got FastUNet$"):
+        optimize_for_inference(optimize_for_inference(trained()))
 
 
 def test_types_that_the_cpu_is_slow_in_are_refused(monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from unetlib import UNet
 from unetlib.fast import cached
 from unetlib.fast.cached import fast_copy, free_memory
+from unetlib.fast.structure import difference
 from unetlib.inference import optimize_for_inference, predict
 
 
@@ -25,6 +27,12 @@ def picture() -> np.ndarray:
 
 def probabilities(network: nn.Module) -> np.ndarray:
     return predict(network, picture(), probabilities=True)
+
+
+@torch.inference_mode()
+def by_hand(network: nn.Module) -> np.ndarray:
+    """What the network itself says."""
+    return network(torch.from_numpy(picture()).permute(2, 0, 1)[None] / 255).sigmoid()[0, 0].numpy()
 
 
 def test_the_copy_is_kept_and_goes_with_the_network():
@@ -58,7 +66,34 @@ def other_tensor(network):
     network.head.weight = nn.Parameter(network.head.weight + 1)
 
 
-@pytest.mark.parametrize("change", [step, load, statistics, through_data, other_tensor])
+def other_order_of_inputs(network):
+    weight = network.encoder[0].conv1.weight
+    weight.data.copy_(weight.data[:, [2, 1, 0]])
+
+
+def other_order_of_outputs(network):
+    weight = network.encoder[0].conv1.weight
+    weight.data.copy_(weight.data.flip(0))
+
+
+def other_order_of_biases(network):
+    bias = network.decoder[0].upsample.bias
+    bias.data.copy_(bias.data.flip(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        step,
+        load,
+        statistics,
+        through_data,
+        other_tensor,
+        other_order_of_inputs,
+        other_order_of_outputs,
+        other_order_of_biases,
+    ],
+)
 def test_predict_sees_every_change_of_weights(change):
     network = model()
     for parameter in network.parameters():
@@ -67,9 +102,7 @@ def test_predict_sees_every_change_of_weights(change):
     change(network)
     after = probabilities(network)
     assert not np.array_equal(before, after)
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(picture()).permute(2, 0, 1)[None] / 255).sigmoid()[0, 0]
-    np.testing.assert_allclose(after, expected, atol=1e-5)
+    np.testing.assert_allclose(after, by_hand(network), atol=1e-5)
 
 
 def test_contents_differ_where_any_tensor_does():
@@ -101,13 +134,112 @@ def wrapped(network):
     network.head = nn.Sequential(network.head, nn.Softplus())
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, wrapped])
-def test_a_network_that_somebody_changed_is_run_as_it_is(change):
-    network = model()
-    before = probabilities(network)
+def set_in(path, **settings):
+    """A change of a module's settings."""
+
+    def change(network):
+        for name, value in settings.items():
+            setattr(network.get_submodule(path), name, value)
+
+    return change
+
+
+def padding_mode(network):
+    network.encoder[0].conv1 = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect", bias=False)
+
+
+def dilation(network):
+    set_in("encoder.0.conv2", dilation=(2, 2), padding=(2, 2))(network)
+
+
+def larger_kernel(network):
+    network.decoder[0].upsample = nn.ConvTranspose2d(16, 8, kernel_size=4, stride=2, padding=1)
+
+
+def activation(network):
+    network.encoder[0].act1 = nn.ELU()
+
+
+def no_statistics(network):
+    network.bottleneck.norm1 = nn.BatchNorm2d(16, track_running_stats=False).eval()
+
+
+def no_affine(network):
+    network.encoder[0].norm1 = nn.BatchNorm2d(4, affine=False).eval()
+    network.encoder[0].norm1.running_mean.fill_(0.1)
+
+
+def another_order(network):
+    block = network.encoder[0]
+    block.act1 = block._modules.pop("act1")
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked,
+        replaced,
+        wrapped,
+        padding_mode,
+        dilation,
+        larger_kernel,
+        activation,
+        no_statistics,
+        no_affine,
+        another_order,
+        set_in("encoder.0.norm2", eps=10.0),
+        set_in("decoder.1", skip_first=False),
+    ],
+)
+def test_a_network_that_somebody_changed_is_run_as_it_is(change, first):
+    network, before = model(), probabilities(model())
+    if first:
+        probabilities(network)
     change(network)
     assert fast_copy(network) is None
-    assert not np.array_equal(before, probabilities(network))
+    found = probabilities(network)
+    assert not np.allclose(before, found, atol=1e-5)
+    np.testing.assert_allclose(found, by_hand(network), atol=1e-6)
+    with pytest.raises(ValueError, match=r"would compute something else: its module '.*' .*; .*predict runs it as it is"):
+        optimize_for_inference(network)
+
+
+@pytest.mark.parametrize(("upsample", "name", "value"), [("bilinear", "align_corners", True), ("nearest", "mode", "bicubic")])
+def test_settings_that_are_not_printed_count(upsample, name, value):
+    torch.manual_seed(0)
+    network = UNet(features=(4, 8), upsample=upsample).eval()
+    probabilities(network)
+    set_in("decoder.1.upsample", **{name: value})(network)
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-6)
+
+
+def test_a_copy_follows_the_config():
+    network = model()
+    probabilities(network)
+    network.config = dataclasses.replace(network.config, match="zeros", skip_first=False)
+    for up in network.decoder:
+        up.match, up.skip_first = "zeros", False
+    assert fast_copy(network) is not None
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
+
+
+def test_what_is_idle_in_evaluation_mode_does_not_count():
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(UNet(features=(4, 8), dropout=0.5)).eval()
+    for module in network.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.momentum = 0.01
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.1
+    assert fast_copy(network) is not None
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
+
+
+def test_looking_draws_no_random_numbers():
+    network = UNet(features=(5, 3))  # of a config that no other test has
+    before = torch.get_rng_state()
+    assert difference(network) is None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_subclass_is_run_as_it_is():
@@ -115,6 +247,21 @@ def test_a_subclass_is_run_as_it_is():
     network = Louder(features=(4, 8)).eval()
     assert fast_copy(network) is None
     assert not np.allclose(probabilities(network), probabilities(model()))
+    with pytest.raises(ValueError, match="something else: Louder has a forward of its own"):
+        optimize_for_inference(network)
+
+
+class Named(UNet):
+    """A subclass that adds what does not change the logits."""
+
+    name = "mine"
+
+
+def test_a_subclass_without_a_forward_of_its_own_has_a_copy():
+    torch.manual_seed(0)
+    network = Named(features=(4, 8)).eval()
+    assert fast_copy(network) is not None
+    np.testing.assert_array_equal(probabilities(network), probabilities(model()))
 
 
 def test_autocast_is_the_callers_wish():

@@ -106,6 +106,12 @@ def test_int8_and_calibration_go_together():
             optimize_for_inference(model, backend="openvino", **options)
     with pytest.raises(ValueError, match="calibration holds no batch; give some dozens"):
         optimize_for_inference(model, backend="openvino", dtype=torch.int8, calibration=iter(()))
+    picture = np.zeros((16, 16, 3), np.uint8)
+    for item in (picture, (batches[0], 0)):
+        with pytest.raises(TypeError, match=rf"\(N, 3, H, W\) as tensors, got {type(item).__name__}; give network_inputs"):
+            optimize_for_inference(model, backend="openvino", dtype=torch.int8, calibration=[item])
+    with pytest.raises(ValueError, match=r"add the batch dimension with x\[None\]"):
+        optimize_for_inference(model, backend="openvino", dtype=torch.int8, calibration=batches[0])
     with pytest.raises(ValueError, match=r"dtype must be one of .*got torch\.int8; .* for backend='openvino'"):
         optimize_for_inference(model, dtype=torch.int8, calibration=batches)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tifffile
@@ -232,9 +234,52 @@ def test_bad_thresholds(model, picture, threshold):
         model.predict(picture, threshold=threshold)
 
 
+@pytest.mark.parametrize("threshold", ["0.5", [0.5], True])
+def test_thresholds_that_are_no_numbers(model, picture, threshold):
+    with pytest.raises(ValueError, match=rf"threshold must be a probability in \(0, 1\), got {re.escape(repr(threshold))}"):
+        model.predict(picture, threshold=threshold)
+
+
 def test_bad_batch_size(model, picture):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
         model.predict(picture, batch_size=0)
+    for number in (2.5, "4"):
+        with pytest.raises(TypeError, match=f"batch_size={number!r} must be an integer"):
+            model.predict(picture, batch_size=number)
+
+
+def test_one_picture_is_not_taken_for_several(model, picture):
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    for one in ("photo.jpg", Image.fromarray(picture), picture, tensor, picture[..., 0]):
+        for function in (iter_logits, network_inputs):
+            with pytest.raises(ValueError, match=r"expected several pictures, got one \w+; give a list, such as \[picture\]"):
+                next(function(model, one))
+    assert len(list(iter_logits(model, np.stack([picture, picture])))) == 2
+
+
+def test_floats_may_lie_beside_the_range_by_rounding(model, picture):
+    exact = (torch.from_numpy(picture).permute(2, 0, 1) / 255).round()
+    rounded = exact * (1 + 1e-6) - 1e-7
+    assert rounded.amin() < 0
+    assert rounded.amax() > 1
+    np.testing.assert_allclose(model.predict(rounded, probabilities=True), model.predict(exact, probabilities=True), atol=1e-5)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 1\.00199997"):
+        model.predict(exact * 1.002)
+
+
+@pytest.mark.parametrize("classes", [256, 257, 300])
+def test_many_classes_do_not_wrap_around(picture, tmp_path, classes):
+    torch.manual_seed(0)
+    model = UNet(out_channels=classes, features=(4,)).eval()
+    with torch.no_grad():
+        model.head.bias[: classes - 9] -= 9.0  # the last ones win
+    mask = model.predict(picture)
+    assert mask.dtype == (np.uint8 if classes == 256 else np.int32)
+    assert mask.min() >= classes - 9
+    np.testing.assert_array_equal(mask, logits_by_hand(model, picture).argmax(dim=0))
+    np.testing.assert_array_equal(model.predict(picture, tile=24), mask)
+    np.testing.assert_array_equal(np.load(model.predict(picture, out=tmp_path / "mask.npy")), mask)
+    np.testing.assert_array_equal(tifffile.imread(model.predict(picture, out=tmp_path / "mask.tif")), mask)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -465,8 +510,9 @@ def test_bytes_and_floats_are_not_mixed_in_a_batch(model, picture):
         ({"tile": (64, 64, 3)}, r"tile must be .*, got \(64, 64, 3\)"),
         ({"tile": 64.0}, "tile must be .*, got 64.0"),
         ({"tile": 40}, "must be at least 52 pixels a side, got 40"),
-        ({"overlap": -1}, "overlap must be a whole number of pixels from 0 on, or None, got -1"),
-        ({"overlap": 0.5}, "overlap must be .*, got 0.5"),
+        ({"tile": True}, "tile must be .*, got True"),
+        ({"tile": "64"}, "tile must be .*, got '64'"),
+        ({"overlap": -1}, "overlap=-1 must be 0 or more"),
         ({"out": "mask.png"}, r"expected a \.npy, \.tif or \.tiff file to write, got 'mask.png'"),
         ({"out": "mask.tif", "probabilities": True}, r"give a \.npy file for probabilities instead of 'mask.tif'"),
     ],
@@ -474,6 +520,51 @@ def test_bytes_and_floats_are_not_mixed_in_a_batch(model, picture):
 def test_bad_options_are_named(model, wide, options, message):
     with pytest.raises(ValueError, match=message):
         model.predict(wide, **options)
+
+
+def test_sides_may_be_numbers_of_numpy(model, wide):
+    expected = model.predict(wide, tile=64)
+    np.testing.assert_array_equal(model.predict(wide, tile=np.int64(64), overlap=np.int32(24)), expected)
+    np.testing.assert_array_equal(model.predict(wide, tile=(np.int64(64), 64), batch_size=np.int64(2)), expected)
+    with pytest.raises(TypeError, match=r"overlap=0\.5 must be an integer"):
+        model.predict(wide, overlap=0.5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "form",
+    [
+        Image.fromarray,
+        lambda mask: mask[:, ::-1].copy()[:, ::-1],
+        lambda mask: np.frombuffer(mask.tobytes(), np.uint8).reshape(mask.shape),
+        lambda mask: mask.tolist(),
+        torch.from_numpy,
+    ],
+)
+def test_evaluate_takes_masks_of_any_form(model, picture, form):
+    mask = (picture[..., 0] > 127).astype(np.uint8)
+    found = model.predict(picture)
+    scores = evaluate(model, [(picture, form(mask))])
+    assert scores["accuracy"] == pytest.approx((found == mask).mean(), abs=1e-9)
+
+
+def test_files_in_a_list_are_named(model, picture, tmp_path):
+    np.save(tmp_path / "floats.npy", picture / 255)
+    np.save(tmp_path / "four.npy", np.concatenate([picture, picture[..., :1]], axis=-1))
+    np.save(tmp_path / "none.npy", picture[:0])
+    np.save(tmp_path / "good.npy", picture)
+    for name, message in (("floats", "must be uint8"), ("four", "has 4 channels, but the network takes 3"), ("none", "")):
+        with pytest.raises(ValueError, match=rf"{name}\.npy.*{message}"):
+            model.predict([tmp_path / "good.npy", str(tmp_path / f"{name}.npy")])
+    Image.fromarray(picture).save(tmp_path / "colour.png")
+    with pytest.raises(ValueError, match=r"colour\.png has 3 channels, but the network takes 2"):
+        UNet(in_channels=2, features=(4,)).predict(tmp_path / "colour.png")
+
+
+def test_a_suffix_may_be_in_capitals(model, picture, tmp_path):
+    expected = model.predict(picture, probabilities=True)
+    found = model.predict(picture, probabilities=True, out=tmp_path / "P.NPY")
+    np.testing.assert_array_equal(np.load(found), expected)
 
 
 def test_out_is_for_one_picture(model, picture):

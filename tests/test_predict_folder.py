@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from unetlib import UNet
+from unetlib import UNet, rasters
 from unetlib.fast import FastUNet, network
 from unetlib.fast.levels import PrepackedLevel
 from unetlib.imaging import read_image
@@ -95,6 +96,49 @@ def test_several_classes_are_written_as_their_indices(script, pictures, tmp_path
     model = str(UNet(in_channels=3, out_channels=5, features=(4,)).save_pretrained(tmp_path / "model"))
     assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"]) == 0
     assert_masks_are_those_of_predict(pictures, tmp_path / "masks", model, pngs(pictures), scale=1)
+
+
+def test_more_classes_than_a_byte_has_are_written_in_sixteen_bits(script, pictures, tmp_path):
+    torch.manual_seed(0)
+    network = UNet(in_channels=3, out_channels=300, features=(4,))
+    with torch.no_grad():
+        network.head.bias[:270] -= 9.0
+    model = str(network.save_pretrained(tmp_path / "model"))
+    assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"]) == 0
+    assert np.asarray(Image.open(tmp_path / "masks/a.png")).min() >= 270
+    assert_masks_are_those_of_predict(pictures, tmp_path / "masks", model, pngs(pictures), scale=1)
+
+
+def test_huge_tiffs_are_read_by_region_and_a_broken_one_fails_alone(script, pictures, model, tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(5).integers(0, 256, (64, 96, 3), np.uint8)
+    for name in ("huge.tif", "torn.tif"):
+        tifffile.imwrite(pictures / name, pixels, photometric="rgb", tile=(32, 32), compression="zlib")
+    with tifffile.TiffFile(pictures / "torn.tif") as file:
+        place = file.pages.first.dataoffsets[-1]
+    with open(pictures / "torn.tif", "r+b") as file:
+        file.seek(place)
+        file.write(b"not compressed")
+    monkeypatch.setattr(rasters, "_READ_WHOLE", 64 * 96 - 1)
+    whole = []
+    monkeypatch.setattr(script, "read_image", lambda path, mode: whole.append(path.name) or read_image(path, mode))
+    masks = tmp_path / "masks"
+    assert script.main([str(pictures), str(masks), "--model", model, "--device", "cpu"]) == 1
+    assert sorted(whole) == ["a.png", "a.png", "b.JPG", "c.d.bmp", "f.tif", "g.png"]
+    assert_masks_are_those_of_predict(pictures, masks, model, [*pngs(pictures)[:3], "huge.tif"])
+    failed = json.loads((masks / "failed.json").read_text())
+    assert list(failed) == ["torn.tif"]
+    assert "cannot be read as a TIFF" in failed["torn.tif"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_said_before_anything_is_written(script, pictures, model, tmp_path, capsys, device):
+    arguments = [str(pictures), str(tmp_path / "masks"), "--model", model, "--device", device]
+    with pytest.raises(SystemExit):
+        script.main(arguments)
+    assert f"--device {device} is not to be had here (" in capsys.readouterr().err
+    assert not (tmp_path / "masks").exists()
+    if device != "gpu":
+        assert script.parse_args([*arguments, "--ray"]).device == device  # another machine may have it
 
 
 def test_grey_models_and_names_that_are_no_text(script, tmp_path):

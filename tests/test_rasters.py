@@ -123,6 +123,28 @@ def test_broken_and_missing_files_are_named(tmp_path, name):
         open_raster(tmp_path / name)
 
 
+def test_an_empty_file_and_an_archive_are_named(tmp_path):
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "archive.npz", a=np.zeros(3))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for name in ("empty", "archive"):
+        with pytest.raises(ValueError, match=rf"{name}\.npy cannot be read as an array"):
+            open_raster(tmp_path / f"{name}.npy")
+
+
+def test_a_tile_that_cannot_be_decoded_is_an_error_that_names_the_file(picture, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", picture, photometric="rgb", tile=(64, 64), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        place = file.pages.first.dataoffsets[-1]
+    with open(tmp_path / "a.tif", "r+b") as file:
+        file.seek(place)
+        file.write(b"not compressed")
+    raster = open_raster(tmp_path / "a.tif")
+    np.testing.assert_array_equal(raster[:64, :64], picture[:64, :64])
+    with pytest.raises(ValueError, match=r"a\.tif cannot be read as a TIFF"):
+        raster[:, :]
+
+
 def test_nothing_is_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.npy cannot be read as an array"):
@@ -220,6 +242,9 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch):
         check_output("mask.png")
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         check_output(tmp_path / "nowhere" / "mask.npy")
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(ValueError, match=r"got the folder '.*folder\.npy'; name a file in it"):
+        check_output(tmp_path / "folder.npy")
     without(monkeypatch, "tifffile")
     with pytest.raises(ImportError, match=r"pip install unetlib\[tiff\]"):
         check_output(tmp_path / "mask.tif")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, islice
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from .arguments import whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
@@ -59,7 +61,7 @@ def predict(
         images: one picture or a list of them: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W),
             uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
             into grey for a network of one.
-        threshold: probability from which a pixel is foreground; None takes the model's own. For one output channel only.
+        threshold: probability above which a pixel is foreground; None takes the model's own. For one output channel only.
         tile: side, or (height, width), of what the network sees at a time, in pixels of its input. None takes the whole picture
             where that fits into memory, otherwise the largest useful tile that does. A picture no larger than that stays whole.
         overlap: pixels that a tile sees beyond what it keeps, at each inner side. None takes as many as decide the result, so
@@ -75,14 +77,14 @@ def predict(
             appears when it is whole.
 
     Returns:
-        For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel);
-        or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One result for one picture, a
-        list for a list. With `out` its path.
+        For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel),
+        int32 beyond 256 classes; or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One
+        result for one picture, a list for a list. With `out` its path.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
         ImportError: for a large TIFF file without the extra `tiff`.
-        TypeError: for something that is no picture.
+        TypeError: for something that is no picture, and a `batch_size` or `overlap` that is no integer.
         ValueError: for a file, shape or value that cannot be read, naming it; for a picture that needs tiles and a network
             whose tiles cannot give the whole picture's result, without an `overlap`.
 
@@ -97,14 +99,14 @@ def predict(
         threshold = model.preprocessing.threshold
     elif model.config.out_channels > 1:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
-    elif not 0.0 < threshold < 1.0:
+    elif not isinstance(threshold, Real) or not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
     if out is not None:
         if not one:
             raise ValueError(f"out is for one picture, got a list of {len(pictures)}; call predict for each")
-        if check_output(out).suffix != ".npy" and probabilities:
+        if check_output(out).suffix.lower() != ".npy" and probabilities:
             raise ValueError(f"a TIFF holds masks; give a .npy file for probabilities instead of {str(out)!r}")
     predictions = _predictions(model, pictures, batch_size, tile, overlap, tta, progress)
     decide = _probabilities if probabilities else _classes
@@ -131,7 +133,7 @@ def iter_logits(
 
     Args:
         model: the network, as in `predict`.
-        images: pictures, as in `predict`; an iterator is read a batch at a time.
+        images: pictures, as in `predict`; an iterator is read a batch at a time, a single picture is refused.
         batch_size: pictures in one forward pass, as in `predict`.
         tile: as in `predict`.
         overlap: as in `predict`.
@@ -141,7 +143,7 @@ def iter_logits(
         float32 (out_channels, H, W) on the model's device, one for each picture in turn.
 
     Raises:
-        ValueError: for a `batch_size` below 1, and as `predict`.
+        ValueError: for a picture in the place of several, and as `predict`.
 
     Example:
         >>> from unetlib import SegmentationMetrics, UNet
@@ -163,6 +165,9 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
     Yields:
         (1, in_channels, h, w) of the model's type, on its device.
 
+    Raises:
+        ValueError: for a picture in the place of several, or one that cannot be read.
+
     Example:
         >>> from unetlib import Preprocessing, UNet
         >>> model = UNet(features=(8, 16))
@@ -170,7 +175,7 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
         >>> [x.shape for x in network_inputs(model, [np.zeros((90, 120, 3), np.uint8)])]
         [torch.Size([1, 3, 16, 24])]
     """
-    for image in images:
+    for image in _several(images):
         source = _open(image, model.config.in_channels)
         yield _normalized(model, _resize(source.read(_ALL, _ALL), _input_size(model, source.size))[None])
 
@@ -223,12 +228,15 @@ def evaluate(
     logits = iter_logits(model, pictures(), batch_size=batch_size, tile=tile, overlap=overlap, tta=tta)
     total = len(dataset) if isinstance(dataset, Sized) else None
     for picture_logits in _with_bar(logits, total) if progress else logits:
-        mask = torch.as_tensor(masks.popleft(), device=picture_logits.device)
-        metrics.update(picture_logits[None], mask[None])
+        mask = masks.popleft()
+        if not isinstance(mask, Tensor):  # PIL's are read-only, mirrored ones have steps that torch does not take
+            mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))
+        metrics.update(picture_logits[None], mask[None].to(picture_logits.device))
     return metrics.compute()
 
 
 _ALL = slice(None)
+_ROUNDING = 1e-3  # by which floats may lie beside [0, 1], as resizing leaves them
 _MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
 
 
@@ -250,10 +258,12 @@ def _predictions(
     progress: bool,
 ) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
     """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
+    batch_size = whole("batch_size", batch_size, 1)
+    overlap = None if overlap is None else whole("overlap", overlap, 0)
     passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
     fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
     try:
-        waiting = iter(images)
+        waiting = iter(_several(images))
         while chunk := [_open(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
             yield from passes.through(chunk)
     finally:
@@ -272,10 +282,6 @@ class _Passes:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size!r}")
-        if self.overlap is not None and (not isinstance(self.overlap, int) or self.overlap < 0):
-            raise ValueError(f"overlap must be a whole number of pixels from 0 on, or None, got {self.overlap!r}")
         if not isinstance(self.tta, bool) and self.tta != "mirror":
             raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {self.tta!r}")
 
@@ -352,10 +358,9 @@ def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if tile is None:
         return None
     sides = tuple(tile) if isinstance(tile, Sequence) else (tile, tile)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side is not True and side > 0 for side in sides):
         raise ValueError(f"tile must be a side or (height, width) in whole pixels, or None, got {tile!r}")
-    height, width = sides
-    return height, width
+    return int(sides[0]), int(sides[1])
 
 
 def _whole(values: Tensor) -> Piece:
@@ -387,25 +392,33 @@ def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
     yield from tqdm(items, total=total, unit="picture")
 
 
+def _several(images: Iterable[Picture]) -> Iterable[Picture]:
+    """Pictures; one alone would be taken for several, row by row or letter by letter."""
+    if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) < 4):
+        raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
+    return images
+
+
 def _open(picture: Picture, channels: int) -> _Source:
     """The picture, in memory or to be read by region."""
+    name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
     if isinstance(picture, (str, PathLike)) and (Path(picture).suffix.lower() == ".npy" or is_huge_tiff(picture)):
         picture = open_raster(picture)
     if isinstance(picture, Tensor) or not isinstance(picture, Raster):
-        tensor = _match_channels(_read(picture, channels), channels)
+        tensor = _match_channels(_read(picture, channels), channels, name)
         return _Source((tensor.shape[1], tensor.shape[2]), tensor.dtype, partial(_region, tensor))
     if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):
         raise ValueError(
-            f"a picture as an array must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
+            f"{name}, as an array, must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
             "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
         )
     if 0 in picture.shape:
-        raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
-    return _Source((picture.shape[0], picture.shape[1]), torch.uint8, partial(_raster_region, picture, channels))
+        raise ValueError(f"{name} is empty: its shape is {tuple(picture.shape)}")
+    return _Source((picture.shape[0], picture.shape[1]), torch.uint8, partial(_raster_region, picture, channels, name))
 
 
-def _raster_region(raster: Raster, channels: int, rows: slice, columns: slice) -> Tensor:
-    return _match_channels(to_tensor(np.asarray(raster[rows, columns])), channels)
+def _raster_region(raster: Raster, channels: int, name: str, rows: slice, columns: slice) -> Tensor:
+    return _match_channels(to_tensor(np.asarray(raster[rows, columns])), channels, name)
 
 
 def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) -> Tensor:
@@ -420,17 +433,19 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
             f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
             + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
         )
-    if tensor.is_floating_point() and tensor.numel() > 0 and not (tensor.amin() >= 0 and tensor.amax() <= 1):
-        raise ValueError(
-            f"a picture of floats must lie in [0, 1], got {tensor.amin():.6g} to {tensor.amax():.6g}; "
-            "divide by 255, and leave mean and std to the model's preprocessing"
-        )
+    if tensor.is_floating_point() and tensor.numel() > 0:
+        low, high = float(tensor.amin()), float(tensor.amax())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # nor NaN
+            raise ValueError(
+                f"a picture of floats must lie in [0, 1], got {low:.9g} to {high:.9g}; "
+                "divide by 255, and leave mean and std to the model's preprocessing"
+            )
     if 0 in tensor.shape:
         raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
     return tensor
 
 
-def _match_channels(picture: Tensor, channels: int) -> Tensor:
+def _match_channels(picture: Tensor, channels: int, name: str) -> Tensor:
     found = picture.shape[0]
     if found == channels:
         return picture
@@ -442,7 +457,7 @@ def _match_channels(picture: Tensor, channels: int) -> Tensor:
         grey: Tensor = rgb_to_grayscale(picture)
         return grey
     raise ValueError(
-        f"the picture has {found} channels, but the network takes {channels}; expected (H, W, {channels}) as an array or "
+        f"{name} has {found} channels, but the network takes {channels}; expected (H, W, {channels}) as an array or "
         f"({channels}, H, W) as a tensor"
     )
 
@@ -513,4 +528,4 @@ def _probabilities(logits: Tensor, threshold: float) -> Tensor:
 def _classes(logits: Tensor, threshold: float) -> Tensor:
     # The threshold is moved to the logits, so that no sigmoid is needed.
     classes = logits[0] > math.log(threshold / (1 - threshold)) if len(logits) == 1 else logits.argmax(dim=0)
-    return classes.to(torch.uint8)
+    return classes.to(torch.uint8 if len(logits) <= 256 else torch.int32)

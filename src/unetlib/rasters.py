@@ -63,7 +63,7 @@ def open_raster(path: str | PathLike[str]) -> Raster:
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     if path.suffix.lower() == ".npy":
         try:
-            array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as an array ({error}). Save it again with numpy.save.") from error
         return array
@@ -98,11 +98,13 @@ def check_output(path: str | PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: for a folder that does not exist.
         ImportError: for a TIFF, without the extra `tiff`.
-        ValueError: for another suffix than .npy, .tif and .tiff.
+        ValueError: for another suffix than .npy, .tif and .tiff, or a folder.
     """
     path = Path(path)
     if path.suffix.lower() not in (".npy", *_TIFF):
         raise ValueError(f"expected a .npy, .tif or .tiff file to write, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, got the folder {str(path)!r}; name a file in it")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name} in: make it first")
     if path.suffix.lower() in _TIFF:
@@ -158,7 +160,7 @@ class _TiffRaster:
         try:
             file = tifffile.TiffFile(path)
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as a TIFF ({error}). Replace or remove it.") from error
+            raise ValueError(_unreadable(path, error)) from error
         weakref.finalize(self, file.close)
         series = file.series[0]
         page = series.keyframe
@@ -174,6 +176,7 @@ class _TiffRaster:
                 f"{path} holds {page.dtype} pixels with axes {series.axes}, photometric {page.photometric.name} and "
                 f"orientation {orientation}; save one picture, grey or RGB, of 8 or 16 bits, upright"
             )
+        self._path = path
         self._array: Any = zarr.open_array(series.aszarr(level=0), mode="r")
         self._channels_first = series.axes in ("SYX", "CYX")
         shape: tuple[int, ...] = self._array.shape
@@ -183,11 +186,18 @@ class _TiffRaster:
 
     def __getitem__(self, region: tuple[slice, ...]) -> NDArray[np.uint8]:
         region = (slice(None), *region) if self._channels_first else region
-        pixels: NDArray[Any] = self._array[region]
+        try:
+            pixels: NDArray[Any] = self._array[region]
+        except Exception as error:  # inside a decoder a broken file can raise nearly anything
+            raise ValueError(_unreadable(self._path, error)) from error
         pixels = np.moveaxis(pixels, 0, -1) if self._channels_first else pixels
         if pixels.dtype == np.uint16:
             pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # round(v / 257), exactly
         return pixels[..., : self.shape[2]] if pixels.ndim == 3 else pixels
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read as a TIFF ({type(error).__name__}: {error}). Replace or remove it."
 
 
 def _import_tifffile() -> Any:

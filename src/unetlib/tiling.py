@@ -130,7 +130,8 @@ def plan_tiles(
     Args:
         config: the network's.
         size: height and width of the picture.
-        tile: height and width that a tile sees, at most; rounded down to multiples of `config.stride`.
+        tile: height and width that a tile sees, at most; a side less than the picture's is rounded down to a multiple of
+            `config.stride`.
         overlap: pixels that a tile sees beyond what it keeps, at each side that is no border of the picture; rounded up to a
             multiple of `config.stride`. None takes `exact_halo`. Less is a warning, and tiles are blended with weights that
             fall in a straight line to the edge, over the pixels that they share.
@@ -156,7 +157,6 @@ def plan_tiles(
     halo = _round_up(min(tile) if whole else exact_halo(config), multiple)
     overlap = halo if overlap is None else _round_up(overlap, multiple)
     exact = not whole and overlap >= halo
-    tile = (tile[0] // multiple * multiple, tile[1] // multiple * multiple)
     for side, length in zip(tile, size):
         if length > side < 2 * overlap + multiple:
             raise ValueError(
@@ -167,9 +167,10 @@ def plan_tiles(
         reason = whole or f"overlap={overlap} is less than the {halo} pixels that decide the result"
         warnings.warn(f"tiles are blended and the result is approximate, because {reason}", stacklevel=2)
     pad = pad or config.match == "resize" or not exact
+    sides = (side // multiple * multiple if side < length else _round_up(length, multiple) for side, length in zip(tile, size))
     rows, columns = (
         _spans(length, _round_up(length, multiple) if pad else length, side, overlap, multiple, exact)
-        for length, side in zip(size, tile)
+        for length, side in zip(size, sides)
     )
     return TilePlan(size, rows, columns, overlap, exact)
 
@@ -328,14 +329,14 @@ def _weights(spans: tuple[Span, ...], overlap: int) -> list[Tensor]:
     """For each tile the weights of what is kept of it: above 0 everywhere, and 1 in all at each pixel."""
     ramps = []
     for span in spans:
-        pixel = torch.arange(span.start, span.stop, dtype=torch.float64) + 0.5
+        pixel = torch.arange(span.start, span.stop, dtype=torch.float64, device="cpu") + 0.5
         ramp = torch.ones_like(pixel)
         if span is not spans[0]:
             ramp = ramp.minimum((pixel - span.start) / max(1, 2 * overlap))
         if span is not spans[-1]:
             ramp = ramp.minimum((span.stop - pixel) / max(1, 2 * overlap))
         ramps.append(ramp[_kept_part(span)])
-    total = torch.zeros(spans[-1].keep_stop, dtype=torch.float64)
+    total = torch.zeros(spans[-1].keep_stop, dtype=torch.float64, device="cpu")
     for span, ramp in zip(spans, ramps):
         total[span.keep_start : span.keep_stop] += ramp
     return [ramp / total[span.keep_start : span.keep_stop] for span, ramp in zip(spans, ramps)]

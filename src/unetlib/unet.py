@@ -288,9 +288,9 @@ class UNet(nn.Module):
             out: file to write the result of a single picture to instead of returning it: `.npy`, or for masks `.tif`.
 
         Returns:
-            For each picture, at its own height and width: a uint8 array (H, W) of class indices; or, with `probabilities`,
-            float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a list for a list. With
-            `out` its path.
+            For each picture, at its own height and width: a uint8 array (H, W) of class indices, int32 beyond 256 classes; or,
+            with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a
+            list for a list. With `out` its path.
 
         Example:
             >>> import numpy as np

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ..blocks import DoubleConv, InstanceNorm, Up
 from ..unet import UNet
 from .network import FastUNet, optimize_for_inference
-
-_KNOWN = frozenset({
-    DoubleConv, Up, InstanceNorm, nn.Sequential, nn.ModuleList, nn.Conv2d, nn.ConvTranspose2d, nn.Upsample, nn.Identity,
-    nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU,
-})  # fmt: skip
+from .structure import difference
 
 
 class _Kept(NamedTuple):
@@ -24,7 +20,6 @@ class _Kept(NamedTuple):
     contents: int
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _copies: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
@@ -57,36 +52,27 @@ def free_memory(model: nn.Module) -> None:
         kept.copy.free_memory()
 
 
-def _may_stand_for(model: nn.Module) -> bool:
-    """Whether the network is what its class says: nobody's subclass, without hooks, other modules, or an autocast around it."""
+def _may_stand_for(model: UNet) -> bool:
+    """Whether a copy computes what the network does: one that is as its config says, without an autocast around it."""
     return (
-        type(model) is UNet
+        isinstance(model, UNet)
         and next(model.parameters()).device.type == "cpu"  # on CUDA only on request: its kernels are for half precision
         and not torch.is_autocast_enabled("cpu")
-        and all(_is_plain(module) for module in model.modules() if module is not model)
-        and not _is_changed(model)
+        and difference(model) is None
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) in _KNOWN and not _is_changed(module)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _state(model: nn.Module) -> tuple[Any, ...]:
+def _state(model: UNet) -> tuple[Any, ...]:
     tensors = (*model.parameters(), *model.buffers())
     versions = (None if tensor.is_inference() else tensor._version for tensor in tensors)
-    return tuple((tensor.data_ptr(), version, tensor.dtype, tensor.device) for tensor, version in zip(tensors, versions))
+    of_tensors = ((tensor.data_ptr(), version, tensor.dtype, tensor.device) for tensor, version in zip(tensors, versions))
+    return (model.config, *of_tensors)
 
 
 @torch.inference_mode()
-def _contents(model: nn.Module) -> int:
-    """A number that changes with the weights: made of the sum of each tensor's bits."""
-    sums = []
+def _contents(model: UNet) -> int:
+    """A checksum of the weights' bytes."""
+    checksum = 0
     for tensor in (*model.parameters(), *model.buffers()):
-        bits = tensor.detach().flatten().contiguous().view(_BITS[tensor.dtype.itemsize])
-        sums.append(bits.sum(dtype=torch.int64))
-    return hash(tuple(torch.stack(sums).tolist()))
+        checksum = zlib.crc32(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().data, checksum)
+    return checksum

@@ -78,7 +78,7 @@ class NativeConv:
     @functools.cached_property
     def transformed(self) -> Tensor:
         """The weights for Winograd's method."""
-        row = torch.tensor(_WEIGHTS, dtype=torch.float64)
+        row = torch.tensor(_WEIGHTS, dtype=torch.float64, device="cpu")
         return _packed(torch.einsum("ia,ocab,jb->ijoc", row, self.weight.double(), row).flatten(0, 1), halves=self.halves)
 
     @functools.cached_property
@@ -196,7 +196,7 @@ class NativeHead:
         Returns:
             (N, C, *size), contiguous, in memory of its own.
         """
-        out = torch.empty(len(x), self.out_channels, *size)
+        out = torch.empty(len(x), self.out_channels, *size, device="cpu")
         _run("apply_head", _Head(
             *map(_address, (x, self.weights, self.bias, out)),
             len(x), *x.shape[-2:], x.shape[1], self.side, *size, self.out_channels,
@@ -208,7 +208,8 @@ class NativeHead:
 def available() -> bool:
     """Whether the code could be compiled for this CPU, and agrees with PyTorch's own operations."""
     try:
-        return _agrees()
+        with torch.device("cpu"):
+            return _agrees()
     except (OSError, AttributeError, KeyError, subprocess.SubprocessError) as reason:
         _log.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
         return False

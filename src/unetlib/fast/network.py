@@ -25,6 +25,7 @@ from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
 from .pool import Pool, pooled
 from .replays import Replays
+from .structure import difference
 
 Way = Callable[[Parts, torch.dtype], Level]
 
@@ -72,8 +73,9 @@ def optimize_for_inference(
     Raises:
         ImportError: for a backend whose extra is not installed.
         TypeError: for something else than a `UNet`.
-        ValueError: for a type that the device, or the backend, has no fast convolutions for; for an unknown backend, or one
-            beside `compile`; for int8 without calibration, and calibration without int8.
+        ValueError: for a network that is not what its config says: with modules, settings, hooks or a `forward` of somebody's;
+            for a type that the device, or the backend, has no fast convolutions for; for an unknown backend, or one beside
+            `compile`; for int8 without calibration, and calibration without int8.
 
     Example:
         >>> from unetlib import UNet
@@ -82,7 +84,11 @@ def optimize_for_inference(
         True
     """
     if not isinstance(model, UNet):
-        raise TypeError(f"expected a UNet, got {type(model).__name__}; take it out of its wrapper, as in model.module")
+        wrapper = next((name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), UNet)), None)
+        hint = f"; take it out of its wrapper, as in model.{wrapper}" if wrapper else ""
+        raise TypeError(f"expected a UNet, got {type(model).__name__}{hint}")
+    if otherwise := difference(model):
+        raise ValueError(f"a fast copy would compute something else: {otherwise}; unetlib.inference.predict runs it as it is")
     if backend not in (None, "openvino"):
         raise ValueError(f"backend must be 'openvino' or None, got {backend!r}")
     if backend and compile:
@@ -140,6 +146,8 @@ class FastUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
         check_input(x, self.config)
+        if x.device != self.device:
+            raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
         if not hasattr(self._memory, "pool"):
             self._take_memory()
         if self.device.type == "cpu" and keep_freed():
@@ -279,9 +287,11 @@ def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
 @torch.inference_mode()
 def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, float]:
     """Seconds that each way takes for a double convolution."""
-    side, parts = _TRIALS[channels], Parts.of(DoubleConv(channels, channels).eval())
+    side = _TRIALS[channels]
+    with torch.device("cpu"):
+        parts, x = Parts.of(DoubleConv(channels, channels).eval()), torch.rand(1, channels, side, side)
     levels = {way: way(parts, dtype) for way in ways}
-    inputs = {way: level.enter(torch.rand(1, channels, side, side)) for way, level in levels.items()}
+    inputs = {way: level.enter(x) for way, level in levels.items()}
     times: dict[Way, list[float]] = {way: [] for way in ways}
     with pooled(Pool()):
         for _ in range(8):

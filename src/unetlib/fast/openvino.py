@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..unet import UNet
+from ..config import UNetConfig
+from ..unet import UNet, check_input
 
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "f32"}  # what stays a float beside int8
 _KEPT = 4  # shapes
@@ -33,7 +34,8 @@ class OpenVINO:
 
     Raises:
         ImportError: without the extra.
-        ValueError: for another type or device, and for no batches.
+        TypeError: for a calibration of something else than tensors.
+        ValueError: for another type or device, and for no batches or ones that the network does not take.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, calibration: Iterable[Tensor] | None = None) -> None:
@@ -45,12 +47,13 @@ class OpenVINO:
         openvino = _import("openvino", extra="openvino")
         self._side = model.config.patch_size
         self._core, self._options = openvino.Core(), {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-        example = torch.zeros(1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride)
+        example = torch.zeros(1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride, device="cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.jit, which OpenVINO reads networks by
             self._graph = openvino.convert_model(copy.deepcopy(model).float().eval(), example_input=example)
         if calibration is not None:
-            self._graph = _in_int8(self._graph, [self._whole(batch).numpy() for batch in calibration])
+            batches = [self._whole(_checked(batch, model.config)).numpy() for batch in calibration]
+            self._graph = _in_int8(self._graph, batches)
         self._compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._lock = threading.Lock()  # what is compiled has one set of maps
 
@@ -82,6 +85,16 @@ class OpenVINO:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key]
+
+
+def _checked(batch: Any, config: UNetConfig) -> Tensor:
+    if not isinstance(batch, Tensor):
+        raise TypeError(
+            f"calibration must hold batches (N, {config.in_channels}, H, W) as tensors, got {type(batch).__name__}; "
+            "give network_inputs(model, pictures) of unetlib.inference"
+        )
+    check_input(batch, config)
+    return batch
 
 
 def _in_int8(graph: Any, batches: list[Any]) -> Any:

@@ -66,7 +66,8 @@ def empty(*shape: int, channels_last: bool = False) -> Tensor:
     pool, least = current
     numbers = math.prod(shape)
     if 4 * numbers < least:
-        return torch.empty(shape, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(shape, memory_format=memory_format, device="cpu")
     if pool is None:
         return _shaped(_fresh(numbers), shape, channels_last)
     return pool.empty(*shape, channels_last=channels_last)
@@ -84,7 +85,7 @@ def _shaped(block: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 
 def _fresh(numbers: int) -> Tensor:
-    block = torch.empty(numbers + _ALIGNMENT // 4)
+    block = torch.empty(numbers + _ALIGNMENT // 4, device="cpu")
     block = block[-block.data_ptr() % _ALIGNMENT // 4 :][:numbers]
     start = -(-block.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     whole = (block.data_ptr() + block.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE

@@ -105,7 +105,7 @@ class WinogradConv:
     def _transform(self) -> Tensor:
         padding, size = _Padding(1, 1, 1, 1), c_size_t(0)
         self._call(_PRECOMPUTE, 6, 6, padding, None, self.weight, None, None, size)
-        transformed = torch.empty(size.value // 4 + _ALIGNED)
+        transformed = torch.empty(size.value // 4 + _ALIGNED, device="cpu")
         transformed = transformed[-transformed.data_ptr() % (4 * _ALIGNED) // 4 :]
         self._call(_PRECOMPUTE, 6, 6, padding, None, self.weight, None, transformed, size)
         return transformed
@@ -142,8 +142,9 @@ def available() -> bool:
     """Whether this PyTorch has NNPACK, this CPU can run it, and it agrees with `conv2d`."""
     try:
         generator = torch.Generator().manual_seed(0)
-        x, weight = torch.rand(2, 5, 13, 17, generator=generator), torch.rand(7, 5, 3, 3, generator=generator)
-        bias = torch.linspace(-40, 0, 7)
+        with torch.device("cpu"):
+            x, weight = torch.rand(2, 5, 13, 17, generator=generator), torch.rand(7, 5, 3, 3, generator=generator)
+            bias = torch.linspace(-40, 0, 7)
         conv, expected = WinogradConv(weight, bias, relu=True), F.conv2d(x, weight, bias, padding=1).relu()
         return all(torch.allclose(conv(x), expected, rtol=1e-4, atol=1e-4) for _ in range(3))
     except (OSError, AttributeError, RuntimeError):
