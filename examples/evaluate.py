@@ -14,13 +14,17 @@ import importlib.util
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from unetlib import ImageMaskDataset, UNet, boundary_f_score
+from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
+from unetlib.arguments import check_device
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
+
+IGNORED = 255  # the class of pixels that do not count
 
 
 class Scenes:
@@ -56,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mask-suffix", default="_mask", help="what a mask's name has after its picture's")
     parser.add_argument("--nonzero", action="store_true", help="masks: 0 is background, all else foreground")
     parser.add_argument("--mask-values", type=int, nargs="+", help="of several classes, in their order")
+    parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
@@ -64,6 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
+    if args.ignore is not None and not args.mask_values:
+        parser.error(f"--ignore {args.ignore} needs the values of the classes too, such as --mask-values 0 1")
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.objects and importlib.util.find_spec("scipy") is None:
         parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
 
@@ -72,11 +83,18 @@ def main(argv: list[str] | None = None) -> None:
         dataset = Scenes(args.synthetic, tuple(args.size))
     else:
         mode = "L" if model.config.in_channels == 1 else "RGB"
-        values = "nonzero" if args.nonzero else args.mask_values
+        values: Any = "nonzero" if args.nonzero else args.mask_values
+        if args.ignore is not None:
+            values = {value: k for k, value in enumerate(values)} | {args.ignore: IGNORED}
         dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
     tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
-    scores = evaluate(model, dataset, batch_size=1, progress=True, tta=tta)
+    ignored = None if args.ignore is None else IGNORED
+    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold, ignore_index=ignored)
+    scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
+    if model.config.out_channels > 1:
+        names = model.preprocessing.class_names or map(str, range(model.config.out_channels))
+        scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
         scores |= score_objects(model, dataset, tta)

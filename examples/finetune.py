@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import parse_options, starting_model
+from training_options import IGNORED, parse_options, starting_model
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.distributed import joined_processes
@@ -58,7 +58,15 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     names = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []  # Windows marks the order of bytes
     names = [name.strip() for name in names if name.strip()]
     found = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
+    if args.ignore is not None:
+        if args.ignore not in found or args.nonzero:
+            raise ValueError(
+                f"--ignore {args.ignore} is for a number in masks of classes, and not beside --nonzero; leave it out"
+            )
+        found.remove(args.ignore)
     names, mask_values = classes_of(found, names, args.nonzero)
+    if args.ignore is not None:
+        mask_values = {value: k for k, value in enumerate(mask_values or found)} | {args.ignore: IGNORED}
     say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
     for dataset in sets:
         dataset.mask_values = mask_values
@@ -140,6 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--val-share", type=float, default=0.1, help="hold out such a part at random")
     add("--mask-suffix", default="", help="what a mask's name has after its picture's: _mask")
     add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
+    add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
     add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
     return parse_options(parser, argv, out=Path("runs/finetuned"))

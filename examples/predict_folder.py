@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unetlib import UNet, list_pretrained
+from unetlib.arguments import check_device
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     model = UNet.from_pretrained(args.model)
     if model.config.in_channels not in (1, 3):
         sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
+    if args.threshold is not None and model.config.out_channels > 1:
+        sys.exit("--threshold is for one output channel; several are decided by the largest logit, so leave it out")
     outcomes = predict_with_ray if args.ray else predict_files
     written = 0
     try:
@@ -167,7 +170,8 @@ def predict_files(model: UNet, names: Iterable[str], args: argparse.Namespace) -
     classes = model.config.out_channels
     with ThreadPoolExecutor(args.threads) as pool:
         pictures = in_turn(pool, partial(read, args.pictures, mode), names, ahead)
-        masks = segment(model, pictures, args.batch_size)
+        options = {name: getattr(args, name) for name in ("threshold", "tile", "overlap", "tta")}
+        masks = segment(model, pictures, args.batch_size, options)
         yield from in_turn(pool, partial(write, args.masks, classes), masks, ahead)
 
 
@@ -192,17 +196,17 @@ def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | Raster
 
 
 def segment(
-    model: UNet, pictures: Iterator[tuple[str, np.ndarray | Raster | str]], batch_size: int
+    model: UNet, pictures: Iterator[tuple[str, np.ndarray | Raster | str]], batch_size: int, options: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray | str]]:
     """The masks of pictures, in batches; reasons pass through."""
     while batch := list(islice(pictures, batch_size)):
         whole = [picture for _, picture in batch if not isinstance(picture, str)]
-        masks = iter(predict_each(model, whole))
+        masks = iter(predict_each(model, whole, options))
         for name, picture in batch:
             yield name, picture if isinstance(picture, str) else next(masks)
 
 
-def predict_each(model: UNet, pictures: list[np.ndarray | Raster]) -> list[np.ndarray | str]:
+def predict_each(model: UNet, pictures: list[np.ndarray | Raster], options: dict[str, Any]) -> list[np.ndarray | str]:
     """Masks of one batch, of its pictures apart if that fails, and a reason for one that alone does.
 
     A batch may be too much for the GPU; a huge picture may be broken where it is read only now, or need tiles that the model
@@ -210,7 +214,7 @@ def predict_each(model: UNet, pictures: list[np.ndarray | Raster]) -> list[np.nd
     """
     reason = ""
     try:
-        return predict(model, pictures, batch_size=max(1, len(pictures)))
+        return predict(model, pictures, batch_size=max(1, len(pictures)), **options)
     except ValueError as error:
         reason = str(error)
     except torch.OutOfMemoryError:
@@ -219,7 +223,7 @@ def predict_each(model: UNet, pictures: list[np.ndarray | Raster]) -> list[np.nd
     if len(pictures) == 1:
         height, width = pictures[0].shape[:2]
         return [reason or f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
-    return [predict_each(model, [picture])[0] for picture in pictures]
+    return [predict_each(model, [picture], options)[0] for picture in pictures]
 
 
 def write(masks: Path, classes: int, item: tuple[str, np.ndarray | str]) -> tuple[str, str]:
@@ -356,6 +360,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="segment again what has a mask")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("float32", "bfloat16", "float16", "int8"), default="float32", help="int8: on CPUs, by OpenVINO")
+    add(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="probability above which a pixel is foreground; the model's own if left out",
+    )
+    add("--tile", type=int, metavar="PIXELS", help="side of what the network sees at a time; as memory allows if left out")
+    add("--overlap", type=int, metavar="PIXELS", help="of tiles; as much as the whole picture's result takes if left out")
+    add("--tta", nargs="?", const=True, default=False, choices=("mirror",), help="average over turned and mirrored pictures")
     add("--batch-size", type=int, default=4, help="pictures in one forward pass")
     add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that read and write; the cores of a Ray actor")
     add("--ray", action="store_true", help="work in the actors of a Ray cluster, or of this machine where there is none")
@@ -364,15 +377,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--actors", type=int, metavar="N", help="at most so many; otherwise one for each GPU, or as many as there are cores for"
     )
     args = parser.parse_args(argv)
-    for option in ("batch_size", "threads", "actors"):
+    if args.threshold is not None and not 0 < args.threshold < 1:
+        parser.error(f"--threshold must be a probability between 0 and 1, got {args.threshold}")
+    for option in ("batch_size", "threads", "actors", "tile"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     try:
-        device = torch.device(args.device)
-        if not args.ray:  # the machines of a cluster may have one that this has not
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had here ({str(error).splitlines()[0]}); use --device cpu")
+        check_device(args.device, here=not args.ray)  # the machines of a cluster may have one that this has not
+    except ValueError as error:
+        parser.error(str(error))
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
     args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from unetlib import UNet, list_pretrained
+from unetlib.arguments import check_device
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.imaging import read_image
 from unetlib.rasters import is_huge_tiff, open_raster
@@ -27,8 +28,8 @@ SAMPLE = Path(__file__).parent / "car.jpg"
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     pictures = find_pictures(args.pictures)
-    args.out.mkdir(parents=True, exist_ok=True)
     model = UNet.from_pretrained(args.model, device=args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         start = time.perf_counter()
         image = open_raster(picture)[:, :] if is_huge_tiff(picture) else read_image(picture)
@@ -65,7 +66,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder or a file")
     parser.add_argument("--out", type=Path, default=Path("segmented"), help="folder for the masks and overlays")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 if __name__ == "__main__":

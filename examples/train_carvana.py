@@ -37,6 +37,7 @@ from tqdm import tqdm
 from training_options import (
     PRESETS,
     check_same,
+    ignored,
     make_augment,
     make_loss,
     make_schedule,
@@ -131,7 +132,10 @@ def train(
             save_checkpoint(state, checkpoint)
 
     if args.resume:
-        state = load_checkpoint(checkpoint, map_location=device)
+        try:
+            state = load_checkpoint(checkpoint, map_location=device)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"{error}; leave out --resume, or give --out of an earlier run") from error
         check_same(checkpoint, state["settings"], settings)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
@@ -193,7 +197,7 @@ def train(
             read_losses(leave=1 if device.type == "cuda" else 0)
             if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
                 truth = targets.round().long() if targets.is_floating_point() else targets
-                dice = dice_score(logits.detach(), truth).item()
+                dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
                 bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
             if args.checkpoint_every and step % args.checkpoint_every == 0:
                 read_losses()
@@ -232,6 +236,7 @@ def train(
             say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
         images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
         predicted = UNet.from_pretrained(args.out / "model", device=device).predict(images)
+        masks = [mask * (mask != ignored(args)) for mask in masks]  # what does not count is shown as background
         sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
         Image.fromarray(sheet).save(args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
@@ -248,7 +253,8 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     if args.validate_at == "size":
         share.transform = eval_transform(args.size)
         share = [(image, mask.round()) for image, mask in (share[i] for i in range(len(share)))]  # shares of pixels: yes or no
-    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
+    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
+    metrics = SegmentationMetrics(model.config.out_channels, **options)
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
     whole, *others = shared(metrics)
     for other in others:

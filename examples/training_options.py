@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torchvision.transforms import v2
 
 from unetlib import BCEDiceLoss, CrossEntropyLoss, DiceLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
-from unetlib.arguments import at_least, height_and_width, whole
+from unetlib.arguments import at_least, check_device, height_and_width, whole
 from unetlib.config import MATCHES
 from unetlib.imaging import image_size
 from unetlib.transforms import train_transform
@@ -46,6 +46,8 @@ AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least
 # What may differ between the parts of a resumed run; everything else decides where it ends.
 FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
 
+IGNORED = 255  # the class of pixels that do not count
+
 # The least that whole numbers may be.
 LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1, "validate_every": 1}
 LEAST |= {"checkpoint_every": 0, "workers": 0}
@@ -54,13 +56,13 @@ LEAST |= {"checkpoint_every": 0, "workers": 0}
 def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
     """Parse the options that `parser` has and those of training, with other `defaults`; what cannot be right is an error."""
     add_training_options(parser)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"ignore": None, **defaults})
     preset = getattr(parser.parse_args(argv), "preset", None)
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     try:
         check(args)
-    except (ValueError, RuntimeError) as error:  # torch's own for a device that it does not know
+    except ValueError as error:
         parser.error(str(error))
     return args
 
@@ -134,8 +136,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--border-size must be odd, such as {args.border_size + 1}, not {args.border_size}")
     if args.crop and args.window:
         raise ValueError("--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device} needs a GPU that PyTorch can use, and there is none; give --device cpu")
+    check_device(args.device)
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install 'unetlib[examples]'")
     make_augment(args, datasets=())
@@ -194,12 +195,16 @@ def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset])
 
 
 def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
-    if channels > 1:
-        return CrossEntropyLoss() if args.loss == "bce" else CrossEntropyLoss() + DiceLoss()
     if args.loss == "bce":
-        bce = nn.BCEWithLogitsLoss()
-        return lambda logits, masks: bce(logits, masks.unsqueeze(1).float())
-    return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size)
+        return CrossEntropyLoss(ignore_index=ignored(args))
+    if channels > 1:
+        return CrossEntropyLoss(ignore_index=ignored(args)) + DiceLoss(ignore_index=ignored(args))
+    return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
+
+
+def ignored(args: argparse.Namespace) -> int | None:
+    """The class of pixels that do not count, as finetune.py's `--ignore` asks for."""
+    return None if args.ignore is None else IGNORED
 
 
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

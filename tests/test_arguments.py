@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from unetlib.arguments import at_least, height_and_width, rising, whole
+from unetlib.arguments import at_least, check_device, height_and_width, rising, whole
 
 
 def test_what_fits_is_given_back():
@@ -14,6 +15,18 @@ def test_what_fits_is_given_back():
     assert rising("crop", [0.5, 1], 0, 1) == (0.5, 1)
     at_least("noise", 0.0, 0)
     at_least("p", 1, 0, 1)
+
+
+def test_devices_are_there_or_named(monkeypatch):
+    for name in ("cpu", "meta"):
+        check_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    check_device("cuda:5", here=False)
+    for name in ("cuda:2", "gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device {name} is not to be had here; give cpu"):
+            check_device(name)
 
 
 @pytest.mark.parametrize(

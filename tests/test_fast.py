@@ -15,7 +15,7 @@ from needs import needs_halves, needs_native, needs_nnpack
 from torch import nn
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
-from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
+from unetlib.fast import levels, native_kernels, network, optimize_for_inference, winograd
 from unetlib.fast.folding import Parts, layers
 from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
 from unetlib.fast.native import NativeLevel
@@ -306,13 +306,36 @@ def test_needs_no_gradients_and_gives_results_that_stay():
     assert torch.equal(first, kept)
 
 
-def test_memory_is_kept_until_it_is_freed():
-    fast = optimize_for_inference(trained())
-    x = pictures(trained(), 40, 56)
+@needs_native
+def test_memory_is_kept_until_it_is_freed(monkeypatch):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    model = trained(features=(16, 32))
+    fast, x = optimize_for_inference(model), pictures(model, 300, 300)  # maps of 2 MiB and more are taken from the pool
     first = fast(x)
+    assert fast._memory.pool._free
     fast.free_memory()
     assert not fast._memory.pool._free
     assert torch.equal(fast(x), first)
+
+
+@pytest.mark.parametrize("way", [PlainLevel, PrepackedLevel])
+def test_an_autocast_around_a_copy_changes_nothing(monkeypatch, way):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: way)
+    model = trained()
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fast(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, fast(x))
+
+
+def test_maps_beyond_32_bits_are_resized_by_what_counts_in_64(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, **options: asked.append(options) or x)
+    for pictures_of in (2**20, 2**21):
+        x = torch.zeros(1, 1, 1, 1).expand(pictures_of, 2**8, 2, 2)
+        levels.matched(x, torch.zeros(1, 1, 1, 1).expand(1, 1, 2, 3), "resize")
+    assert [options.get("antialias", False) for options in asked] == [False, True]
 
 
 def test_a_copy_that_is_gone_has_left_nothing(monkeypatch):
@@ -433,7 +456,7 @@ def test_types_that_the_cpu_is_slow_in_are_refused(monkeypatch):
             optimize_for_inference(trained(), dtype=dtype)
 
 
-def test_without_onednn_and_nnpack_there_is_the_plain_way(monkeypatch):
+def test_without_onednn_there_is_the_plain_way(monkeypatch):
     monkeypatch.setattr(network, "_has_onednn", lambda: False)
     model = trained()
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)

@@ -3,6 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -220,6 +223,35 @@ def test_of_shapes_of_one_size_the_first_decides_what_is_tried(monkeypatch):
     assert fastest(routes, layer(), x[:, :, 1:], None) is cuda._Plain  # what was right once proves itself again
 
 
+def test_trials_of_two_threads_leave_cudnns_switch_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: time.sleep(0.05 * len(function.args[0])) or 1.0)
+    with ThreadPoolExecutor(2) as pool:  # the one that begins first ends first
+        list(pool.map(lambda n: fastest((cuda._Plain, Right), layer(), a_map()[:n], None), (1, 2)))
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_the_shapes_that_are_remembered_are_bounded(monkeypatch):
+    tried = []
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: tried.append(function) or 1.0)
+    monkeypatch.setattr(cuda, "_KEPT", 3)
+    for width in (9, 10, 11, 12, 13):
+        fastest((cuda._Plain, Right), layer(), a_map()[..., :width], None)
+    assert len(cuda._winners) == 3
+    count = len(tried)
+    fastest((cuda._Plain, Right), layer(), a_map()[..., :13], None)
+    assert len(tried) == count
+
+
+def test_an_autocast_around_it_changes_nothing(cuda_level, stand_ins):
+    model = trained(features=(8, 16))
+    fast, x = optimize_for_inference(model, dtype=torch.bfloat16), pictures(model, 37, 51)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = fast(x)
+    assert torch.equal(found, fast(x))
+    assert error(found, model(x)) <= 3e-2
+
+
 def test_a_trial_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
     before, state, of_layer = a_map(20), torch.get_rng_state(), layer()
@@ -382,6 +414,27 @@ def test_replays_give_what_the_first_call_gives_and_results_stay(dtype):
     assert all(error(one, other) <= 1e-2 for one, other in zip(found, eager))
     fast.free_memory()
     assert error(fast(xs[0]), eager[0]) <= 1e-2
+
+
+@on_cuda
+def test_a_copy_that_is_gone_has_left_nothing_on_cuda():
+    model = trained(features=(16, 32)).cuda()
+    fast, x = optimize_for_inference(model, dtype=torch.bfloat16), pictures(model, 64, 96).cuda()
+    for _ in range(3):
+        fast(x)
+    gone = weakref.ref(fast)
+    del fast  # without the collector, that is without cycles
+    assert gone() is None
+
+
+@on_cuda
+def test_weights_first_made_in_an_outer_capture_are_there_for_later_calls():
+    model = trained(features=(16, 32)).cuda()
+    fast, x = optimize_for_inference(model, dtype=torch.bfloat16), pictures(model, 64, 96).cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fast(x)
+    assert error(fast(x), model(x)) <= 3e-2  # though the graph was never replayed
 
 
 @on_cuda

@@ -102,6 +102,64 @@ def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path
     assert "in_channels 3 -> 1, out_channels 1 -> 3" in printed
 
 
+@pytest.mark.parametrize("values", [(0, 1, 2, 255), (0, 1, 255), (10, 20, 30, 7)])
+def test_a_value_that_does_not_count_has_no_say_in_the_scores(example, tmp_path, values):
+    data = write(tmp_path / "mine", values=values)
+    write(data, count=2, values=values, split="val")
+    example("finetune").main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, "--ignore", str(values[-1])])
+    (entry,) = json.loads((tmp_path / "out" / "history.json").read_text())["epochs"]
+    model = UNet.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.out_channels == (1 if len(values) == 3 else 3)
+    right = []
+    for k in range(2):
+        mask = np.asarray(Image.open(data / "val_masks" / f"{k}.png"))
+        found = np.array(values)[model.predict(data / "val" / f"{k}.png")]
+        right.append((found == mask)[mask != values[-1]])
+    assert entry["accuracy"] == pytest.approx(np.concatenate(right).mean(), abs=0.01)  # weights are stored in half precision
+    assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize("loss", ["bce", "bce-dice"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_value_that_does_not_count_has_no_say_in_the_loss(example, channels, loss):
+    options = pytest.importorskip("training_options")
+    args = example("finetune").parse_args(["--data", "mine", "--ignore", "7", "--loss", loss])
+    logits, masks = torch.randn(2, channels, 8, 6), torch.randint(max(channels, 2), (2, 8, 6))
+    expected = options.make_loss(args, channels)(logits[:, :, :5], masks[:, :5])
+    masks[:, 5:] = options.IGNORED
+    torch.testing.assert_close(options.make_loss(args, channels)(logits, masks), expected)
+
+
+def test_a_value_to_set_aside_must_be_there(example, tmp_path):
+    data = write(tmp_path / "mine")
+    for option in (["--ignore", "7"], ["--ignore", "255", "--nonzero"]):
+        with pytest.raises(SystemExit, match=rf"--ignore {option[1]} is for a number in masks of classes, and not beside"):
+            example("finetune").main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *option])
+
+
+def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path, capsys):
+    write(tmp_path, values=(0, 1, 2, 255))
+    model = UNet(out_channels=3, features=(8, 16))
+    model.preprocessing = Preprocessing(class_names=("sky", "house", "road"))
+    model.save_pretrained(tmp_path / "model")
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    options = ["--model", str(tmp_path / "model"), *folders, "--device", "cpu", "--ignore", "255"]
+    example("evaluate").main([*options, "--mask-values", "0", "1", "2"])
+    scores = json.loads(capsys.readouterr().out)
+    dice = np.zeros((4, 3))
+    for k in range(4):
+        mask = np.asarray(Image.open(tmp_path / "train_masks" / f"{k}.png"))
+        found = model.eval().predict(tmp_path / "train" / f"{k}.png")
+        for c in range(3):
+            p, t = (found == c) & (mask != 255), mask == c
+            dice[k, c] = 2 * (p & t).sum() / (p.sum() + t.sum())
+    assert scores["dice of each class"] == pytest.approx(dict(zip(("sky", "house", "road"), dice.mean(0))))
+    assert scores["dice"] == pytest.approx(dice.mean())
+    with pytest.raises(SystemExit):
+        example("evaluate").main(options)
+    assert "--ignore 255 needs the values of the classes too" in capsys.readouterr().err
+
+
 def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tmp_path):
     write(tmp_path / "mine")
     write(tmp_path / "mine", count=2, split="val")

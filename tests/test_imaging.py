@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask
@@ -423,6 +424,19 @@ def test_classes_are_never_guessed_from_rounded_numbers(tmp_path):
     for values in (None, "nonzero", (0, 1)):
         with pytest.raises(ValueError, match=r"x\.png has 16-bit colour.*16-bit grey"):
             read_mask(tmp_path / "x.png", values)
+
+
+@pytest.mark.parametrize(("bands", "photometric"), [(4, "rgb"), (5, "rgb"), (2, "minisblack")])
+def test_bands_beside_colour_and_alpha_are_not_dropped(tmp_path, bands, photometric):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, bands), np.uint8)
+    kinds = {"photometric": photometric, "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "x.tif", pixels, extrasamples=["unspecified"] * (bands - (3 if bands > 3 else 1)), **kinds)
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=rf"x\.tif has {bands} bands, of which not all would be read"):
+            read(tmp_path / "x.tif")
+    if bands == 4:
+        tifffile.imwrite(tmp_path / "x.tif", pixels, extrasamples=["unassalpha"], **kinds)
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), pixels[..., :3])
 
 
 def test_numpy_gives_values_and_classes():

@@ -8,9 +8,10 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.optim.swa_utils import AveragedModel
 
 from unetlib import Preprocessing, UNet, inference, rasters
-from unetlib.inference import evaluate, iter_logits, network_inputs
+from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.tiling import plan_tiles
 
 
@@ -548,12 +549,31 @@ def test_evaluate_takes_masks_of_any_form(model, picture, form):
     assert scores["accuracy"] == pytest.approx((found == mask).mean(), abs=1e-9)
 
 
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, AveragedModel])
+def test_a_wrapped_model_is_told_to_be_unwrapped(model, picture, wrapper):
+    wrapped = wrapper(model)
+    for call in (
+        lambda: predict(wrapped, picture),
+        lambda: list(iter_logits(wrapped, [picture])),
+        lambda: list(network_inputs(wrapped, [picture])),
+        lambda: evaluate(wrapped, [(picture, picture[..., 0] > 0)]),
+    ):
+        with pytest.raises(TypeError, match=rf"expected a UNet, got a {wrapper.__name__}; give its \.module"):
+            call()
+    with pytest.raises(TypeError, match="expected a UNet, got a str"):
+        predict("carvana", picture)
+
+
 def test_files_in_a_list_are_named(model, picture, tmp_path):
     np.save(tmp_path / "floats.npy", picture / 255)
     np.save(tmp_path / "four.npy", np.concatenate([picture, picture[..., :1]], axis=-1))
     np.save(tmp_path / "none.npy", picture[:0])
     np.save(tmp_path / "good.npy", picture)
-    for name, message in (("floats", "must be uint8"), ("four", "has 4 channels, but the network takes 3"), ("none", "")):
+    for name, message in (
+        ("floats", "must be uint8"),
+        ("four", "has 4 channels, but the network takes 3"),
+        ("none", "is empty"),
+    ):
         with pytest.raises(ValueError, match=rf"{name}\.npy.*{message}"):
             model.predict([tmp_path / "good.npy", str(tmp_path / f"{name}.npy")])
     Image.fromarray(picture).save(tmp_path / "colour.png")

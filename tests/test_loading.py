@@ -51,7 +51,12 @@ def test_a_pass_goes_on_from_the_middle():
 
 @pytest.mark.parametrize(
     ("pictures", "size", "world", "message"),
-    [(4, 0, 1, "positive multiple"), (9, 4, 3, "multiple of the 3"), (3, 4, 1, "give a smaller"), (4, 4, 0, "world_size=0")],
+    [
+        (4, 0, 1, "batch_size=0 must be 1 or more"),
+        (9, 4, 3, "multiple of the 3"),
+        (3, 4, 1, "give a smaller"),
+        (4, 4, 0, "world_size=0"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(pictures, size, world, message):
     with pytest.raises(ValueError, match=message):
@@ -177,7 +182,7 @@ def test_batches_do_not_depend_on_where_pictures_are_kept_and_augmented(scenes, 
             torch.testing.assert_close(other_masks, masks, rtol=0, atol=1e-7)
 
 
-def test_pictures_are_augmented_by_workers_or_on_the_device(scenes):
+def test_another_place_and_other_numbers_of_pictures_are_refused(scenes):
     batches = ShuffledBatches(range(12), batch_size=4)
     with pytest.raises(ValueError, match='augment_on must be "workers" or "device", got \'gpu\''):
         AugmentedBatches(scenes, batches, train_transform((32, 48)), torch.device("cpu"), augment_on="gpu")

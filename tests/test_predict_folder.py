@@ -20,7 +20,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from unetlib import UNet, rasters
+from unetlib import UNet, inference, rasters
 from unetlib.fast import FastUNet, network
 from unetlib.fast.levels import PrepackedLevel
 from unetlib.imaging import read_image
@@ -92,6 +92,25 @@ def test_masks_are_those_of_predict_in_a_tree_of_the_same_shape(script, pictures
     assert "6 masks written" in capsys.readouterr().out
 
 
+def test_options_go_to_predict(script, pictures, model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "predict", lambda *_, **options: asked.append(options) or inference.predict(*_, **options))
+    options = ["--threshold", "0.7", "--tile", "32", "--overlap", "4", "--tta", "mirror", "--batch-size", "1"]
+    assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", *options]) == 0
+    assert asked[0] == {"batch_size": 1, "threshold": 0.7, "tile": 32, "overlap": 4, "tta": "mirror"}
+    assert script.parse_args([str(pictures), str(tmp_path / "masks"), "--tta"]).tta is True
+
+
+def test_a_threshold_that_cannot_be_is_said_before_the_work(script, pictures, model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--threshold", "1.5"])
+    assert "--threshold must be a probability between 0 and 1, got 1.5" in capsys.readouterr().err
+    model = str(UNet(out_channels=3, features=(4,)).save_pretrained(tmp_path / "model"))
+    with pytest.raises(SystemExit, match="--threshold is for one output channel"):
+        script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--threshold", "0.5"])
+    assert not (tmp_path / "masks").exists()
+
+
 def test_several_classes_are_written_as_their_indices(script, pictures, tmp_path):
     model = str(UNet(in_channels=3, out_channels=5, features=(4,)).save_pretrained(tmp_path / "model"))
     assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"]) == 0
@@ -135,7 +154,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_written(script, p
     arguments = [str(pictures), str(tmp_path / "masks"), "--model", model, "--device", device]
     with pytest.raises(SystemExit):
         script.main(arguments)
-    assert f"--device {device} is not to be had here (" in capsys.readouterr().err
+    assert f"device {device} is not to be had here; give cpu" in capsys.readouterr().err
     assert not (tmp_path / "masks").exists()
     if device != "gpu":
         assert script.parse_args([*arguments, "--ray"]).device == device  # another machine may have it

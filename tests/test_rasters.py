@@ -160,13 +160,15 @@ def test_other_suffixes_are_named(tmp_path):
 def test_huge_tiffs_are_told_by_their_pixels(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.TIF", np.zeros((200, 300), np.uint8), compression="zlib", tile=(64, 64))
     (tmp_path / "broken.tif").write_bytes(b"II*\0")
-    assert not is_huge_tiff(tmp_path / "a.TIF")
-    monkeypatch.setattr(rasters, "_READ_WHOLE", 59_999)
-    assert is_huge_tiff(tmp_path / "a.TIF")
-    assert not any(is_huge_tiff(tmp_path / name) for name in ("a.npy", "nowhere.tif", "broken.tif"))
-    without(monkeypatch, "tifffile")
-    assert not is_huge_tiff(tmp_path / "a.TIF")
-    monkeypatch.setattr(rasters, "_READ_WHOLE", 100)  # bytes
+    for reader in ("tifffile", "Pillow"):
+        if reader == "Pillow":
+            without(monkeypatch, "tifffile")
+        monkeypatch.setattr(rasters, "_READ_WHOLE", 60_000)
+        assert not is_huge_tiff(tmp_path / "a.TIF")
+        monkeypatch.setattr(rasters, "_READ_WHOLE", 59_999)
+        assert is_huge_tiff(tmp_path / "a.TIF")
+        assert not any(is_huge_tiff(tmp_path / name) for name in ("a.npy", "nowhere.tif", "broken.tif"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     assert is_huge_tiff(tmp_path / "a.TIF")
 
 
@@ -220,18 +222,18 @@ def interrupted():
 
 @pytest.mark.parametrize("name", ["mask.npy", "mask.tif"])
 @pytest.mark.parametrize(
-    ("bands", "error"),
+    ("bands", "error", "message"),
     [
-        (interrupted, RuntimeError),
-        ([np.zeros((600, 30), np.uint8)] * 3, ValueError),
-        ([np.zeros((999, 30), np.uint8)], ValueError),
-        ([np.zeros((1000, 31), np.uint8)], ValueError),
-        ([], ValueError),
+        (interrupted, RuntimeError, "out of luck"),
+        ([np.zeros((600, 30), np.uint8)] * 3, ValueError, "does not fit into the rest of 1000x30"),
+        ([np.zeros((999, 30), np.uint8)], ValueError, "have 999 rows in all, and 1000"),
+        ([np.zeros((1000, 31), np.uint8)], ValueError, "does not fit"),
+        ([], ValueError, "no bands"),
     ],
 )
-def test_nothing_is_written_half_and_what_was_there_stays(tmp_path, name, bands, error):
+def test_nothing_is_written_half_and_what_was_there_stays(tmp_path, name, bands, error, message):
     (tmp_path / name).write_text("before")
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         write_raster(tmp_path / name, (1000, 30), bands() if callable(bands) else bands)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "before")]
 

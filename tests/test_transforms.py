@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -271,8 +273,12 @@ def test_no_strength_bends_nothing_and_labels_stay_labels():
         bent = RandomElastic(sigma=5.0)(tv_tensors.Mask(labels))
         assert bent.dtype == labels.dtype
         assert set(bent.unique().tolist()) <= set(labels.unique().tolist())
-    for options in ({"sigma": -1.0}, {"grid": 1}):
-        with pytest.raises(ValueError, match="sigma must be 0 or more"):
+    for options, message in (
+        ({"sigma": -1.0}, "sigma must be 0"),
+        ({"sigma": math.nan}, "not nan"),
+        ({"grid": 1}, "grid=1 must"),
+    ):
+        with pytest.raises(ValueError, match=message):
             RandomElastic(**options)
 
 

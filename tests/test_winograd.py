@@ -180,6 +180,7 @@ def test_a_pool_is_used_within_its_context_and_in_its_thread():
         worker = threading.Thread(target=lambda: taken.append(empty(large)))
         worker.start()
         worker.join()
+        assert len(taken) == 1
     del kept, small
     taken.clear()
     gc.collect()

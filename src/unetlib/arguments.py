@@ -26,6 +26,21 @@ def height_and_width(size: Any, name: str = "size") -> tuple[int, int]:
     return whole(name, size[0], 1), whole(name, size[1], 1)
 
 
+def check_device(name: str, *, here: bool = True) -> None:
+    """Refuse a device that PyTorch does not know, or that is not in this machine."""
+    import torch  # here, since pictures are rendered without it
+
+    try:
+        device = torch.device(name)
+        if here and device.type not in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+        there = device.type != "cuda" or not here or (device.index or 0) < torch.cuda.device_count()
+    except (RuntimeError, AssertionError):
+        there = False
+    if not there:
+        raise ValueError(f"device {name} is not to be had here; give cpu, or cuda where PyTorch finds a GPU")
+
+
 def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[float, float]:
     """Read a (least, largest) pair of numbers, above `low` and up to `high`."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not low < pair[0] <= pair[1] <= high:

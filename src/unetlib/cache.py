@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from .arguments import at_least
 from .datasets import ImageMaskDataset, size_clash
 from .imaging import class_of_value, image_size, is_binary, read_image, read_labels, to_tensor
 from .transforms import Resize
@@ -87,8 +88,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
             raise ValueError("dataset has a transform, whose chances would be kept; give CachedDataset(transform=...) instead")
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be callable or None, not {transform!r}")
-        if not budget_gib >= 0:
-            raise ValueError(f"budget_gib must be 0 or more, not {budget_gib!r}")
+        at_least("budget_gib", budget_gib, 0)
         self.dataset = dataset
         self.transform = transform
         self._resize = None if size is None else Resize(size)

@@ -6,9 +6,9 @@ import logging
 import os
 import pickle
 import random
-import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .trust import code_asked_for
 
 _log = logging.getLogger("unetlib")
 
@@ -80,14 +82,17 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
     path = Path(path)
     found = [candidate for candidate in (path, _previous(path)) if candidate.is_file()]
     if not found:
-        raise FileNotFoundError(f"there is no checkpoint {path}; leave out --resume, or give the folder of an earlier run")
+        raise FileNotFoundError(f"there is no checkpoint {path}; expected a file that save_checkpoint wrote")
     problems = []
     for candidate in found:
         try:
+            with zipfile.ZipFile(candidate) as archive:  # torch does not look at the checksums that it has
+                if spoilt := archive.testzip():
+                    raise zipfile.BadZipFile(f"the bytes of {spoilt} have changed")
             state: dict[str, Any] = torch.load(candidate, map_location=map_location, weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a damaged file
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            cause = f"asks for the code {code[1]}" if code else f"is damaged ({type(error).__name__})"
+            code = code_asked_for(error)
+            cause = f"asks for the code {code}" if code else f"is damaged ({type(error).__name__})"
             problems.append(f"{candidate} {cause}")
             continue
         if problems:

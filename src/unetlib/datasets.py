@@ -57,6 +57,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         FileNotFoundError: A folder does not exist.
         ValueError: The folders do not pair up: one error that counts and names missing masks, stray files and names
             that clash. Hidden files (`.DS_Store`) are ignored.
+        TypeError: `transform` is not callable, or does not take a picture and its mask.
 
     Example:
         >>> import tempfile

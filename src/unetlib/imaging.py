@@ -27,7 +27,7 @@ MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | 
 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
-_ORIENTATION, _WIDTH, _BITS = 0x0112, 256, 258  # tags of EXIF and of TIFF
+_ORIENTATION, _WIDTH, _BITS, _SAMPLES, _EXTRA = 0x0112, 256, 258, 277, 338  # tags of EXIF and of TIFF
 
 
 def read_image(
@@ -50,7 +50,8 @@ def read_image(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, holds several frames, or holds 32-bit numbers, whose range is unknown.
+        ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, or holds 32-bit
+            numbers, whose range is unknown.
         TypeError: `min_size` is no pair of integers.
 
     Example:
@@ -266,11 +267,11 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, str | None]:
     """Decode and turn upright; returns the picture and the format its file had. `exact`: refuse what Pillow rounds."""
     with _opened(source) as image:
-        rounded = exact and len(image.getbands()) > 1 and any(";16" in str(part) for part in getattr(image, "tile", ()))
         # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
         one = image is source or image.format == "MPO"
         frames = 1 if one else getattr(image, "n_frames", 1)
-        if frames == 1 and not rounded:
+        refusal = f"holds {frames} frames; save each as a file of its own" if frames > 1 else _refusal(image, exact)
+        if refusal is None:
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
@@ -280,9 +281,17 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
                 return ImageOps.exif_transpose(image), image.format
             ImageOps.exif_transpose(image, in_place=True)  # without a copy
             return image, image.format
-    if rounded:
-        raise ValueError(f"{_name(source)} has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey.")
-    raise ValueError(f"{_name(source)} holds {frames} frames; save each as a file of its own")
+    raise ValueError(f"{_name(source)} {refusal}")
+
+
+def _refusal(image: Image.Image, exact: bool) -> str | None:
+    """Why a picture is not read, though Pillow would give something."""
+    if exact and len(image.getbands()) > 1 and any(";16" in str(part) for part in getattr(image, "tile", ())):
+        return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
+    tags = getattr(image, "tag_v2", {})
+    if 0 in tags.get(_EXTRA, ()):  # neither of the two kinds of alpha: a band of its own, which Pillow drops
+        return f"has {tags.get(_SAMPLES)} bands, of which not all would be read. Save grey or RGB, or give predict an array."
+    return None
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:

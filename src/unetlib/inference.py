@@ -95,6 +95,7 @@ def predict(
         >>> UNet(features=(8, 16)).predict(np.zeros((90, 120, 3), np.uint8), tile=64, tta=True).shape
         (90, 120)
     """
+    _check_model(model)
     if threshold is None:
         threshold = model.preprocessing.threshold
     elif model.config.out_channels > 1:
@@ -175,6 +176,7 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
         >>> [x.shape for x in network_inputs(model, [np.zeros((90, 120, 3), np.uint8)])]
         [torch.Size([1, 3, 16, 24])]
     """
+    _check_model(model)
     for image in _several(images):
         source = _open(image, model.config.in_channels)
         yield _normalized(model, _resize(source.read(_ALL, _ALL), _input_size(model, source.size))[None])
@@ -214,6 +216,7 @@ def evaluate(
         >>> 0 <= evaluate(UNet(features=(8,)), scenes)["dice"] <= 1
         True
     """
+    _check_model(model)
     if metrics is None:
         from .metrics import SegmentationMetrics
 
@@ -258,6 +261,7 @@ def _predictions(
     progress: bool,
 ) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
     """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
+    _check_model(model)
     batch_size = whole("batch_size", batch_size, 1)
     overlap = None if overlap is None else whole("overlap", overlap, 0)
     passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
@@ -390,6 +394,12 @@ def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
     from tqdm.auto import tqdm
 
     yield from tqdm(items, total=total, unit="picture")
+
+
+def _check_model(model: object) -> None:
+    if not hasattr(model, "preprocessing"):
+        hint = "; give its .module" if hasattr(model, "module") else ""  # DataParallel, DistributedDataParallel, AveragedModel
+        raise TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
 
 
 def _several(images: Iterable[Picture]) -> Iterable[Picture]:

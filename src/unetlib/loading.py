@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
+from .arguments import whole
 from .cache import CachedDataset
 from .datasets import ImageMaskDataset
 from .memory import available_memory
@@ -143,8 +144,8 @@ class ShuffledBatches(Sampler[list[Draw]]):
     def __init__(self, dataset: Sized, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to world_size - 1, got rank={rank!r} and world_size={world_size!r}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of the {world_size} processes, got {batch_size!r}")
+        if whole("batch_size", batch_size, 1) % world_size:
+            raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size!r}")
         if len(dataset) < batch_size:
             raise ValueError(f"a batch takes {batch_size} pictures, and there are {len(dataset)}; give a smaller batch_size")
         self.length, self.batch_size, self.seed = len(dataset), batch_size, seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 _TIFF = (".tif", ".tiff")
 _READ_WHOLE = 2**26  # pixels of a TIFF up to which imaging.read_image has it
@@ -73,21 +75,21 @@ def open_raster(path: str | PathLike[str]) -> Raster:
 
 
 def is_huge_tiff(path: str | PathLike[str]) -> bool:
-    """Whether a file is a TIFF of more than 2**26 pixels, which `predict` reads by region.
-
-    Without the extra `tiff` it is the file's bytes that are counted.
-    """
+    """Whether a file is a TIFF of more than 2**26 pixels, which `predict` reads by region."""
     path = Path(path)
     if path.suffix.lower() not in _TIFF or not path.is_file():
         return False
     try:
-        import tifffile
-    except ImportError:
-        return path.stat().st_size > _READ_WHOLE
-    try:
+        try:
+            import tifffile
+        except ImportError:
+            with Image.open(path) as image:
+                return math.prod(image.size) > _READ_WHOLE
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
             return bool(page.imagelength * page.imagewidth > _READ_WHOLE)
+    except Image.DecompressionBombError:  # of Pillow's own limit, which is above this one
+        return True
     except Exception:  # whatever a broken file raises: that it cannot be read is for read_image to say
         return False
 

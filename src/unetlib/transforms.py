@@ -1,8 +1,8 @@
 """Presets for training and evaluation over `torchvision.transforms.v2`: a picture and its mask move together.
 
 They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`, on any device; `PerPicture`
-takes whole batches through them. The mean and standard
-deviation of a model belong to its `Preprocessing`; set them here only where no model does it.
+takes whole batches through them. The mean and standard deviation of a model belong to its `Preprocessing`; set them here only
+where no model does it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .arguments import at_least, height_and_width, rising
+from .arguments import at_least, height_and_width, rising, whole
 
 
 class Resize(v2.Transform):  # type: ignore[misc]
@@ -205,9 +205,8 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
     def __init__(self, sigma: float = 10.0, grid: int = 3) -> None:
         """Keep strength and grid."""
         super().__init__()
-        if sigma < 0 or grid < 2:
-            raise ValueError(f"sigma must be 0 or more pixels and grid 2 or more points, not {sigma!r} and {grid!r}")
-        self.sigma, self.grid = sigma, grid
+        at_least("sigma", sigma, 0)
+        self.sigma, self.grid = sigma, whole("grid", grid, 2)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the displacements; torchvision calls this once for a picture and its mask."""
@@ -253,8 +252,7 @@ class Mirrored(torch.nn.Module):
         zoom: Least factor of size in it.
         shift: Farthest that it moves a pixel otherwise, in pixels.
 
-    Shape:
-        The mirror image reaches one side's length at most; beyond that there is nothing.
+    The mirror image reaches one side's length at most; beyond that there is nothing.
 
     Example:
         >>> turn = v2.RandomRotation((45, 45))
@@ -292,7 +290,8 @@ class PerPicture(torch.nn.Module):
         transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
 
     Raises:
-        ValueError: The batch is not (N, C, H, W), or there are not as many masks, or seeds, as pictures.
+        ValueError: The batch is not (N, C, H, W), there are not as many masks, or seeds, as pictures, or the transform gives
+            pictures of several sizes.
 
     Example:
         >>> augment = PerPicture(train_transform(size=None))

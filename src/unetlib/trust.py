@@ -221,11 +221,11 @@ def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, An
             _check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=zipped and not header_only)
     except Exception as error:  # torch.load raises many kinds, for code in a pickle as for a damaged file
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = code_asked_for(error)
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values: "
             + (
-                f"it asks for the code {code[1]}, and code in a checkpoint is never run; "
+                f"it asks for the code {code}, and code in a checkpoint is never run; "
                 "save its state dict alone with torch.save(model.state_dict(), path)"
                 if code
                 else f"it is damaged, or something else ({type(error).__name__})"
@@ -235,6 +235,17 @@ def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, An
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict or a dictionary that has one")
     _check_plain(checkpoint, path, device)
     return checkpoint
+
+
+def code_asked_for(error: Exception) -> str | None:
+    """The name of what a pickle wants to run, of which `torch.load` speaks in its error; None where that is another.
+
+    Example:
+        >>> code_asked_for(ValueError("Unsupported global: GLOBAL os.system was not an allowed global by default."))
+        'os.system'
+    """
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found and found[1]
 
 
 def _check_archive(path: Path) -> None:

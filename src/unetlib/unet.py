@@ -42,7 +42,8 @@ class UNet(nn.Module):
 
     Attributes:
         config: the `UNetConfig` that builds this network again.
-        preprocessing: the `Preprocessing` that `predict` applies and `save_pretrained` writes; assign another to change it.
+        preprocessing: the `Preprocessing` that `predict` applies and `save_pretrained` writes; assign another to change it,
+            anything else is a TypeError.
 
     Shape:
         (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `config.stride`,
@@ -210,6 +211,11 @@ class UNet(nn.Module):
 
         Returns:
             The folder.
+
+        Raises:
+            ValueError: for a `dtype` that is no floating point type or too small for a weight, or a network that is no longer
+                that of its config.
+            OSError: where the folder cannot be written.
         """
         from .pretrained import save_pretrained
 

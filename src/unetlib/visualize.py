@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.utils import draw_segmentation_masks
 
+from .arguments import whole
 from .imaging import to_tensor
 
 # The "bright" scheme of Paul Tol, which colour-blind people tell apart too; class 1 is the first.
@@ -36,8 +37,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
         [[0, 127, 255]]
     """
     mask = _check_mask(mask)
-    if not 2 <= classes <= 256:
-        raise ValueError(f"classes must be from 2 to 256, got {classes}")
+    classes = whole("classes", classes, 2, 256)
     if mask.size and mask.max() >= classes:
         raise ValueError(f"the mask holds class {mask.max()}, but classes={classes} makes {classes - 1} the last")
     return (mask.astype(np.int64) * 255 // (classes - 1)).astype(np.uint8)
@@ -102,8 +102,7 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
     sizes = sorted({picture.shape[:2] for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
-    _check_columns(columns)
-    (height, width), columns = sizes[0], min(columns, len(pictures))
+    (height, width), columns = sizes[0], min(whole("columns", columns, 1), len(pictures))
     sheet = np.full((gap + -(-len(pictures) // columns) * (height + gap), gap + columns * (width + gap), 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
         top, left = gap + number // columns * (height + gap), gap + number % columns * (width + gap)
@@ -146,7 +145,7 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
-    _check_columns(columns)
+    columns = whole("columns", columns, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
     def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -195,11 +194,6 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
     if epochs.lines:
         epochs.legend()
     figure.savefig(path, dpi=100, format="png")
-
-
-def _check_columns(columns: int) -> None:
-    if columns < 1:
-        raise ValueError(f"columns must be 1 or more, got {columns}")
 
 
 def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

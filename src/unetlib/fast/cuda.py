@@ -8,6 +8,7 @@ cost speed only. What was tried is logged at level DEBUG.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -299,11 +300,18 @@ class _Fastest:
 
     def __call__(self, x: Tensor, place: Tensor | None = None) -> Tensor:
         maker = fastest(self.routes if place is None else self.placing, self.layer, x, place)
-        if maker not in self._made:
-            self._made[maker] = maker(self.layer, self.dtype)
-        return self._made[maker](x, place)
+        route = self._made.get(maker)
+        if route is None:
+            route = maker(self.layer, self.dtype)
+            if not _captures(x):  # what a capture makes is written when it is replayed
+                if x.is_cuda:
+                    torch.cuda.current_stream(x.device).synchronize()  # before another stream finds it
+                self._made[maker] = route
+        return route(x, place)
 
 
+_KEPT = 4096  # shapes
+_trials = threading.Lock()  # they set a switch of cuDNN's, and would time each other
 _winners: dict[tuple[Any, ...], Maker] = {}  # for each shape
 _leaders: dict[tuple[Any, ...], Maker] = {}  # for each size, by powers of two
 
@@ -317,14 +325,24 @@ def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | 
         return makers[0]
     kind = (makers, layer.weight.shape, x.dtype, x.device)
     shape = (x.shape, x.stride(), None if place is None else (place.stride(), place.storage_offset()))
-    if (kind, shape) not in _winners:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    winner = _winners.get((kind, shape))
+    if winner is None:
+        if _captures(x):
             return makers[0]  # no trial can run within a capture
-        size = (kind, len(x), x.numel().bit_length(), place is None)
-        tried = (makers[0], _leaders[size]) if size in _leaders else makers
-        _winners[kind, shape] = winner = _trial(tried, layer, x, place, tune=size not in _leaders)
-        _leaders.setdefault(size, winner)
-    return _winners[kind, shape]
+        with _trials:
+            winner = _winners.get((kind, shape))
+            if winner is None:
+                size = (kind, len(x), x.numel().bit_length(), place is None)
+                tried = (makers[0], _leaders[size]) if size in _leaders else makers
+                winner = _winners[kind, shape] = _trial(tried, layer, x, place, tune=size not in _leaders)
+                _leaders.setdefault(size, winner)
+                if len(_winners) > _KEPT:
+                    _winners.pop(next(iter(_winners)))
+    return winner
+
+
+def _captures(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker:

@@ -285,7 +285,8 @@ def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:
 
 def matched(x: Tensor, skip: Tensor, match: str) -> Tensor:
     """`match_size` for prediction, faster where it resizes: antialiasing changes nothing but the rounding where a map grows."""
-    if match != "resize" or x.shape[-2:] == skip.shape[-2:]:
+    too_many = len(x) * x.shape[1] * skip.shape[-2] * skip.shape[-1] >= 2**31 - 1  # CUDA counts in 32 bits there
+    if match != "resize" or x.shape[-2:] == skip.shape[-2:] or too_many:
         return match_size(x, skip, match)
     return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
 

@@ -140,7 +140,11 @@ class FastUNet(nn.Module):
         if compile:
             self._run = compiled(self._logits, self.device)
         if self.device.type == "cuda":
-            self._run = Replays(self._run or self._logits)
+            # Weights are there before any call: made in one stream or capture, another could read them unwritten.
+            self._levels_for(torch.Size([2**10, 2**10]))
+            torch.cuda.current_stream(self.device).synchronize()
+            this = weakref.proxy(self)  # else it would be a cycle, and the memory of graphs wait for the collector
+            self._run = Replays(self._run or (lambda x: this._logits(x)))
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +157,8 @@ class FastUNet(nn.Module):
         if self.device.type == "cpu" and keep_freed():
             self._release = weakref.finalize(self, release_freed)
             self._release.atexit = False
-        with pooled(self._memory.pool), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        here, own = torch.cuda.device_of(x), torch.autocast(self.device.type, enabled=False)  # type: ignore[no-untyped-call]
+        with pooled(self._memory.pool), here, own:
             return (self._run or self._memory.replays)(x).to(x.dtype)
 
     @property

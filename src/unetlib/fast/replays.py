@@ -30,10 +30,12 @@ class CudaReplay:
         self._x = x.clone()
         self._done: Any = torch.cuda.Event() if beside is None else beside._done  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # One stream for all, since libraries keep memory for each.
+        self._stream: Any = torch.cuda.Stream() if beside is None else beside._stream  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function(self._x)  # libraries take memory for each stream at the first call in it
+            function(self._x)  # they take it at the first call
         torch.cuda.current_stream().wait_stream(stream)
         pool = None if beside is None else beside._graph.pool()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
