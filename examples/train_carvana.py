@@ -41,6 +41,7 @@ from training_options import (
     make_augment,
     make_loss,
     make_schedule,
+    out_of_memory_explained,
     parse_options,
     settings_of,
     starting_model,
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
 
+@out_of_memory_explained()
 def train(
     args: argparse.Namespace,
     process: Process,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,18 @@ def check(args: argparse.Namespace) -> None:
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install 'unetlib[examples]'")
     make_augment(args, datasets=())
+
+
+@contextlib.contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """End with what to type where the device has not enough memory for a step."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --accumulate 2 or more, "
+            "or a smaller --batch-size, --size or --features"
+        ) from error
 
 
 def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:

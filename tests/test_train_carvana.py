@@ -208,6 +208,17 @@ def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(scr
     assert UNet.from_pretrained(tmp_path / "run" / "model").preprocessing.mean == (0.5, 0.4, 0.3)
 
 
+def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, monkeypatch):
+    def loss(logits, masks):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    monkeypatch.setattr(script, "make_loss", lambda args, channels: loss)
+    with pytest.raises(
+        SystemExit, match=r"not enough memory for a step \(CUDA out of memory.* 2\.00 GiB\.\); try --accumulate 2"
+    ):
+        script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out")])
+
+
 def test_the_recipe_of_a_resumed_run_is_for_a_new_one(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
     monkeypatch.setattr(script, "validate", given_scores(0.1))
