@@ -47,7 +47,8 @@ def measure(model: UNet, names: Sequence[str], args: argparse.Namespace, folder:
     start = time.perf_counter()
     plain_loop(model, names, args.pictures, folder / "loop")
     middle = time.perf_counter()
-    settings = argparse.Namespace(**{**vars(args), "masks": folder / "script", "precision": "float32"})
+    options = ["--device", args.device, "--batch-size", str(args.batch_size), "--threads", str(args.threads)]
+    settings = predict_folder.parse_args([str(args.pictures), str(folder / "script"), *options])
     outcomes = list(predict_folder.predict_files(predict_folder.prepared(model, names, settings), names, settings))
     end = time.perf_counter()
     if wrong := [reason for _, reason in outcomes if reason]:

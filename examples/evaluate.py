@@ -42,11 +42,15 @@ class Scenes:
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=self.seed)
 
 
-def score_objects(model: UNet, dataset, tta: bool | str = False, tolerance: float = 2.0) -> dict[str, float]:
+def score_objects(
+    model: UNet, dataset, tta: bool | str = False, tolerance: float = 2.0, ignored: int | None = None
+) -> dict[str, float]:
     """Scores of the objects that are not background, and of their edges within `tolerance` pixels."""
     objects, edges = ObjectMetrics(), []
     for image, mask in dataset:
-        found, true = torch.from_numpy(model.predict(image, tta=tta) > 0), torch.as_tensor(mask) > 0
+        mask = torch.as_tensor(mask)
+        counts = torch.ones_like(mask, dtype=torch.bool) if ignored is None else mask != ignored
+        found, true = torch.from_numpy(model.predict(image, tta=tta) > 0) & counts, (mask > 0) & counts
         objects.update(found.numpy(), true.numpy())
         edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None], tolerance=tolerance))
     return {**objects.compute(), "edge_f": torch.stack(edges).nanmean().item()}
@@ -69,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
-    if args.ignore is not None and not args.mask_values:
-        parser.error(f"--ignore {args.ignore} needs the values of the classes too, such as --mask-values 0 1")
+    if args.ignore is not None and (not args.mask_values or args.nonzero):
+        parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1, and no --nonzero")
     try:
         check_device(args.device)
     except ValueError as error:
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         values: Any = "nonzero" if args.nonzero else args.mask_values
         if args.ignore is not None:
-            values = {value: k for k, value in enumerate(values)} | {args.ignore: IGNORED}
+            values = {value: k for k, value in enumerate(v for v in values if v != args.ignore)} | {args.ignore: IGNORED}
         dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
     tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
-        scores |= score_objects(model, dataset, tta)
+        scores |= score_objects(model, dataset, tta, ignored=ignored)
     print(json.dumps({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 

@@ -59,13 +59,15 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     names = [name.strip() for name in names if name.strip()]
     found = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
     if args.ignore is not None:
-        if args.ignore not in found or args.nonzero:
-            raise ValueError(
-                f"--ignore {args.ignore} is for a number in masks of classes, and not beside --nonzero; leave it out"
-            )
+        if args.nonzero:
+            raise ValueError(f"--ignore {args.ignore} is for masks of classes and --nonzero for others; give one, not both")
+        if args.ignore not in found:
+            raise ValueError(f"--ignore {args.ignore}: no mask holds that number; they hold {', '.join(map(str, found[:8]))}")
         found.remove(args.ignore)
     names, mask_values = classes_of(found, names, args.nonzero)
     if args.ignore is not None:
+        if len(names) > IGNORED:
+            raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
         mask_values = {value: k for k, value in enumerate(mask_values or found)} | {args.ignore: IGNORED}
     say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
     for dataset in sets:

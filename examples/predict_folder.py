@@ -150,7 +150,9 @@ def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         pictures = (read(args.pictures, mode, name)[1] for name in names)
         first = list(islice((picture for picture in pictures if isinstance(picture, np.ndarray)), CALIBRATION))
-        if not first:  # nothing to segment, or huge pictures alone, which are not read whole for this
+        if not first and any(is_huge_tiff(args.pictures / name) for name in names):
+            raise Unprepared("it takes its ranges from pictures that are read whole, and all are huge TIFFs; give another")
+        if not first:  # nothing to segment
             return model
         options = {"backend": "openvino", "calibration": network_inputs(model, first)}
     try:
@@ -379,6 +381,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threshold is not None and not 0 < args.threshold < 1:
         parser.error(f"--threshold must be a probability between 0 and 1, got {args.threshold}")
+    if args.overlap is not None and args.overlap < 0:
+        parser.error(f"--overlap must be 0 or more, got {args.overlap}")
     for option in ("batch_size", "threads", "actors", "tile"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")

@@ -238,7 +238,8 @@ def train(
             say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
         images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
         predicted = UNet.from_pretrained(args.out / "model", device=device).predict(images)
-        masks = [mask * (mask != ignored(args)) for mask in masks]  # what does not count is shown as background
+        if args.ignore is not None:  # what does not count is shown as background
+            masks = [mask * (mask != ignored(args)) for mask in masks]
         sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
         Image.fromarray(sheet).save(args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
@@ -297,7 +298,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="N rendered scenes (too), rounded up to fours")
     args = parse_options(parser, argv)
-    if args.synthetic < (0 if args.data else 5):
+    if args.synthetic < 0:
+        parser.error(f"--synthetic must be 0 or more, not {args.synthetic}")
+    if not args.data and args.synthetic < 5:
         scenes = f"8 or more (four views of a car, and two cars at least), not {args.synthetic}"
         parser.error(f"give --data FOLDER, or --synthetic N to train on rendered scenes: {scenes}")
     args.synthetic += -args.synthetic % 4

@@ -137,6 +137,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--border-size must be odd, such as {args.border_size + 1}, not {args.border_size}")
     if args.crop and args.window:
         raise ValueError("--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two")
+    if args.validate_at == "size" and (args.window or getattr(args, "own_size", False)):
+        raise ValueError(
+            "with --window and --own-size the model predicts at the pictures' own size; give --validate-at original beside them"
+        )
     check_device(args.device)
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install 'unetlib[examples]'")
@@ -159,6 +163,8 @@ def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> 
     """End where a picture is too small for `--window`: a mirror image beside it has one pixel less than it on each side."""
     for dataset in datasets:
         for path, _ in map(dataset.paths, range(len(dataset))):
+            if max(size) < 2 * min(image_size(path, upright=False)):
+                continue  # large enough either way round, which some formats tell only when they are read
             height, width = image_size(path)
             if size[0] >= 2 * height or size[1] >= 2 * width:
                 raise SystemExit(
@@ -179,7 +185,9 @@ def check_same(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any])
     changed = [name for name in now if now[name] != was.get(name)]
     if changed not in ([], ["init"]):
         words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
-        raise SystemExit(f"{checkpoint} is from a run with {', '.join(words)}; resume with the same, or leave out --resume")
+        raise SystemExit(
+            f"{checkpoint} is from a run with other options: {', '.join(words)}; resume with those, or leave out --resume"
+        )
 
 
 def typed(name: str, value: Any = True) -> str:

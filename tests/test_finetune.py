@@ -34,6 +34,9 @@ TINY = [
     "cpu",
     "--precision",
     "fp32",
+    "--workers",
+    "0",
+    "--no-channels-last",
 ]
 
 
@@ -122,7 +125,8 @@ def test_a_value_that_does_not_count_has_no_say_in_the_scores(example, tmp_path,
 @pytest.mark.parametrize("loss", ["bce", "bce-dice"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_value_that_does_not_count_has_no_say_in_the_loss(example, channels, loss):
-    options = pytest.importorskip("training_options")
+    import training_options as options
+
     args = example("finetune").parse_args(["--data", "mine", "--ignore", "7", "--loss", loss])
     logits, masks = torch.randn(2, channels, 8, 6), torch.randint(max(channels, 2), (2, 8, 6))
     expected = options.make_loss(args, channels)(logits[:, :, :5], masks[:, :5])
@@ -132,9 +136,25 @@ def test_a_value_that_does_not_count_has_no_say_in_the_loss(example, channels, l
 
 def test_a_value_to_set_aside_must_be_there(example, tmp_path):
     data = write(tmp_path / "mine")
-    for option in (["--ignore", "7"], ["--ignore", "255", "--nonzero"]):
-        with pytest.raises(SystemExit, match=rf"--ignore {option[1]} is for a number in masks of classes, and not beside"):
+    wrong = (["--ignore", "7"], "no mask holds that number; they hold 0, 255"), (["--ignore", "255", "--nonzero"], "not both")
+    for option, message in wrong:
+        with pytest.raises(SystemExit, match=message):
             example("finetune").main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *option])
+
+
+def test_what_does_not_count_is_no_object(example):
+    mask = np.zeros((40, 56), np.int64)
+    mask[4:12, 4:12], mask[20:40, :30] = 1, 255
+
+    class Seer:
+        def predict(self, image, tta):
+            return image[..., 0]
+
+    seen = np.repeat((mask == 1).astype(np.uint8)[..., None], 3, axis=-1)
+    seen[25:30, 5:10] = 1  # what is found there does not count either
+    scores = example("evaluate").score_objects(Seer(), [(seen, mask)], ignored=255)
+    assert (scores["ap"], scores["edge_f"], scores["rand"]) == (1, 1, 1)
+    assert example("evaluate").score_objects(Seer(), [(seen, mask)])["ap"] < 1
 
 
 def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path, capsys):
@@ -157,7 +177,7 @@ def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path,
     assert scores["dice"] == pytest.approx(dice.mean())
     with pytest.raises(SystemExit):
         example("evaluate").main(options)
-    assert "--ignore 255 needs the values of the classes too" in capsys.readouterr().err
+    assert "--ignore 255 needs the values of the classes, such as" in capsys.readouterr().err
 
 
 def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tmp_path):

@@ -15,6 +15,7 @@ def test_mask_to_image_spreads_the_classes_over_the_greys():
     mask = np.array([[0, 1], [2, 3]], np.uint8)
     assert mask_to_image(mask, classes=4).tolist() == [[0, 85], [170, 255]]
     assert mask_to_image(mask.astype(bool)).tolist() == [[0, 255], [255, 255]]
+    assert mask_to_image(np.array([[0, 150, 299]]), classes=300).tolist() == [[0, 127, 255]]
 
 
 def test_overlay_mixes_the_class_colour_and_leaves_the_background():
@@ -70,7 +71,7 @@ def test_a_comparison_has_masks_below_their_pictures():
         (lambda: mask_to_image(np.array([[2]])), "holds class 2"),
         (lambda: mask_to_image(np.array([[-1]])), "start at 0, got -1"),
         (lambda: mask_to_image(np.array([[0.5]])), "float64"),
-        (lambda: mask_to_image(np.array([[0]]), classes=1), "classes=1 must be from 2 to 256"),
+        (lambda: mask_to_image(np.array([[0]]), classes=1), "classes=1 must be 2 or more"),
         (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), np.uint8)), r"\(2, 2\) and its mask \(2, 3\)"),
         (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], [np.zeros((2, 2))], []), "1 pictures, 1 masks and 0 predicted"),

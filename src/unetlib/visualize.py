@@ -24,7 +24,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
 
     Args:
         mask: (H, W) integers or bools, classes 0 to `classes` - 1.
-        classes: number of classes, 2 to 256.
+        classes: number of classes, 2 or more.
 
     Returns:
         uint8 (H, W).
@@ -37,7 +37,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
         [[0, 127, 255]]
     """
     mask = _check_mask(mask)
-    classes = whole("classes", classes, 2, 256)
+    classes = whole("classes", classes, 2)
     if mask.size and mask.max() >= classes:
         raise ValueError(f"the mask holds class {mask.max()}, but classes={classes} makes {classes - 1} the last")
     return (mask.astype(np.int64) * 255 // (classes - 1)).astype(np.uint8)
@@ -125,7 +125,7 @@ def comparison(
         images: uint8 (H, W, 3), or (H, W) or (H, W, 1) for grey ones; of any sizes.
         masks: (H, W) of classes, of any type, each of its picture's size.
         predicted: likewise, as `UNet.predict` gives them.
-        classes: number of classes, 2 to 256.
+        classes: number of classes, 2 or more.
         columns: pictures in a row.
         height: of each tile in pixels; all have the shape of the first picture.
 
