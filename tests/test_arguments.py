@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ def test_what_fits_is_given_back():
     assert whole("seed", np.int64(3), 0) == 3
     assert height_and_width([np.int32(4), 6]) == (4, 6)
     assert rising("crop", [0.5, 1], 0, 1) == (0.5, 1)
+    assert (rising("crop", UserList([0.5, 1]), 0, 1), height_and_width(UserList([4, 6]))) == ((0.5, 1), (4, 6))
     at_least("noise", 0.0, 0)
     at_least("p", 1, 0, 1)
 
@@ -45,6 +47,9 @@ def test_devices_are_there_or_named(monkeypatch):
         ),
         (lambda: rising("scale", (2, 1), 0), ValueError, r"0 < least <= largest, not \(2, 1\)"),
         (lambda: rising("scale", 1.5, 0), ValueError, "not 1.5"),
+        (lambda: rising("scale", ("1", "2"), 0), ValueError, r"not \('1', '2'\)"),
+        (lambda: at_least("smooth", "1e-5", 0), ValueError, "smooth must be 0 or more, not '1e-5'"),
+        (lambda: at_least("rotation", (-10, 10), 0), ValueError, r"rotation must be 0 or more, not \(-10, 10\)"),
         (lambda: at_least("noise", -0.1, 0), ValueError, "noise must be 0 or more, not -0.1"),
         (lambda: at_least("p", 2, 0, 1), ValueError, "p must be from 0 to 1, not 2"),
         (lambda: at_least("noise", math.nan, 0), ValueError, "not nan"),

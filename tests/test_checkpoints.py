@@ -55,6 +55,20 @@ def test_a_checkpoint_of_which_bytes_changed_is_passed_over(tmp_path, seed):
         assert load_checkpoint(path) == {"step": 1, "names": ["a", "b"], "pair": (1, 2.5)}
 
 
+def test_the_cause_is_told_and_checksums_are_written_whatever_is_set(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_checkpoint({"step": 1}, path)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path) == {"step": 1}
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such device\nmore")))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: no such device\);"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     "value", [np.float64(0.97), np.zeros(2), Path("x"), {1: [np.int64(3)]}, lambda: 0, (member for member in "a")]
 )

@@ -183,8 +183,13 @@ def test_missing_and_empty_folders(folders, tmp_path):
 def test_wrong_arguments(folders):
     with pytest.raises(TypeError, match="transform must be callable"):
         CarvanaDataset(*folders, transform=(160, 240))
-    for transform in (v1.Compose([v1.Resize((8, 8))]), v1.Resize((8, 8)), torch.nn.Identity()):
-        with pytest.raises(TypeError, match=r"(Compose|Resize|Identity) does not take a picture and its mask; give"):
+
+    class ByName(torch.nn.Module):
+        def forward(self, *, image, mask):
+            return image, mask
+
+    for transform in (v1.Compose([v1.Resize((8, 8))]), v1.Resize((8, 8)), torch.nn.Identity(), ByName()):
+        with pytest.raises(TypeError, match=r"(Compose|Resize|Identity|ByName) does not take a picture and its mask; give"):
             CarvanaDataset(*folders, transform)
     with pytest.raises(ValueError, match="mode must be"):
         ImageMaskDataset(*folders, mask_suffix="_mask", mode="RGBA")

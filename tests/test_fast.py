@@ -436,9 +436,11 @@ with torch.inference_mode():
 
 def test_other_modules_are_refused():
     for wrapper, place in ((nn.DataParallel, "module"), (torch.compile, "_orig_mod")):
-        with pytest.raises(TypeError, match=rf"expected a UNet, got \w+; take it out of its wrapper, as in model\.{place}$"):
+        with pytest.raises(
+            TypeError, match=rf"expected a UNet, got an? \w+; take it out of its wrapper, as in model\.{place}$"
+        ):
             optimize_for_inference(wrapper(trained()))
-    with pytest.raises(TypeError, match=r"expected a UNet, got FastUNet$"):
+    with pytest.raises(TypeError, match=r"expected a UNet, got a FastUNet$"):
         optimize_for_inference(optimize_for_inference(trained()))
 
 

@@ -558,10 +558,19 @@ def test_a_wrapped_model_is_told_to_be_unwrapped(model, picture, wrapper):
         lambda: list(network_inputs(wrapped, [picture])),
         lambda: evaluate(wrapped, [(picture, picture[..., 0] > 0)]),
     ):
-        with pytest.raises(TypeError, match=rf"expected a UNet, got a {wrapper.__name__}; give its \.module"):
+        with pytest.raises(TypeError, match=rf"expected a UNet, got a {wrapper.__name__}; .* as in model\.module"):
             call()
     with pytest.raises(TypeError, match="expected a UNet, got a str"):
         predict("carvana", picture)
+
+
+def test_names_from_numpy_are_paths(model, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    names = np.array([str(tmp_path / "a.png")])
+    assert (model.predict(names[0]) == model.predict(picture)).all()
+    for several in (names, names.astype(object)):
+        assert len(list(network_inputs(model, several))) == 1
+    assert (model.predict(picture, threshold=torch.tensor(0.4)) == model.predict(picture, threshold=0.4)).all()
 
 
 def test_files_in_a_list_are_named(model, picture, tmp_path):

@@ -177,6 +177,34 @@ def test_what_would_not_load_is_not_written_over_what_does(model, folder, change
     assert contents(folder) == before
 
 
+class Deeper(UNet):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.auxiliary = torch.nn.Conv2d(self.config.bottleneck, 2, 1)
+
+
+class Another(UNet):
+    def __init__(self, options):
+        super().__init__(**options)
+
+
+def test_subclasses_are_saved_as_they_or_a_unet_load(tmp_path):
+    deeper = Deeper(features=(4,))
+    assert_same(deeper, Deeper.from_pretrained(deeper.save_pretrained(tmp_path / "deeper")))
+    another = Another({"features": (4,)})
+    assert_same(another, UNet.from_pretrained(another.save_pretrained(tmp_path / "another")))
+
+
+def test_what_is_saved_must_load(model, tmp_path):
+    changed = copy.deepcopy(model)
+    changed.preprocessing = Preprocessing(scale=20.0)
+    with pytest.raises(ValueError, match="enlarged too far"):
+        changed.save_pretrained(tmp_path / "saved")
+    with pytest.raises(TypeError, match=r"got a DataParallel; take it out of its wrapper, as in model\.module"):
+        pretrained.save_pretrained(torch.nn.DataParallel(model), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_weight_beyond_the_storage_type_is_refused(model, folder):
     before, changed = contents(folder), copy.deepcopy(model)
     torch.nn.init.constant_(changed.head.weight, 1e5)

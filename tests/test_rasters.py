@@ -157,6 +157,12 @@ def test_other_suffixes_are_named(tmp_path):
         open_raster(tmp_path / "a.png")
 
 
+def test_12_bits_reach_white(tmp_path):
+    levels = np.array([[0, 2048, 4095, 4095]], np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", levels, bitspersample=12)
+    assert open_raster(tmp_path / "a.tif")[0:1, 0:4].tolist() == [[0, 128, 255, 255]]
+
+
 def test_huge_tiffs_are_told_by_their_pixels(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.TIF", np.zeros((200, 300), np.uint8), compression="zlib", tile=(64, 64))
     (tmp_path / "broken.tif").write_bytes(b"II*\0")

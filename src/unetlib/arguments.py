@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, SupportsFloat
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -21,9 +22,16 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def height_and_width(size: Any, name: str = "size") -> tuple[int, int]:
     """Read a picture's size."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise TypeError(f"{name}={size!r} must be a pair (height, width), such as {name}=(320, 480)")
     return whole(name, size[0], 1), whole(name, size[1], 1)
+
+
+def not_a_unet(model: object) -> TypeError:
+    """The error for something that is no network, or is one in a wrapper."""
+    wrapper = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
+    hint = f"; take it out of its wrapper, as in model.{wrapper}" if wrapper else ""
+    return TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
 
 
 def check_device(name: str, *, here: bool = True) -> None:
@@ -43,7 +51,8 @@ def check_device(name: str, *, here: bool = True) -> None:
 
 def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[float, float]:
     """Read a (least, largest) pair of numbers, above `low` and up to `high`."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+    numbers = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(part, SupportsFloat) for part in pair)
+    if not numbers or not low < pair[0] <= pair[1] <= high:
         below = "" if high == math.inf else f" <= {high:g}"
         raise ValueError(f"{name} must be (least, largest), {low:g} < least <= largest{below}, not {pair!r}")
     return pair[0], pair[1]
@@ -51,6 +60,6 @@ def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[fl
 
 def at_least(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuse a number that is below `low` or above `high`, or none."""
-    if not low <= value <= high:
+    if not isinstance(value, SupportsFloat) or not low <= value <= high:
         allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")

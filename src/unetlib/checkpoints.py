@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -9,7 +10,7 @@ import random
 import shutil
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb") as file, _checksums():
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
@@ -92,13 +93,24 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
             state: dict[str, Any] = torch.load(candidate, map_location=map_location, weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a damaged file
             code = code_asked_for(error)
-            cause = f"asks for the code {code}" if code else f"is damaged ({type(error).__name__})"
-            problems.append(f"{candidate} {cause}")
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            problems.append(f"{candidate} " + (f"asks for the code {code}" if code else f"cannot be read: {reason}"))
             continue
         if problems:
             _log.warning("%s; going on from %s", problems[0], candidate)
         return state
     raise ValueError(f"no checkpoint can be read ({'; '.join(problems)}); expected a file that save_checkpoint wrote")
+
+
+@contextlib.contextmanager
+def _checksums() -> Iterator[None]:
+    """Have them written, whatever the program has set."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def check_space(folder: str | PathLike[str], needed: int) -> None:

@@ -83,7 +83,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         """Pair the files."""
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be callable or None, not {transform!r}")
-        if transform is not None and not (_binds(transform, None, None) or _binds(transform, image=None, mask=None)):
+        if transform is not None and not (_by_keyword(transform) or _binds(transform, None, None)):
             raise TypeError(
                 f"{type(transform).__name__} does not take a picture and its mask; give a preset of unetlib.transforms, "
                 "transforms of torchvision.transforms.v2, or an albumentations pipeline"
@@ -336,7 +336,7 @@ def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
-    if not isinstance(transform, torch.nn.Module) and _binds(transform, image=None, mask=None):
+    if _by_keyword(transform):
         result = transform(image=image, mask=mask)
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
@@ -350,6 +350,11 @@ def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArra
         f'{type(transform).__name__} must give (image, mask) or {{"image": ..., "mask": ...}}, but gave a '
         f"{type(result).__name__}"
     )
+
+
+def _by_keyword(transform: Callable[..., Any]) -> bool:
+    """Whether it is called as albumentations' pipelines are; modules are called as torchvision's."""
+    return not isinstance(transform, torch.nn.Module) and _binds(transform, image=None, mask=None)
 
 
 def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:

@@ -65,8 +65,7 @@ def read_image(
     image, file_format = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
         bits = getattr(source if isinstance(source, Image.Image) else image, "tag_v2", {}).get(_BITS, (16,))[0]
-        white = 2**bits - 1
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))  # rounded
+        image = Image.fromarray(to_bytes(np.asarray(image), bits))
     elif image.mode in ("I", "F"):
         kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
@@ -181,6 +180,18 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     return indices
 
 
+def to_bytes(levels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Levels from 0 to 2**bits - 1 as levels from 0 to 255, rounded.
+
+    Example:
+        >>> to_bytes(np.array([0, 2048, 4095], np.uint16), bits=12).tolist()
+        [0, 128, 255]
+    """
+    white = 2**bits - 1
+    scaled: NDArray[np.uint8] = ((levels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    return scaled
+
+
 def to_tensor(array: NDArray[Any]) -> Tensor:
     """An array of pixels with its channels first, as PyTorch has them.
 
@@ -290,13 +301,13 @@ def _refusal(image: Image.Image, exact: bool) -> str | None:
         return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
     tags = getattr(image, "tag_v2", {})
     if 0 in tags.get(_EXTRA, ()):  # neither of the two kinds of alpha: a band of its own, which Pillow drops
-        return f"has {tags.get(_SAMPLES)} bands, of which not all would be read. Save grey or RGB, or give predict an array."
+        return f"has {tags.get(_SAMPLES)} bands, of which not all would be read. Save it as grey or RGB."
     return None
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether the size that Pillow gives is the other way round; newer versions give that of a TIFF as it will be turned."""
-    if image.format == "TIFF" and image.size[0] != image.tag_v2.get(_WIDTH, image.size[0]):  # type: ignore[attr-defined]
+    if image.format == "TIFF" and image.size[0] != getattr(image, "tag_v2", {}).get(_WIDTH, image.size[0]):
         return False
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 

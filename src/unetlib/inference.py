@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, islice
-from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .arguments import whole
+from .arguments import not_a_unet, whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
@@ -100,7 +99,7 @@ def predict(
         threshold = model.preprocessing.threshold
     elif model.config.out_channels > 1:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
-    elif not isinstance(threshold, Real) or not 0.0 < threshold < 1.0:
+    elif not isinstance(threshold, SupportsFloat) or not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
@@ -398,13 +397,12 @@ def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
 
 def _check_model(model: object) -> None:
     if not hasattr(model, "preprocessing"):
-        hint = "; give its .module" if hasattr(model, "module") else ""  # DataParallel, DistributedDataParallel, AveragedModel
-        raise TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
+        raise not_a_unet(model)
 
 
 def _several(images: Iterable[Picture]) -> Iterable[Picture]:
     """Pictures; one alone would be taken for several, row by row or letter by letter."""
-    if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) < 4):
+    if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) in (2, 3)):
         raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
     return images
 
@@ -414,7 +412,7 @@ def _open(picture: Picture, channels: int) -> _Source:
     name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
     if isinstance(picture, (str, PathLike)) and (Path(picture).suffix.lower() == ".npy" or is_huge_tiff(picture)):
         picture = open_raster(picture)
-    if isinstance(picture, Tensor) or not isinstance(picture, Raster):
+    if isinstance(picture, (str, PathLike, Tensor)) or not isinstance(picture, Raster):  # NumPy's strings look like rasters
         tensor = _match_channels(_read(picture, channels), channels, name)
         return _Source((tensor.shape[1], tensor.shape[2]), tensor.dtype, partial(_region, tensor))
     if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):

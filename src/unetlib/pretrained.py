@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import hub, trust
 from .adapt import adapt
+from .arguments import not_a_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
@@ -232,7 +233,7 @@ def save_pretrained(
     """Write a model folder: `config.json`, `model.safetensors` and `README.md`.
 
     All files are written before the first takes its name, so that a call that fails leaves the folder as it was. Nothing is
-    written that `from_pretrained` would refuse.
+    written that `from_pretrained` would refuse, but for weights that are not finite, for which it has `allow_nonfinite=True`.
 
     Args:
         model: the network to save.
@@ -259,16 +260,15 @@ def save_pretrained(
     if dtype is not None and not (dtype in trust.DTYPES.values() and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point type such as torch.float16, got {dtype!r}")
     tensors = _stored(model, dtype)
+    config = {
+        "unetlib": trust.installed_version(),
+        "model": model.config.to_dict(),
+        "preprocessing": model.preprocessing.to_dict(),
+    }
+    text = json.dumps(config, indent=2)
+    trust.read_config(json.loads(text))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        {
-            "unetlib": trust.installed_version(),
-            "model": model.config.to_dict(),
-            "preprocessing": model.preprocessing.to_dict(),
-        },
-        indent=2,
-    )
     if card is None and not (folder / CARD).exists():
         title = folder.resolve().name
         card = model_card(model, title, f"path/to/{title}")
@@ -422,14 +422,16 @@ def _copied(tensor: Tensor) -> Tensor:
 def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors as `save_pretrained` writes them."""
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    (builder, *_) = (cls for cls in type(model).__mro__ if "from_config" in vars(cls))  # subclasses may be built otherwise
-    try:
-        trust.check_fit(_skeleton(builder, model.config, "this model").state_dict(), tensors, "this model")
-    except ValueError as error:
+    if not hasattr(model, "preprocessing"):
+        raise not_a_unet(model)
+    # A subclass may have more layers, or a constructor of another kind, of which a UNet reads what it has in common.
+    base = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
+    problems = [problem for cls in dict.fromkeys((type(model), base)) if (problem := _misfit(cls, model.config, tensors))]
+    if len(problems) == len({type(model), base}):
         raise ValueError(
-            f"{error}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
+            f"{problems[-1]}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
             "out_channels=5, or undo that before saving"
-        ) from None
+        )
     stored = {
         key: (value.to(dtype) if dtype is not None and value.ndim > 1 else value).cpu().contiguous()
         for key, value in tensors.items()
@@ -438,6 +440,15 @@ def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     if beyond := [key for key in changed if tensors[key].isfinite().all() and not stored[key].float().isfinite().all()]:
         raise ValueError(f"{dtype} is too small for the weights in {', '.join(beyond[:3])}; give dtype=torch.bfloat16, or none")
     return stored
+
+
+def _misfit(cls: type[Model], config: UNetConfig, tensors: Mapping[str, Tensor]) -> str | None:
+    """Why a network of that class does not take these tensors."""
+    try:
+        trust.check_fit(_skeleton(cls, config, "this model").state_dict(), tensors, "this model")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:

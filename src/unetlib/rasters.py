@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .imaging import to_bytes
+
 _TIFF = (".tif", ".tiff")
 _READ_WHOLE = 2**26  # pixels of a TIFF up to which imaging.read_image has it
 _TILE = 512  # pixels a side of a tile in TIFF files written here
@@ -180,6 +182,7 @@ class _TiffRaster:
             )
         self._path = path
         self._array: Any = zarr.open_array(series.aszarr(level=0), mode="r")
+        self._bits = int(page.bitspersample)
         self._channels_first = series.axes in ("SYX", "CYX")
         shape: tuple[int, ...] = self._array.shape
         shape = (*shape[1:], shape[0]) if self._channels_first else shape
@@ -193,8 +196,8 @@ class _TiffRaster:
         except Exception as error:  # inside a decoder a broken file can raise nearly anything
             raise ValueError(_unreadable(self._path, error)) from error
         pixels = np.moveaxis(pixels, 0, -1) if self._channels_first else pixels
-        if pixels.dtype == np.uint16:
-            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # round(v / 257), exactly
+        if self._bits != 8:
+            pixels = to_bytes(pixels, self._bits)
         return pixels[..., : self.shape[2]] if pixels.ndim == 3 else pixels
 
 

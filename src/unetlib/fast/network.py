@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import not_a_unet
 from ..blocks import DoubleConv
 from ..memory import keep_freed, release_freed
 from ..unet import UNet, check_input
@@ -84,9 +85,7 @@ def optimize_for_inference(
         True
     """
     if not isinstance(model, UNet):
-        wrapper = next((name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), UNet)), None)
-        hint = f"; take it out of its wrapper, as in model.{wrapper}" if wrapper else ""
-        raise TypeError(f"expected a UNet, got {type(model).__name__}{hint}")
+        raise not_a_unet(model)
     if otherwise := difference(model):
         raise ValueError(f"a fast copy would compute something else: {otherwise}; unetlib.inference.predict runs it as it is")
     if backend not in (None, "openvino"):
@@ -143,7 +142,7 @@ class FastUNet(nn.Module):
             # Weights are there before any call: made in one stream or capture, another could read them unwritten.
             self._levels_for(torch.Size([2**10, 2**10]))
             torch.cuda.current_stream(self.device).synchronize()
-            this = weakref.proxy(self)  # else it would be a cycle, and the memory of graphs wait for the collector
+            this = weakref.proxy(self)  # else it is a cycle, as with `compile`, and graphs wait for the collector
             self._run = Replays(self._run or (lambda x: this._logits(x)))
 
     @torch.inference_mode()
