@@ -89,7 +89,10 @@ def train(
 
     # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
     names = [image for dataset in train_sets for image in dataset.images]
-    batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
+    try:
+        batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
+    except ValueError as error:
+        raise SystemExit(f"--batch-size {args.batch_size}: {error}") from error
     loader = AugmentedBatches(
         train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
         size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,

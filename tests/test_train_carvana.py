@@ -208,6 +208,11 @@ def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(scr
     assert UNet.from_pretrained(tmp_path / "run" / "model").preprocessing.mean == (0.5, 0.4, 0.3)
 
 
+def test_a_batch_larger_than_the_data_is_named(script, data, tmp_path):
+    with pytest.raises(SystemExit, match=r"--batch-size 100: a batch takes 100 pictures, and there are \d+; give a smaller"):
+        script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out"), "--batch-size", "100"])
+
+
 def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, monkeypatch):
     def loss(logits, masks):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
