@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_options import ignored, set_aside
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
 from unetlib.arguments import check_device
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
-
-IGNORED = 255  # the class of pixels that do not count
 
 
 class Scenes:
@@ -89,19 +88,19 @@ def main(argv: list[str] | None = None) -> None:
         mode = "L" if model.config.in_channels == 1 else "RGB"
         values: Any = "nonzero" if args.nonzero else args.mask_values
         if args.ignore is not None:
-            values = {value: k for k, value in enumerate(v for v in values if v != args.ignore)} | {args.ignore: IGNORED}
+            values = set_aside(values, args.ignore)
         dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
     tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
-    ignored = None if args.ignore is None else IGNORED
-    metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold, ignore_index=ignored)
+    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
+    metrics = SegmentationMetrics(model.config.out_channels, **options)
     scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
     if model.config.out_channels > 1:
         names = model.preprocessing.class_names or map(str, range(model.config.out_channels))
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
-        scores |= score_objects(model, dataset, tta, ignored=ignored)
+        scores |= score_objects(model, dataset, tta, ignored=ignored(args))
     print(json.dumps({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 

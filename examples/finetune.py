@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, parse_options, starting_model
+from training_options import IGNORED, parse_options, set_aside, starting_model
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.distributed import joined_processes
@@ -68,7 +68,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     if args.ignore is not None:
         if len(names) > IGNORED:
             raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
-        mask_values = {value: k for k, value in enumerate(mask_values or found)} | {args.ignore: IGNORED}
+        mask_values = set_aside(mask_values or found, args.ignore)
     say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
     for dataset in sets:
         dataset.mask_values = mask_values

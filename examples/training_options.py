@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,11 @@ def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tens
     if channels > 1:
         return CrossEntropyLoss(ignore_index=ignored(args)) + DiceLoss(ignore_index=ignored(args))
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
+
+
+def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
+    """The `mask_values` of classes, in their order, and of a value whose pixels do not count."""
+    return {value: k for k, value in enumerate(value for value in values if value != ignore)} | {ignore: IGNORED}
 
 
 def ignored(args: argparse.Namespace) -> int | None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import pickle
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -524,26 +525,26 @@ def test_tversky_is_dice_and_jaccard() -> None:
 # The numerical policy
 
 
+def of_whole_and_ignored(name: str, kind: str, shape: tuple[int, int]) -> Iterator[tuple[functools.partial, torch.Tensor]]:
+    """A loss as a function of its logits, and logits, with a mask that counts everywhere and one that does not."""
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, shape)
+    for mask, keywords in ((target, {}), (with_ignored(target), {"ignore_index": 255})):
+        yield functools.partial(loss, target=mask, **options, **keywords, **extra), logits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_the_derivatives(name: str, kind: str) -> None:
-    loss, extra = ALL[name]
-    logits, target, options = case(kind, (2, 3))
-    masks = [(target, options), (with_ignored(target), options | {"ignore_index": 255})]
-    for mask, keywords in masks:
-        of_logits = functools.partial(loss, target=mask, **keywords, **extra)
+    for of_logits, logits in of_whole_and_ignored(name, kind, (2, 3)):
         assert torch.autograd.gradcheck(of_logits, logits.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_second_derivatives_are_right_or_refused(name: str, kind: str) -> None:
-    loss, extra = ALL[name]
-    logits, target, options = case(kind, (2, 2))
-    masks = [(target, options), (with_ignored(target), options | {"ignore_index": 255})]
-    for mask, keywords in masks:
-        of_logits = functools.partial(loss, target=mask, **keywords, **extra)
-        if loss is focal_loss:
+    for of_logits, logits in of_whole_and_ignored(name, kind, (2, 2)):
+        if of_logits.func is focal_loss:
             with pytest.raises(RuntimeError, match="focal_loss has no second derivative"):
                 torch.autograd.functional.hessian(of_logits, logits)
         else:
