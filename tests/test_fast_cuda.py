@@ -334,7 +334,7 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
     tile = {"ROWS": 8, "COLUMNS": 16, "DEEP": 32, "WIDE": 32, "POOL": True}
     for text in (
         ptx(kernels._conv3x3, UNIT=8, CHANNELS=8, FILTERS=24, **tile),
-        ptx(kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=32),
+        ptx(kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=128),
     ):
         assert "wgmma.mma_async" in text
         assert "cp.async.cg.shared.global" in text

@@ -57,16 +57,16 @@ class UpConv2x2:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.channels, self.out_channels = weight.shape[:2]
-        self.wide = _wide(self.out_channels)
+        self.wide = _wide(4 * self.out_channels)
         self.deep = 64 if self.channels % 64 == 0 else 32
-        parts = [_padded(part, self.deep, self.wide) for part in weight.permute(2, 3, 0, 1).flatten(0, 1)]
-        self.weight, self.bias = torch.stack(parts), _padded(bias.float()[None], 1, self.wide)[0]
+        self.weight = _padded(weight.permute(0, 2, 3, 1).flatten(1), self.deep, self.wide)
+        self.bias = _padded(bias.float().repeat(4)[None], 1, self.wide)[0]
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         """Fill `out` (N, out, 2 * h, 2 * w), any slice of channels, by x (N, in, h, w)."""
         count, _, height, width = x.shape
         unit, strides = _strides(x, out)
-        _up_conv2x2[(triton.cdiv(count * height * width, 128) * 4 * triton.cdiv(self.out_channels, self.wide),)](
+        _up_conv2x2[(triton.cdiv(count * height * width, 128) * triton.cdiv(4 * self.out_channels, self.wide),)](
             x, out, self.weight, self.bias, count * height * width, height, width, *strides,
             UNIT=unit, CHANNELS=self.channels, FILTERS=self.out_channels, PIXELS=128, DEEP=self.deep, WIDE=self.wide,
             num_warps=4, num_stages=3,
@@ -212,29 +212,26 @@ def _up_conv2x2(
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr,
     DEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (FILTERS + WIDE - 1) // WIDE
-    depths: tl.constexpr = (CHANNELS + DEEP - 1) // DEEP * DEEP
-    program = tl.program_id(0)
-    tap, block, tile = program % 4, program // 4 % blocks, program // 4 // blocks
-
-    pixel = tile * PIXELS + tl.arange(0, PIXELS)
+    blocks: tl.constexpr = (4 * FILTERS + WIDE - 1) // WIDE
+    pixel = tl.program_id(0) // blocks * PIXELS + tl.arange(0, PIXELS)
+    result = tl.program_id(0) % blocks * WIDE + tl.arange(0, WIDE)
     n, row, column = (pixel // (height * width)).to(tl.int64), (pixel // width % height).to(tl.int64), pixel % width
-    filter = block * WIDE + tl.arange(0, WIDE)
     here = (n * x_n + row * x_h + column * x_w) * UNIT
 
-    weight += tap * depths * (blocks * WIDE)
     total = tl.zeros((PIXELS, WIDE), tl.float32)
     for first in range(0, CHANNELS, DEEP):
         depth = first + tl.arange(0, DEEP)
         inside = (pixel < pixels)[:, None] & (depth < CHANNELS)[None, :]
         maps = tl.load(x + here[:, None] + depth[None, :], mask=inside, other=0.0)
-        filters = tl.load(weight + depth[:, None] * (blocks * WIDE) + filter[None, :])
-        total = tl.dot(maps, filters, total)
-    total += tl.load(bias + filter)[None, :]
+        total = tl.dot(maps, tl.load(weight + depth[:, None] * (blocks * WIDE) + result[None, :]), total)
+    total += tl.load(bias + result)[None, :]
 
-    there = (n * out_n + (2 * row + tap // 2) * out_h + (2 * column + tap % 2) * out_w) * UNIT
-    inside = (pixel < pixels)[:, None] & (filter < FILTERS)[None, :]
-    tl.store(out + there[:, None] + filter[None, :], total.to(out.dtype.element_ty), mask=inside)
+    # The four places of a pixel, the filters of each side by side.
+    filter, below, beside = result % FILTERS, result // FILTERS // 2, result // FILTERS % 2
+    there = (n * out_n + 2 * row * out_h + 2 * column * out_w) * UNIT
+    places = (below * out_h + beside * out_w) * UNIT + filter
+    inside = (pixel < pixels)[:, None] & (result < 4 * FILTERS)[None, :]
+    tl.store(out + there[:, None] + places[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @_compiled
