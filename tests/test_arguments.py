@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from unetlib.arguments import at_least, check_device, height_and_width, rising, whole
+from unetlib.arguments import at_least, check_device, check_options, height_and_width, needed, rising, whole
 
 
 def test_what_fits_is_given_back():
@@ -17,6 +17,7 @@ def test_what_fits_is_given_back():
     assert (rising("crop", UserList([0.5, 1]), 0, 1), height_and_width(UserList([4, 6]))) == ((0.5, 1), (4, 6))
     at_least("noise", 0.0, 0)
     at_least("p", 1, 0, 1)
+    assert needed("math", "a plot", "examples") is math
 
 
 def test_devices_are_there_or_named(monkeypatch):
@@ -53,6 +54,12 @@ def test_devices_are_there_or_named(monkeypatch):
         (lambda: at_least("noise", -0.1, 0), ValueError, "noise must be 0 or more, not -0.1"),
         (lambda: at_least("p", 2, 0, 1), ValueError, "p must be from 0 to 1, not 2"),
         (lambda: at_least("noise", math.nan, 0), ValueError, "not nan"),
+        (lambda: check_options("UNet", {"d": 1, "a": 2, "c": 3}, iter("ab")), TypeError, "no option c, d; it has a, b$"),
+        (
+            lambda: needed("nowhere.at_all", "a plot", "examples"),
+            ImportError,
+            r"^nowhere is not installed; a plot needs it: pip install 'unetlib\[examples\]'$",
+        ),
     ],
 )
 def test_what_does_not_is_named(check, error, message):

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -242,6 +243,17 @@ def test_the_folder_is_where_the_file_lies_and_nothing_stays(folders, tmp_path):
     assert not list(where.iterdir())
     with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'"):
         CachedDataset(CarvanaDataset(*folders), folder=tmp_path / "nowhere")
+
+
+def test_a_limit_that_disks_do_not_tell_of_is_named(folders, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"room for 0\.01 GiB .* in {re.escape(str(tmp_path))} \(.*\); give folder= .*_gib"):
+            CachedDataset(CarvanaDataset(*folders), (800, 1200), folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- processes

@@ -118,6 +118,20 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert load_checkpoint(path)["step"] == 1
 
 
+def test_stopped_by_hand_nothing_half_written_stays(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1}, path)
+
+    def stopped(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint({"step": 2}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint(path)["step"] == 1
+
+
 def test_a_real_full_disk_is_an_os_error(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")

@@ -242,7 +242,27 @@ def test_check_reads_all_and_reports_once(folders):
     ]
 
 
+def test_check_counts_no_file_as_broken_for_want_of_memory(folders, monkeypatch):
+    def too_large(source):
+        raise MemoryError
+
+    dataset = CarvanaDataset(*folders)
+    monkeypatch.setattr(Image, "open", too_large)
+    with pytest.raises(MemoryError, match=r"too little memory for .*aaaaaaaaaaaa_01\.jpg"):
+        dataset.check()
+
+
 # --- transforms
+
+
+def test_parts_are_taken_by_number(folders):
+    dataset = CarvanaDataset(*folders)
+    assert dataset.subset([1, 0]).images == dataset.images[1::-1]
+    for yes_and_no in ([True, False], np.array([True, False])):
+        with pytest.raises(TypeError, match="subset takes the numbers of the pairs, such as"):
+            dataset.subset(yes_and_no)
+    with pytest.raises(TypeError, match=r"one picture at a time, not slice\(0, 2, None\); dataset\.subset"):
+        dataset[0:2]
 
 
 def test_the_studys_albumentations_pipeline(folders):
@@ -387,8 +407,8 @@ def test_splits_that_cannot_be(folders):
     for fraction in (0, 1, 1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match="val_fraction must lie between"):
             split_by_car(NAMES, fraction)
-    for wrong in ("train", Subset(CarvanaDataset(*folders), [0])):
-        with pytest.raises(TypeError, match="list of file names, not a"):
+    for wrong in ("train", Subset(CarvanaDataset(*folders), [0]), iter(NAMES), {*NAMES}, 5):
+        with pytest.raises(TypeError, match=rf"list of file names, not a {type(wrong).__name__}; give list\(\.\.\.\)"):
             split_by_car(wrong)
 
 

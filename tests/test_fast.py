@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import platform
 import subprocess
 import sys
@@ -432,6 +433,56 @@ with torch.inference_mode():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", f"{native_kernels.available():d}", f"{winograd.available():d}"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_a_default_dtype_changes_nothing(dtype):
+    """Before and after something has been tried and kept."""
+    code = f"""
+import numpy, torch
+from unetlib import UNet, Preprocessing
+from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
+model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 80, 96)
+large = torch.rand(1, 3, 600, 800)
+model.preprocessing = Preprocessing(mean=0.3, std=0.7)
+with torch.inference_mode():
+    expected, of_large = model(x), model(large)
+later = optimize_for_inference(model)
+for first in (False, True):
+    if first:
+        later(x)
+    torch.set_default_dtype(torch.{dtype})
+    assert (network._trial(16, torch.float32, [network.PrepackedLevel]).keys()) == {{network.PrepackedLevel}}
+    print(int(native_kernels.available()), int(winograd.available()))
+    for fast in (later, optimize_for_inference(model)):
+        assert fast(x).dtype == torch.float32
+        torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast(large), of_large, rtol=1e-4, atol=1e-4)
+    picture = numpy.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=numpy.uint8)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(torch.float32).div(255).sub(0.3).div(0.7)
+    with torch.inference_mode():
+        found, plain = model.predict(picture, probabilities=True), model(pixels).sigmoid()[0, 0].numpy()
+    assert abs(found - plain).max() < 1e-3
+    torch.set_default_dtype(torch.float32)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == 2 * [f"{native_kernels.available():d}", f"{winograd.available():d}"]
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, pickle.dumps])
+def test_a_copy_does_not_travel(travel):
+    with pytest.raises(TypeError, match="take the UNet, and call optimize_for_inference there"):
+        travel(optimize_for_inference(UNet(features=(8, 16)).eval()))
+
+
+def test_pictures_that_are_lazily_negative():
+    model, x = trained(features=(16, 32)), torch.rand(1, 3, 64, 96)
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    fast = optimize_for_inference(model)
+    for _ in range(3):
+        assert torch.equal(fast(negative), fast(x))
 
 
 def test_other_modules_are_refused():

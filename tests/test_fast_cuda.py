@@ -93,7 +93,7 @@ def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monke
 def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_replays(monkeypatch):
     seen, compile = {}, torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: seen.update(options) or compile(function, **options))
-    assert callable(cuda.compiled(torch.relu, torch.device("cuda")))  # PyTorch refuses options that it does not know
+    assert callable(network._compiled(torch.relu, torch.device("cuda")))  # PyTorch refuses options that it does not know
     assert seen["dynamic"] is False
     assert seen["options"]["max_autotune"]
     assert seen["options"]["max_autotune_conv_backends"] == "ATEN"

@@ -213,6 +213,22 @@ def test_unreadable_files(tmp_path):
         read_image(tmp_path / "half.jpg", "RGBA")
 
 
+def test_files_that_may_be_sound_are_not_to_be_removed(tmp_path, monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.png cannot be opened: (Is a directory|Permission denied)$"):
+        read_image(tmp_path / "folder.png")
+
+    def fail(source):
+        raise errors.pop()
+
+    errors = [MemoryError(), OSError(24, "Too many open files", "a.png")]
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match=r"a\.png cannot be opened: Too many open files$"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(MemoryError, match=r"too little memory for .*a\.png; free some, or reduce the picture$"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_mode_without_a_reading_as_colour_is_named():
     with pytest.raises(ValueError, match=r"the given picture has the mode 'La'.*PNG"):
         read_image(Image.new("La", (2, 2)))
@@ -445,6 +461,11 @@ def test_numpy_gives_values_and_classes():
     assert read_mask(mask, dict(zip((0, 128, 255), np.arange(3), strict=True))).tolist() == [[0, 1, 2]]
     with pytest.raises(TypeError, match="mask_values must hold integers"):
         read_mask(mask, np.array([0.5, 1.5]))
+
+
+def test_binary_values_have_no_classes():
+    assert class_of_value(None) is None
+    assert class_of_value("nonzero") is None
 
 
 @pytest.mark.parametrize(

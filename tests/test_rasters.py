@@ -182,7 +182,7 @@ def test_huge_tiffs_are_told_by_their_pixels(tmp_path, monkeypatch):
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, module):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((20, 30), np.uint8))
     without(monkeypatch, module)
-    with pytest.raises(ImportError, match=r"pip install unetlib\[tiff\]"):
+    with pytest.raises(ImportError, match=rf"{module} is not installed; .*pip install 'unetlib\[tiff\]'"):
         open_raster(tmp_path / "a.tif")
 
 
@@ -219,6 +219,8 @@ def test_channels_go_into_an_array(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), probabilities)
     with pytest.raises(ValueError, match=r"one value a pixel.*write a \.npy file"):
         write_raster(tmp_path / "a.tif", (50, 20), in_bands(probabilities, 7, 30))
+    with pytest.raises(ValueError, match=r"\(2, 25, 20\) follows one of float32 \(3, 25, 20\)"):
+        write_raster(tmp_path / "b.npy", (50, 20), [probabilities[:, :25], probabilities[:2, 25:]])
 
 
 def interrupted():
@@ -235,6 +237,7 @@ def interrupted():
         ([np.zeros((999, 30), np.uint8)], ValueError, "have 999 rows in all, and 1000"),
         ([np.zeros((1000, 31), np.uint8)], ValueError, "does not fit"),
         ([], ValueError, "no bands"),
+        ([np.zeros((500, 30), np.uint8), np.zeros((500, 30))], ValueError, "of float64 .* follows one of uint8 .* one dtype"),
     ],
 )
 def test_nothing_is_written_half_and_what_was_there_stays(tmp_path, name, bands, error, message):
@@ -254,5 +257,5 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"got the folder '.*folder\.npy'; name a file in it"):
         check_output(tmp_path / "folder.npy")
     without(monkeypatch, "tifffile")
-    with pytest.raises(ImportError, match=r"pip install unetlib\[tiff\]"):
+    with pytest.raises(ImportError, match=r"pip install 'unetlib\[tiff\]'"):
         check_output(tmp_path / "mask.tif")

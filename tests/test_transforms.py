@@ -381,6 +381,9 @@ def test_a_batch_of_masks_with_a_channel():
         PerPicture(train_transform())(images, masks, [1])
     with pytest.raises(ValueError, match="not 2 in a list and 1 in a list"):
         PerPicture(train_transform())([*images], [*masks[:1]])
+    for none in (([], []), (images[:0], masks[:0])):
+        with pytest.raises(ValueError, match="a batch must hold one picture or more, not none"):
+            PerPicture(train_transform())(*none)
 
 
 def test_seeding_for_a_picture_on_the_cpu_leaves_gpus_alone(monkeypatch):
@@ -552,6 +555,8 @@ def test_scales_that_cannot_be(scale):
         {"elastic": -1},
         {"low_resolution": 2},
         {"low_resolution": 1, "least_resolution": 0},
+        {"least_resolution": 7},
+        {"least_resolution": "0.2"},
         {"rotation": -1},
         {"horizontal_flip": 2},
         {"vertical_flip": -1},
@@ -563,8 +568,7 @@ def test_scales_that_cannot_be(scale):
 )
 def test_options_out_of_range(option):
     name, value = next(reversed(option.items()))
-    named = "factor" if name == "least_resolution" else name
-    with pytest.raises(ValueError, match=rf"{named} must be .*{value}"):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*{value}"):
         train_transform(**option)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 
 import numpy as np
@@ -94,3 +95,9 @@ def test_curves_are_a_png_by_any_name_and_need_no_scores(tmp_path):
         warnings.simplefilter("error")
         learning_curves([0.9, 0.5], [], tmp_path / "curves")
     assert Image.open(tmp_path / "curves").format == "PNG"
+
+
+def test_without_matplotlib_curves_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"matplotlib is not installed; .*pip install 'unetlib\[examples\]'"):
+        learning_curves([0.9, 0.5], [], tmp_path / "curves")

@@ -48,6 +48,13 @@ def adapt(
 
     Raises:
         ValueError: for a number of channels that `UNetConfig` refuses.
+
+    Example:
+        >>> from unetlib import UNet
+        >>> model = UNet(features=(8,))
+        >>> config, tensors, _ = adapt(model.config, model.state_dict(), model.preprocessing, in_channels=1)
+        >>> config.in_channels, tensors["encoder.0.conv1.weight"].shape
+        (1, torch.Size([8, 1, 3, 3]))
     """
     tensors = dict(state_dict)
     before = config
@@ -201,10 +208,10 @@ def _adapt_statistics(values: tuple[float, ...], channels: int) -> tuple[float, 
 def _new_head(tensors: Mapping[str, Tensor], out_channels: int) -> dict[str, Tensor]:
     """Weights as a fresh convolution has them."""
     old = tensors[f"{HEAD}.weight"]
-    weight = torch.empty(out_channels, *old.shape[1:])
+    weight = torch.empty(out_channels, *old.shape[1:], dtype=torch.float32)
     torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     new = {f"{HEAD}.weight": weight}
     if f"{HEAD}.bias" in tensors:
         bound = 1 / math.sqrt(weight[0].numel())
-        new[f"{HEAD}.bias"] = torch.empty(out_channels).uniform_(-bound, bound)
+        new[f"{HEAD}.bias"] = torch.empty(out_channels, dtype=torch.float32).uniform_(-bound, bound)
     return new

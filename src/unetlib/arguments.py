@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
 
 
@@ -25,6 +26,13 @@ def height_and_width(size: Any, name: str = "size") -> tuple[int, int]:
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise TypeError(f"{name}={size!r} must be a pair (height, width), such as {name}=(320, 480)")
     return whole(name, size[0], 1), whole(name, size[1], 1)
+
+
+def check_options(what: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keywords that there are none of."""
+    known = [*known]
+    if unknown := sorted({*options}.difference(known)):
+        raise TypeError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
 
 
 def not_a_unet(model: object) -> TypeError:
@@ -63,3 +71,12 @@ def at_least(name: str, value: float, low: float, high: float = math.inf) -> Non
     if not isinstance(value, SupportsFloat) or not low <= value <= high:
         allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def needed(module: str, what: str, extra: str) -> Any:
+    """Import a module of an extra, which `what` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{package} is not installed; {what} needs it: pip install 'unetlib[{extra}]'") from error

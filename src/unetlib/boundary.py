@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import needed
+
 
 def inner_band(mask: Tensor, width: int) -> Tensor:
     """Pixels of the mask within `width` steps, diagonal ones too, of its outside; the picture's rim counts as outside.
@@ -49,10 +51,7 @@ def edge_distances(predicted: Any, true: Any, spacing: Any) -> tuple[Any, Any]:
     Raises:
         ImportError: without scipy.
     """
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise ImportError("distances between edges need scipy; install it with `pip install unetlib[metrics]`") from error
+    ndimage = needed("scipy.ndimage", "a distance between edges", "metrics")
     edges = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, true)]
     to_predicted, to_true = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
     return to_true[edges[0]], to_predicted[edges[1]]

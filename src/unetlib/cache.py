@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 
 from .arguments import at_least
 from .datasets import ImageMaskDataset, size_clash
-from .imaging import class_of_value, image_size, is_binary, read_image, read_labels, to_tensor
+from .imaging import class_of_value, image_size, is_binary, label_dtype, read_image, read_labels, to_tensor
 from .transforms import Resize
 
 logger = logging.getLogger("unetlib")
@@ -58,6 +58,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         ValueError: `dataset` has a transform, or `size` or `budget_gib` is out of its range.
         TypeError: `dataset` is no `ImageMaskDataset`, `transform` is not callable, or `size` no pair of integers.
         FileNotFoundError: There is no such `folder`.
+        OSError: `folder` does not take that much: a quota, or a limit on the size of files.
 
     Example:
         >>> from PIL import Image
@@ -156,10 +157,8 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
 
     def _kept_dtype(self) -> np.dtype[Any]:
         """Of masks: bits, which `_Store` packs; or shares of 255; or class indices as `read_labels` gives them."""
-        if self._binary:
-            return np.dtype(np.uint8 if self._resize else np.bool_)
-        classes = class_of_value(self.dataset.mask_values)  # type: ignore[arg-type]  # the others are binary
-        return np.dtype(np.uint8 if max(classes.values()) < 256 else np.int64)
+        classes = class_of_value(self.dataset.mask_values)
+        return np.dtype(np.uint8 if self._resize else np.bool_) if classes is None else label_dtype(classes)
 
     def _slot_sizes(self) -> Iterator[int]:
         """Bytes of each mask, then of each picture."""
@@ -196,7 +195,7 @@ class _Store:
         named = sys.platform != "linux"
         self._file = (tempfile.NamedTemporaryFile if named else tempfile.TemporaryFile)(prefix="unetlib-", dir=folder)
         self._path = self._file.name if named else f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        _reserve(self._file.fileno(), int(self._ends[-1]) if self.fits else head)
+        _reserve(self._file.fileno(), int(self._ends[-1]) if self.fits else head, folder)
         self._map(self._file)
         self._token = os.urandom(_TOKEN)
         self._bytes[:_TOKEN] = np.frombuffer(self._token, np.uint8)
@@ -240,9 +239,15 @@ class _Store:
             self.fits = 0
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def _reserve(descriptor: int, size: int, folder: str | PathLike[str]) -> None:
     """Give a file its size, and the room on the disk where the system can: a full disk is an error here, not a crash later."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.truncate(descriptor, size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        raise OSError(
+            f"no room for {size / 2**30:.2f} GiB of decoded pictures in {folder} ({error}); give folder= on another disk, or a "
+            "smaller budget_gib (--cache-gib)"
+        ) from error

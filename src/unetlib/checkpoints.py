@@ -52,18 +52,18 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
             raise pickle.PicklingError(f"it needs {', '.join(code)} to be read")
+        if path.exists():
+            os.replace(path, _previous(path))
+        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
         raise OSError(f"the checkpoint {path} could not be written: {error}; the one before it is kept") from error
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # the latter two of what pickle cannot take
-        partial.unlink(missing_ok=True)
         raise TypeError(
             f"the state for {path} holds more than plain values ({error}); expected tensors, numbers, strings, and lists, "
             "tuples and dictionaries of them: float(x) for a number of NumPy's, x.tolist() for an array, str(x) for a path"
         ) from error
-    if path.exists():
-        os.replace(path, _previous(path))
-    os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.device = "cpu") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from .imaging import MaskValues, class_of_value, is_binary, read_image, read_mask, to_tensor
+from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
@@ -90,8 +90,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             )
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
-        if not is_binary(mask_values):
-            class_of_value(mask_values)  # type: ignore[arg-type]  # wrong ones are refused here rather than in a worker
+        class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
         self.image_dir = Path(image_dir)
         self.mask_dir = Path(mask_dir)
         self.transform = transform
@@ -111,8 +110,11 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             and 1., or int64 class indices if `mask_values` names classes. With one, what it gives.
 
         Raises:
+            TypeError: for a slice.
             ValueError: A file cannot be read, the sizes differ, or the mask holds values other than expected.
         """
+        if isinstance(index, slice):
+            raise TypeError(f"one picture at a time, not {index}; dataset.subset(range(...)) is a part of the data set")
         image_path, mask_path = self.paths(index)
         image = read_image(image_path, self.mode)
         mask = read_mask(mask_path, self.mask_values)
@@ -127,12 +129,19 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
     def subset(self: DatasetT, indices: Iterable[int]) -> DatasetT:
         """The same data set with the pairs at `indices` only, and a `transform` of its own to replace.
 
+        Raises:
+            TypeError: for yes and no in the place of numbers.
+
         Example:
             >>> dataset.subset(range(100))  # doctest: +SKIP
             CarvanaDataset('train', 'train_masks'): 100 pairs
         """
         part = copy.copy(self)
         chosen = list(indices)
+        if any(isinstance(index, (bool, np.bool_)) for index in chosen):
+            raise TypeError(
+                "subset takes the numbers of the pairs, such as [i for i, name in enumerate(dataset.images) if ...]"
+            )
         part.images = [self.images[i] for i in chosen]
         part.masks = [self.masks[i] for i in chosen]
         return part
@@ -143,6 +152,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         Raises:
             ValueError: One error that counts and names pictures and masks that cannot be read, sizes that clash and
                 unexpected mask values.
+            MemoryError: There is too little memory for one.
 
         Example:
             >>> CarvanaDataset("train", "train_masks").check()  # doctest: +SKIP
@@ -237,8 +247,11 @@ def split_by_car(dataset: Any, val_fraction: float = 0.1, seed: int = 0) -> tupl
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
     names = dataset.images if isinstance(dataset, ImageMaskDataset) else dataset
-    if isinstance(names, (str, Dataset)):
-        raise TypeError(f"split_by_car takes an ImageMaskDataset or a list of file names, not a {type(names).__name__}")
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise TypeError(
+            f"split_by_car takes an ImageMaskDataset or a list of file names, not a {type(names).__name__}; give list(...) of "
+            "what else holds names"
+        )
     cars = [car_id(name) for name in names]
     ranked = sorted(set(cars), key=lambda car: hashlib.sha256(f"{seed}/{car}".encode()).digest())
     if len(ranked) < 2:

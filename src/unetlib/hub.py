@@ -11,12 +11,12 @@ import logging
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .files import whole_file
 from .trust import Weights, installed_version, on_meta
 
 logger = logging.getLogger("unetlib")
@@ -175,12 +175,8 @@ class _Cache:
         if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
             return  # a cache that only others may write serves too
         ref.parent.mkdir(parents=True, exist_ok=True)
-        partial = ref.with_name(f".{uuid.uuid4().hex}")  # others may read it, unlike what tempfile makes
-        try:
-            partial.write_text(commit, encoding="utf-8")
-            os.replace(partial, ref)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(ref) as written:
+            written.write_text(commit, encoding="utf-8")
 
 
 def _check(repo: str, revision: str | None) -> str:

@@ -52,6 +52,7 @@ def read_image(
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, or holds 32-bit
             numbers, whose range is unknown.
+        MemoryError: There is too little memory for it.
         TypeError: `min_size` is no pair of integers.
 
     Example:
@@ -85,7 +86,7 @@ def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no picture.
+        ValueError: The file cannot be opened, or is no picture.
 
     Example:
         >>> image_size(Image.new("RGB", (48, 32)))
@@ -157,9 +158,9 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         dtype('uint8')
     """
     image, _ = _load(source, exact=True)
-    if is_binary(mask_values):
+    classes = class_of_value(mask_values)
+    if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
-    classes = class_of_value(mask_values)  # type: ignore[arg-type]  # the others are binary
     if isinstance(next(iter(classes)), tuple):
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
@@ -175,8 +176,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
             f"{_name(source)} holds {_describe(values[unexpected], are_colors)}, which mask_values={mask_values!r} "
             "does not name. Name it too, or mend the mask."
         )
-    dtype = np.uint8 if max(classes.values()) < 256 else np.int64
-    indices: NDArray[Any] = np.array(list(classes.values()), dtype)[order][nearest]
+    indices: NDArray[Any] = np.array(list(classes.values()), label_dtype(classes))[order][nearest]
     return indices
 
 
@@ -219,8 +219,8 @@ def is_binary(mask_values: MaskValues) -> bool:
     return mask_values is None or (isinstance(mask_values, str) and mask_values == "nonzero")
 
 
-def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int]) -> Classes:
-    """Check the `mask_values` of `read_mask` and write them as value -> class index.
+def class_of_value(mask_values: MaskValues) -> Classes | None:
+    """Check the `mask_values` of `read_mask` and write them as value -> class index; None for those of binary masks.
 
     Raises:
         ValueError: There are fewer than two values, one twice, integers and colours mixed, or a class that is no index.
@@ -230,6 +230,8 @@ def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, i
         >>> class_of_value((0, 128, 255))
         {0: 0, 128: 1, 255: 2}
     """
+    if is_binary(mask_values):
+        return None
     if isinstance(mask_values, Mapping):
         pairs: list[tuple[Any, int]] = list(mask_values.items())
     elif isinstance(mask_values, (Sequence, np.ndarray)) and not isinstance(mask_values, str):
@@ -251,6 +253,16 @@ def class_of_value(mask_values: Sequence[int] | Sequence[Color] | Mapping[int, i
     return classes
 
 
+def label_dtype(classes: Classes) -> np.dtype[Any]:
+    """The type of labels of these classes: bytes, unless one is above 255.
+
+    Example:
+        >>> label_dtype({0: 0, 128: 1, 255: 2})
+        dtype('uint8')
+    """
+    return np.dtype(np.uint8 if max(classes.values()) < 256 else np.int64)
+
+
 def _name(source: Source) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "")) or "the given picture"
@@ -270,7 +282,11 @@ def _opened(source: Source) -> Iterator[Image.Image]:
             f"{_name(source)} has more pixels than Pillow opens by itself ({error}). If you trust it, set "
             "PIL.Image.MAX_IMAGE_PIXELS = None first."
         ) from error
+    except MemoryError as error:
+        raise MemoryError(f"there is too little memory for {_name(source)}; free some, or reduce the picture") from error
     except Exception as error:  # inside a decoder a broken file can raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a decoder: the file may be sound
+            raise ValueError(f"{_name(source)} cannot be opened: {error.strerror}") from error
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import needed
+
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -259,8 +261,4 @@ def _squares(areas: NDArray[np.int64]) -> float:
 
 
 def _ndimage() -> Any:
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise ImportError("scores of objects need scipy; install it with `pip install unetlib[metrics]`") from error
-    return ndimage
+    return needed("scipy.ndimage", "a score of objects", "metrics")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -15,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .arguments import needed
+from .files import whole_file
 from .imaging import to_bytes
 
 _TIFF = (".tif", ".tiff")
 _READ_WHOLE = 2**26  # pixels of a TIFF up to which imaging.read_image has it
 _TILE = 512  # pixels a side of a tile in TIFF files written here
-_NEEDS_TIFF = "to read and write large TIFF files, `pip install unetlib[tiff]`"
 
 
 @runtime_checkable
@@ -112,7 +112,7 @@ def check_output(path: str | PathLike[str]) -> Path:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name} in: make it first")
     if path.suffix.lower() in _TIFF:
-        _import_tifffile()
+        _needed("tifffile")
     return path
 
 
@@ -123,13 +123,13 @@ def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterab
         path: a `.npy` file, or a `.tif` one: tiled, compressed without loss, BigTIFF from 4 GiB on. One that is there is
             replaced.
         size: height and width of the whole.
-        bands: arrays (h, W), or (C, h, W) for `.npy`, whose heights add up to H.
+        bands: arrays (h, W), or (C, h, W) for `.npy`, of one dtype, whose heights add up to H.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for bands that do not add up to `size`, or have channels and go into a TIFF.
+        ValueError: for bands that do not add up to `size`, differ in dtype or channels, or have channels and go into a TIFF.
 
     Example:
         >>> import tempfile
@@ -139,14 +139,10 @@ def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterab
         [0.0, 0.0, 1.0, 1.0]
     """
     path = check_output(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     write = _write_npy if path.suffix.lower() == ".npy" else _write_tiff
-    try:
-        first, bands = _peek(bands)
-        write(partial, first, (*first.shape[:-2], *size), _counted(bands, size))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    first, bands = _peek(bands)
+    with whole_file(path) as partial:
+        write(partial, first, (*first.shape[:-2], *size), _counted(bands, first, size))
     return path
 
 
@@ -156,11 +152,7 @@ class _TiffRaster:
     dtype = np.dtype(np.uint8)
 
     def __init__(self, path: Path) -> None:
-        tifffile = _import_tifffile()
-        try:
-            import zarr
-        except ImportError:
-            raise ImportError(_NEEDS_TIFF) from None
+        tifffile, zarr = _needed("tifffile"), _needed("zarr")
         try:
             file = tifffile.TiffFile(path)
         except Exception as error:
@@ -205,12 +197,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} cannot be read as a TIFF ({type(error).__name__}: {error}). Replace or remove it."
 
 
-def _import_tifffile() -> Any:
-    try:
-        import tifffile
-    except ImportError:
-        raise ImportError(_NEEDS_TIFF) from None
-    return tifffile
+def _needed(module: str) -> Any:
+    return needed(module, "a large TIFF file", "tiff")
 
 
 def _peek(bands: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], Iterator[NDArray[Any]]]:
@@ -221,10 +209,15 @@ def _peek(bands: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], Iterator[NDArray
     return first, chain([first], waiting)
 
 
-def _counted(bands: Iterable[NDArray[Any]], size: tuple[int, int]) -> Iterator[NDArray[Any]]:
-    """The bands, which must add up."""
+def _counted(bands: Iterable[NDArray[Any]], first: NDArray[Any], size: tuple[int, int]) -> Iterator[NDArray[Any]]:
+    """The bands, which must be of one kind and add up."""
     height = 0
     for band in bands:
+        if band.dtype != first.dtype or band.shape[:-2] != first.shape[:-2]:
+            raise ValueError(
+                f"a band of {band.dtype} {band.shape} follows one of {first.dtype} {first.shape}; give all bands one dtype "
+                "and the same channels"
+            )
         height += band.shape[-2]
         if band.shape[-1] != size[1] or height > size[0]:
             raise ValueError(f"a band of shape {band.shape} does not fit into the rest of {size[0]}x{size[1]} pixels")
@@ -250,7 +243,7 @@ def _write_tiff(path: Path, first: NDArray[Any], shape: tuple[int, ...], bands: 
     if first.ndim != 2:
         raise ValueError(f"a TIFF takes one value a pixel, got bands of shape {first.shape}; write a .npy file")
     size = int(np.prod(shape)) * first.itemsize
-    with _import_tifffile().TiffWriter(path, bigtiff=size >= 2**32 - 2**25) as file:
+    with _needed("tifffile").TiffWriter(path, bigtiff=size >= 2**32 - 2**25) as file:
         file.write(
             _tiles(bands), shape=shape, dtype=first.dtype, tile=(_TILE, _TILE), compression="zlib", photometric="minisblack",
             metadata=None, maxworkers=1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torchvision import tv_tensors
@@ -290,8 +290,8 @@ class PerPicture(torch.nn.Module):
         transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
 
     Raises:
-        ValueError: The batch is not (N, C, H, W), there are not as many masks, or seeds, as pictures, or the transform gives
-            pictures of several sizes.
+        ValueError: The batch is empty or not (N, C, H, W), there are not as many masks, or seeds, as pictures, or the
+            transform gives pictures of several sizes.
 
     Example:
         >>> augment = PerPicture(train_transform(size=None))
@@ -323,6 +323,8 @@ class PerPicture(torch.nn.Module):
             )
         if seeds is not None and len(seeds) != len(images):
             raise ValueError(f"seeds must be one for each of the {len(images)} pictures, not {len(seeds)}")
+        if not len(images):
+            raise ValueError("a batch must hold one picture or more, not none")
         pairs = []
         for number, (image, mask) in enumerate(zip(images, masks)):
             with contextlib.nullcontext() if seeds is None else seeded(seeds[number], image.device):
@@ -415,8 +417,8 @@ def train_transform(
         reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
             as in `Mirrored`: for textures, such as microscopy.
         low_resolution: Probability of losing detail, as in `RandomLowResolution`.
-        least_resolution: Least factor of the size of what is left then, 0 to 1.
-        noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to every second picture.
+        least_resolution: Least share of its height and width that a picture is then reduced to, above 0 and up to 1.
+        noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to a picture with probability 0.5.
         mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
         std: Divides each channel after that.
 
@@ -443,6 +445,8 @@ def train_transform(
         at_least(name, value, 0, 1)
     for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
         at_least(name, value, 0)
+    if not isinstance(least_resolution, SupportsFloat) or not 0 < least_resolution <= 1:
+        raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
     steps: list[torch.nn.Module] = []
     if size is not None:
         steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
@@ -516,9 +520,9 @@ def _pixel_grid(image: torch.Tensor, angle: float = 0.0, scale: float = 1.0) -> 
     """
     height, width = image.shape[-2:]
     cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
-    grid = torch.empty(1, height, width, 2, device=image.device)
-    x = torch.arange(width, device=image.device) + (1 - width) / 2  # from the middle, in pixels
-    y = torch.arange(height, device=image.device)[:, None] + (1 - height) / 2
+    grid = torch.empty(1, height, width, 2, dtype=torch.float32, device=image.device)
+    x = torch.arange(width, dtype=torch.float32, device=image.device) + (1 - width) / 2  # from the middle, in pixels
+    y = torch.arange(height, dtype=torch.float32, device=image.device)[:, None] + (1 - height) / 2
     torch.add(x * (2 * cos / width), y * (2 * sin / width), out=grid[0, ..., 0])
     torch.add(x * (-2 * sin / height), y * (2 * cos / height), out=grid[0, ..., 1])
     return grid

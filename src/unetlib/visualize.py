@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.utils import draw_segmentation_masks
 
-from .arguments import whole
+from .arguments import needed, whole
 from .imaging import to_tensor
 
 # The "bright" scheme of Paul Tol, which colour-blind people tell apart too; class 1 is the first.
@@ -166,21 +166,20 @@ def comparison(
 def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]], path: str | PathLike[str]) -> None:
     """Draw the loss of each training step, and the validation scores after each epoch, as a PNG.
 
-    Needs matplotlib: `pip install "unetlib[examples]"`.
-
     Args:
         loss: of each step, in turn.
         scores: of each epoch, in turn: "dice", "iou" and "accuracy", where it was validated; other keys are passed over.
         path: the file.
+
+    Raises:
+        ImportError: without matplotlib, of the extra `examples`.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     learning_curves([0.9, 0.5, 0.4, 0.3], [{"dice": 0.7}, {"dice": 0.8}], f"{folder}/curves.png")
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = needed("matplotlib.figure", "a plot", "examples").Figure(figsize=(10, 4), layout="constrained")
     steps, epochs = figure.subplots(1, 2)
     steps.plot(range(1, len(loss) + 1), loss, linewidth=0.5, alpha=0.4, color="tab:blue")
     window = max(1, len(loss) // 50)

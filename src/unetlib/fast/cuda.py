@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .folding import Layer, Parts
-from .levels import PlainEnds, PlainLevel, Step, chain, copied, matched, places
+from .folding import Layer, Parts, copied
+from .levels import PlainEnds, PlainLevel, Step, chain, matched, places
+from .replays import captures
 
 Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
 Maker = Callable[[Layer, torch.dtype], Route]
@@ -121,7 +122,7 @@ class CudaEnds(PlainEnds):
 
     def split(self, x: Tensor) -> Tensor:
         """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2 or more, h, w)."""
-        if x.dtype not in self._kernel_is_right and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if x.dtype not in self._kernel_is_right and not captures(x):
             self._kernel_is_right[x.dtype] = self._compare(x)
         return self._split(x) if self._kernel_is_right.get(x.dtype) else super().split(x)
 
@@ -303,7 +304,7 @@ class _Fastest:
         route = self._made.get(maker)
         if route is None:
             route = maker(self.layer, self.dtype)
-            if not _captures(x):  # what a capture makes is written when it is replayed
+            if not captures(x):  # what a capture makes is written when it is replayed
                 if x.is_cuda:
                     torch.cuda.current_stream(x.device).synchronize()  # before another stream finds it
                 self._made[maker] = route
@@ -327,7 +328,7 @@ def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | 
     shape = (x.shape, x.stride(), None if place is None else (place.stride(), place.storage_offset()))
     winner = _winners.get((kind, shape))
     if winner is None:
-        if _captures(x):
+        if captures(x):
             return makers[0]  # no trial can run within a capture
         with _trials:
             winner = _winners.get((kind, shape))
@@ -339,10 +340,6 @@ def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | 
                 if len(_winners) > _KEPT:
                     _winners.pop(next(iter(_winners)))
     return winner
-
-
-def _captures(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker:
@@ -405,7 +402,11 @@ class _Case:
 
 
 def _milliseconds(function: Callable[[], Tensor]) -> float:
-    """The least of a few times on the device, which has to do meanwhile, so that it does not wait for Python."""
+    """The least of five times on the device.
+
+    A short busy wait is queued before each, so that the call is wholly queued when the device comes to it and Python's time is
+    not measured.
+    """
     times: list[float] = []
     for _ in range(5):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -426,16 +427,3 @@ def _empty(like: Tensor, channels: int, size: Sequence[int], dtype: torch.dtype 
 
 def _halved(x: Tensor) -> tuple[int, int]:
     return x.shape[-2] // 2, x.shape[-1] // 2
-
-
-def compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The function by `torch.compile`; on CUDA tuned, without graphs, which `replays` makes.
-
-    There convolutions stay with cuDNN, as Inductor's own kernel for them gives wrong results in some versions.
-    """
-    if device.type != "cuda":
-        return torch.compile(function, dynamic=False)
-    from torch._inductor import list_mode_options
-
-    options = {**list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
-    return torch.compile(function, dynamic=False, options=options)

@@ -32,6 +32,10 @@ class Layer:
         """Whether a ReLU, and nothing else, follows."""
         return len(self.after) == 1 and isinstance(self.after[0], nn.ReLU)
 
+    def rest(self, dtype: torch.dtype) -> list[nn.Module]:
+        """Copies, in this type, of what is left to do after a convolution that has a ReLU built in."""
+        return [] if self.relu else [copied(module, dtype) for module in self.after]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -97,6 +101,16 @@ def layers(block: DoubleConv | nn.Sequential) -> list[Layer]:
     modules = [module for module in block if not isinstance(module, (nn.Identity, nn.Dropout2d, nn.Upsample))]
     starts = [place for place, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
     return [_layer(*modules[start:end]) for start, end in pairwise([*starts, len(modules)])]
+
+
+def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in this type, with weights in channels_last.
+
+    Example:
+        >>> copied(nn.Conv2d(8, 8, 3), torch.bfloat16).weight.dtype
+        torch.bfloat16
+    """
+    return copy.deepcopy(module).requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
 
 
 def _layer(conv: nn.Module, *after: nn.Module) -> Layer:

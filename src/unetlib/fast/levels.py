@@ -6,7 +6,6 @@ different ways fit together.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import join_patches, match_size, split_patches
-from .folding import Layer, Parts
+from .folding import Layer, Parts, copied
 from .pool import empty
 from .winograd import WinogradConv, nnpack_threads
 
@@ -155,7 +154,7 @@ class _PackedStep:
         self.weight = layer.weight.to(dtype).contiguous()
         self.bias = layer.bias.to(dtype)
         self.relu = layer.relu
-        self.after = [] if layer.relu else [copied(module, dtype) for module in layer.after]
+        self.after = layer.rest(dtype)
         self._shape: torch.Size | None = None
         self._packed = self.weight
 
@@ -221,7 +220,7 @@ class _WinogradStep:
 
     def __init__(self, layer: Layer) -> None:
         self.conv = WinogradConv(layer.weight.float(), layer.bias.float(), relu=layer.relu)
-        self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
+        self.after = layer.rest(torch.float32)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         found = chain(self.after, self.conv(x, out))
@@ -269,7 +268,13 @@ def _max_pool(x: Tensor) -> Tensor:
 
 
 def max_pool_channels_last(x: Tensor) -> Tensor:
-    """The same in channels_last, where `max_pool2d` is slow for narrow maps."""
+    """`max_pool2d(x, 2)` in channels_last, where PyTorch's own is slow for narrow maps.
+
+    Example:
+        >>> x = torch.rand(1, 8, 6, 7).to(memory_format=torch.channels_last)
+        >>> torch.equal(max_pool_channels_last(x), F.max_pool2d(x, 2))
+        True
+    """
     height, width = (side // 2 * 2 for side in x.shape[-2:])
     pixels = x.permute(0, 2, 3, 1)[:, :height, :width]  # (N, H, W, C)
     rows = torch.maximum(pixels[:, 0::2], pixels[:, 1::2])
@@ -277,27 +282,37 @@ def max_pool_channels_last(x: Tensor) -> Tensor:
 
 
 def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:
-    """The channels of the skip, which is `width` wide, and those of the upsampled map."""
+    """The channels of the skip, which is `width` wide, and those of the upsampled map.
+
+    Example:
+        >>> [part.shape[1] for part in places(torch.zeros(1, 24, 4, 4), 8, skip_first=False)]
+        [8, 16]
+    """
     if skip_first:
         return both[:, :width], both[:, width:]
     return both[:, -width:], both[:, :-width]
 
 
 def matched(x: Tensor, skip: Tensor, match: str) -> Tensor:
-    """`match_size` for prediction, faster where it resizes: antialiasing changes nothing but the rounding where a map grows."""
+    """`match_size` for prediction, faster where it resizes: antialiasing changes nothing but the rounding where a map grows.
+
+    Example:
+        >>> matched(torch.zeros(1, 8, 4, 6), torch.zeros(1, 8, 5, 7), "resize").shape
+        torch.Size([1, 8, 5, 7])
+    """
     too_many = len(x) * x.shape[1] * skip.shape[-2] * skip.shape[-1] >= 2**31 - 1  # CUDA counts in 32 bits there
     if match != "resize" or x.shape[-2:] == skip.shape[-2:] or too_many:
         return match_size(x, skip, match)
     return F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in this type, with weights in channels_last."""
-    return copy.deepcopy(module).requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)
-
-
 def chain(steps: Sequence[Step], x: Tensor) -> Tensor:
-    """One step after the other."""
+    """One step after the other.
+
+    Example:
+        >>> chain([torch.neg, torch.relu], torch.ones(1))
+        tensor([0.])
+    """
     for step in steps:
         x = step(x)
     return x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import Layer, Parts
-from .levels import PrepackedLevel, Step, chain, copied, matched, max_pool_channels_last
+from .levels import PrepackedLevel, Step, chain, matched, max_pool_channels_last
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, has_halves, lanes, split_picture
 from .pool import empty
 
@@ -76,7 +76,7 @@ class _NativeStep:
 
     def __init__(self, layer: Layer, halves: bool) -> None:
         self.conv = NativeConv(layer.weight, layer.bias, relu=layer.relu, halves=halves)
-        self.after = [] if layer.relu else [copied(module, torch.float32) for module in layer.after]
+        self.after = layer.rest(torch.float32)
 
     def __call__(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """Convolve, two maps as if concatenated."""

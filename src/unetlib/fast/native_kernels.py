@@ -196,7 +196,7 @@ class NativeHead:
         Returns:
             (N, C, *size), contiguous, in memory of its own.
         """
-        out = torch.empty(len(x), self.out_channels, *size, device="cpu")
+        out = torch.empty(len(x), self.out_channels, *size, dtype=torch.float32, device="cpu")
         _run("apply_head", _Head(
             *map(_address, (x, self.weights, self.bias, out)),
             len(x), *x.shape[-2:], x.shape[1], self.side, *size, self.out_channels,
@@ -229,11 +229,12 @@ def has_halves() -> bool:
 
 @torch.inference_mode()
 def _agrees() -> bool:
-    few, many, generator = lanes(), 2 * lanes(), torch.Generator().manual_seed(0)
-    x = torch.rand(2, many, 9, 70, generator=generator).to(memory_format=torch.channels_last)
-    weight, corners = torch.rand(few, many, 3, 3, generator=generator), torch.rand(many, few, 2, 2, generator=generator)
-    point, bias = weight[..., 1:2, 1:2], torch.linspace(-9 * few, 0, few)
-    maps = torch.empty(2, few, 4, 35), x[..., :7], x[..., :1, :1]
+    few, many = lanes(), 2 * lanes()
+    drawn = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = drawn(2, many, 9, 70).to(memory_format=torch.channels_last)
+    weight, corners = drawn(few, many, 3, 3), drawn(many, few, 2, 2)
+    point, bias = weight[..., 1:2, 1:2], torch.linspace(-9 * few, 0, few, dtype=torch.float32)
+    maps = x.new_empty(2, few, 4, 35), x[..., :7], x[..., :1, :1]
     pooled, small, pixel = (map.contiguous(memory_format=torch.channels_last) for map in maps)
     result = F.conv2d(x, weight, bias, padding=1).relu()
     convs = [NativeConv(weight, bias, relu=True, halves=halves) for halves in (False, has_halves())]

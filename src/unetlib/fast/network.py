@@ -18,7 +18,7 @@ from ..blocks import DoubleConv
 from ..memory import keep_freed, release_freed
 from ..unet import UNet, check_input
 from . import native_kernels, winograd
-from .cuda import CudaEnds, CudaLevel, compiled
+from .cuda import CudaEnds, CudaLevel
 from .folding import Parts
 from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
 from .native import NativeEnds, NativeLevel
@@ -137,7 +137,7 @@ class FastUNet(nn.Module):
         self._native_ends: NativeEnds | None = None
         self._cuda_ends: CudaEnds | None = None
         if compile:
-            self._run = compiled(self._logits, self.device)
+            self._run = _compiled(self._logits, self.device)
         if self.device.type == "cuda":
             # Weights are there before any call: made in one stream or capture, another could read them unwritten.
             self._levels_for(torch.Size([2**10, 2**10]))
@@ -158,7 +158,11 @@ class FastUNet(nn.Module):
             self._release.atexit = False
         here, own = torch.cuda.device_of(x), torch.autocast(self.device.type, enabled=False)  # type: ignore[no-untyped-call]
         with pooled(self._memory.pool), here, own:
-            return (self._run or self._memory.replays)(x).to(x.dtype)
+            return (self._run or self._memory.replays)(x.resolve_neg()).to(x.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """It holds code and memory of this process."""
+        raise TypeError("a fast copy cannot be copied or pickled; take the UNet, and call optimize_for_inference there")
 
     @property
     def held_bytes(self) -> int:
@@ -231,6 +235,19 @@ class FastUNet(nn.Module):
         return found
 
 
+def _compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function by `torch.compile`; on CUDA tuned, without graphs, which `Replays` makes.
+
+    There convolutions stay with cuDNN, as Inductor's own kernel for them gives wrong results in some versions.
+    """
+    if device.type != "cuda":
+        return torch.compile(function, dynamic=False)
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
+    return torch.compile(function, dynamic=False, options=options)
+
+
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     if dtype not in known:
@@ -293,7 +310,8 @@ def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, 
     """Seconds that each way takes for a double convolution."""
     side = _TRIALS[channels]
     with torch.device("cpu"):
-        parts, x = Parts.of(DoubleConv(channels, channels).eval()), torch.rand(1, channels, side, side)
+        block, x = DoubleConv(channels, channels).eval().float(), torch.rand(1, channels, side, side, dtype=torch.float32)
+    parts = Parts.of(block)
     levels = {way: way(parts, dtype) for way in ways}
     inputs = {way: level.enter(x) for way, level in levels.items()}
     times: dict[Way, list[float]] = {way: [] for way in ways}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import logging
 import threading
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import needed
 from ..config import UNetConfig
 from ..unet import UNet, check_input
 
@@ -44,10 +44,12 @@ class OpenVINO:
             raise ValueError(
                 f"the backend 'openvino' is for CPUs, in torch.float32, bfloat16 or int8, got {device} and {dtype}"
             )
-        openvino = _import("openvino", extra="openvino")
+        openvino = needed("openvino", "the backend 'openvino'", "openvino")
         self._side = model.config.patch_size
         self._core, self._options = openvino.Core(), {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-        example = torch.zeros(1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride, device="cpu")
+        example = torch.zeros(
+            1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride, dtype=torch.float32, device="cpu"
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.jit, which OpenVINO reads networks by
             self._graph = openvino.convert_model(copy.deepcopy(model).float().eval(), example_input=example)
@@ -101,7 +103,7 @@ def _in_int8(graph: Any, batches: list[Any]) -> Any:
     """The graph with convolutions in 8 bits, by the post-training quantization of NNCF, biases corrected layer by layer."""
     if not batches:
         raise ValueError("calibration holds no batch; give some dozens of pictures like those to come")
-    nncf = _import("nncf", extra="int8")
+    nncf = needed("nncf", "dtype=torch.int8", "int8")
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -116,10 +118,3 @@ def _in_int8(graph: Any, batches: list[Any]) -> Any:
             )
     finally:
         logger.setLevel(level)
-
-
-def _import(name: str, *, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{name} is not installed; it comes with pip install 'unetlib[{extra}]'") from error

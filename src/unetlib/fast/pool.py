@@ -23,7 +23,7 @@ from torch import Tensor
 _HUGE_PAGE = 2**21  # bytes
 _MADV_HUGEPAGE = 14
 _ALIGNMENT = 64  # bytes: what NNPACK needs
-_MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would take what a map is to come back to
+_MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would occupy what the next large map needs
 _local = threading.local()
 
 
@@ -49,7 +49,14 @@ class Pool:
 
 @contextmanager
 def pooled(pool: Pool, *, least: int = _HUGE_PAGE) -> Iterator[None]:
-    """Within it, `empty` takes from the pool in this thread, from so many bytes on: PyTorch has smaller tensors sooner."""
+    """Within it, `empty` takes from the pool in this thread, from so many bytes on: PyTorch has smaller tensors sooner.
+
+    Example:
+        >>> with pooled(Pool(), least=0):
+        ...     place = empty(1, 8, 4, 4).data_ptr()  # gone at once, and its block is handed out again
+        ...     empty(1, 8, 4, 4).data_ptr() == place
+        True
+    """
     outer, _local.pool = getattr(_local, "pool", None), (pool, least)
     try:
         yield
@@ -61,13 +68,17 @@ def empty(*shape: int, channels_last: bool = False) -> Tensor:
     """An uninitialised float32 tensor on the CPU, from the pool where there is one; (N, C, H, W) may be in channels_last.
 
     A tensor of a pool must outlive its views.
+
+    Example:
+        >>> empty(1, 8, 4, 4, channels_last=True).stride()
+        (128, 1, 32, 8)
     """
     current: tuple[Pool | None, int] = getattr(_local, "pool", None) or (None, _HUGE_PAGE)
     pool, least = current
     numbers = math.prod(shape)
     if 4 * numbers < least:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(shape, memory_format=memory_format, device="cpu")
+        return torch.empty(shape, dtype=torch.float32, memory_format=memory_format, device="cpu")
     if pool is None:
         return _shaped(_fresh(numbers), shape, channels_last)
     return pool.empty(*shape, channels_last=channels_last)
@@ -85,7 +96,7 @@ def _shaped(block: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 
 def _fresh(numbers: int) -> Tensor:
-    block = torch.empty(numbers + _ALIGNMENT // 4, device="cpu")
+    block = torch.empty(numbers + _ALIGNMENT // 4, dtype=torch.float32, device="cpu")
     block = block[-block.data_ptr() % _ALIGNMENT // 4 :][:numbers]
     start = -(-block.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     whole = (block.data_ptr() + block.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE

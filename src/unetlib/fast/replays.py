@@ -35,7 +35,7 @@ class CudaReplay:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function(self._x)  # they take it at the first call
+            function(self._x)  # a first call in this stream, so that libraries take their memory for it before the capture
         torch.cuda.current_stream().wait_stream(stream)
         pool = None if beside is None else beside._graph.pool()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -85,7 +85,7 @@ class Replays:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function's result."""
-        if len(x) * x.shape[-2] * x.shape[-1] > self._most_pixels or _within_capture(x):
+        if len(x) * x.shape[-2] * x.shape[-1] > self._most_pixels or torch.compiler.is_compiling() or captures(x):
             return self._function(x)
         key = self._key(x)
         with self._lock:
@@ -112,7 +112,11 @@ class Replays:
             return self._function
 
 
-def _within_capture(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return True
+def captures(x: Tensor) -> bool:
+    """Whether what is done with a tensor now goes into a CUDA graph.
+
+    Example:
+        >>> captures(torch.zeros(1))
+        False
+    """
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

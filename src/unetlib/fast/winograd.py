@@ -105,7 +105,7 @@ class WinogradConv:
     def _transform(self) -> Tensor:
         padding, size = _Padding(1, 1, 1, 1), c_size_t(0)
         self._call(_PRECOMPUTE, 6, 6, padding, None, self.weight, None, None, size)
-        transformed = torch.empty(size.value // 4 + _ALIGNED, device="cpu")
+        transformed = torch.empty(size.value // 4 + _ALIGNED, dtype=torch.float32, device="cpu")
         transformed = transformed[-transformed.data_ptr() % (4 * _ALIGNED) // 4 :]
         self._call(_PRECOMPUTE, 6, 6, padding, None, self.weight, None, transformed, size)
         return transformed
@@ -141,10 +141,9 @@ class WinogradConv:
 def available() -> bool:
     """Whether this PyTorch has NNPACK, this CPU can run it, and it agrees with `conv2d`."""
     try:
-        generator = torch.Generator().manual_seed(0)
+        drawn = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         with torch.device("cpu"):
-            x, weight = torch.rand(2, 5, 13, 17, generator=generator), torch.rand(7, 5, 3, 3, generator=generator)
-            bias = torch.linspace(-40, 0, 7)
+            x, weight, bias = drawn(2, 5, 13, 17), drawn(7, 5, 3, 3), torch.linspace(-40, 0, 7, dtype=torch.float32)
         conv, expected = WinogradConv(weight, bias, relu=True), F.conv2d(x, weight, bias, padding=1).relu()
         return all(torch.allclose(conv(x), expected, rtol=1e-4, atol=1e-4) for _ in range(3))
     except (OSError, AttributeError, RuntimeError):

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..arguments import height_and_width, whole
+from ..files import whole_file
 from .scene import VIEWS, render_scene
 
 logger = logging.getLogger("unetlib")
@@ -105,9 +106,5 @@ def refuse_other_files(folder: Path, names: set[str]) -> None:
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
     """Write an image whole or not at all."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as partial:
         image.save(partial, **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
