@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_options import ignored, set_aside
+from training_options import ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
-from unetlib.arguments import check_device
+from unetlib.arguments import check_device, whole
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
@@ -65,36 +65,46 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mask-values", type=int, nargs="+", help="of several classes, in their order")
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
-    parser.add_argument("--synthetic", type=int, metavar="N", help="score on N rendered scenes instead")
+    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
     parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
-    if args.ignore is not None and (not args.mask_values or args.nonzero):
-        parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1, and no --nonzero")
+    if args.nonzero and args.mask_values:
+        parser.error("--nonzero is for masks of two classes and --mask-values names each class; give one, not both")
+    if args.ignore is not None and not args.mask_values:
+        parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1")
     try:
+        whole("--synthetic", args.synthetic, 0)
         check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     if args.objects and importlib.util.find_spec("scipy") is None:
         parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
 
-    model = UNet.from_pretrained(args.model, device=args.device)
-    if args.synthetic:
-        dataset = Scenes(args.synthetic, tuple(args.size))
-    else:
-        mode = "L" if model.config.in_channels == 1 else "RGB"
-        values: Any = "nonzero" if args.nonzero else args.mask_values
-        if args.ignore is not None:
-            values = set_aside(values, args.ignore)
-        dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
+    with without_traceback():
+        model = UNet.from_pretrained(args.model, device=args.device)
+        if args.synthetic:
+            dataset = Scenes(args.synthetic, tuple(args.size))
+        else:
+            if (classes := model.config.out_channels) > 2 and not args.mask_values:
+                parser.error(
+                    f"the model has {classes} classes; name the masks' values in their order: "
+                    f"--mask-values {' '.join(map(str, range(classes)))}"
+                )
+            mode = "L" if model.config.in_channels == 1 else "RGB"
+            values: Any = "nonzero" if args.nonzero else args.mask_values
+            if args.ignore is not None:
+                values = set_aside(values, args.ignore)
+            dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
     tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)
-    scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
+    with without_traceback():  # pictures are read on the way
+        scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
     if model.config.out_channels > 1:
         names = model.preprocessing.class_names or map(str, range(model.config.out_channels))
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, parse_options, set_aside, starting_model
+from training_options import IGNORED, parse_options, set_aside, starting_model, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.distributed import joined_processes
+from unetlib.imaging import is_binary
 
 MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or soft edges, hardly classes
 
@@ -34,18 +35,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with joined_processes(args.device) as process:
         say = print if process.rank == 0 else lambda _: None
-        try:
+        with without_traceback(f"--data {args.data}: "):
             class_names, train_set, val_set = load_data(args, say)
-        except (ValueError, FileNotFoundError) as error:
-            raise SystemExit(f"--data {args.data}: {error}") from error
         torch.manual_seed(args.seed)
-        model = make_model(args, class_names, say)
-        about = f"Tells {', '.join(class_names[:-1])} and {class_names[-1]} apart in pictures like those of `{args.data.name}`."
-        train(args, process, model, [train_set], val_set, args.out.name, about)
+        with without_traceback():
+            model = make_model(args, class_names, say)
+        classes, folder = f"{', '.join(class_names[:-1])} and {class_names[-1]}", args.data.resolve().name
+        about = f"Tells {classes} apart in pictures like those of `{folder}`."
+        train(args, process, model, [train_set], val_set, args.out.resolve().name, about)
 
 
 def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list[str], ImageMaskDataset, ImageMaskDataset]:
-    """The names of the classes, and the pictures to train and to validate on, every file read once."""
+    """The names of the classes, and the pictures to train and to validate on, every file of which can be read."""
     own_val = (args.data / "val").is_dir()
     sets = []
     for split in ["train", "val"] if own_val else ["train"]:
@@ -53,22 +54,34 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         if missing := [folder.name for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"there is no folder {missing[0]}/; --help has the layout")
         sets.append(ImageMaskDataset(*folders, mode="L" if args.grey else "RGB", mask_suffix=args.mask_suffix))
+    if own_val and args.val_last:
+        raise ValueError(f"--val-last {args.val_last} holds out pictures of train/, but there is a val/; leave one out")
 
     listed = args.data / "classes.txt"
-    names = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []  # Windows marks the order of bytes
-    names = [name.strip() for name in names if name.strip()]
-    found = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
+    try:  # Windows marks the order of bytes
+        lines = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{listed} is not UTF-8; save it again as UTF-8") from None
+    listed_names = [line.strip() for line in lines if line.strip()]
+    found, palettes = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
     if args.ignore is not None:
         if args.nonzero:
             raise ValueError(f"--ignore {args.ignore} is for masks of classes and --nonzero for others; give one, not both")
         if args.ignore not in found:
             raise ValueError(f"--ignore {args.ignore}: no mask holds that number; they hold {', '.join(map(str, found[:8]))}")
         found.remove(args.ignore)
-    names, mask_values = classes_of(found, names, args.nonzero)
+    names, mask_values = classes_of(found, listed_names, args.nonzero)
+    if args.ignore is None and is_binary(mask_values) and (colours := colours_of(palettes, listed_names)):
+        names, mask_values = classes_of(colours, listed_names, args.nonzero)
     if args.ignore is not None:
         if len(names) > IGNORED:
             raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
         mask_values = set_aside(mask_values or found, args.ignore)
+    if not is_binary(mask_values) and (fractions := [value for value in found if isinstance(value, float)]):
+        raise ValueError(
+            f"the masks hold {fractions[0]}, and classes are whole numbers; round the masks, or give --nonzero if all but 0 "
+            "is foreground"
+        )
     say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
     for dataset in sets:
         dataset.mask_values = mask_values
@@ -80,25 +93,54 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     return names, sets[0].subset(i for i in range(len(sets[0])) if i not in val), sets[0].subset(val)
 
 
-def values_of(masks: list[Path]) -> list[Any]:
-    """All values in the masks, sorted: numbers, or (r, g, b) colours."""
+def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
+    """All values in the masks, sorted: numbers, or (r, g, b) colours; and the numbers with their colours in palettes."""
     found: set[Any] = set()
+    palettes: set[tuple[int, Any]] = set()
+    bits: set[Any] = set()  # of masks with one bit a pixel
     for path in masks:
-        with Image.open(path) as mask:
-            if len(mask.getbands()) == 1:
-                found |= set(np.unique(np.asarray(mask, np.uint8 if mask.mode == "1" else None)).tolist())
-            else:
-                found |= set(map(tuple, np.unique(np.asarray(mask.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
-    if len({type(value) for value in found}) > 1:
+        try:
+            with Image.open(path) as mask:
+                if mask.mode == "1":
+                    bits |= set(np.unique(np.asarray(mask, np.uint8)).tolist())
+                elif len(mask.getbands()) == 1:
+                    numbers = np.unique(np.asarray(mask)).tolist()
+                    found |= {int(number) if number == number // 1 else number for number in numbers}  # whole ones of floats
+                    if mask.mode == "P":
+                        palette = [*mask.getpalette("RGB"), *[0] * 768]  # entries that the file leaves out are black
+                        palettes |= {(number, tuple(palette[3 * number : 3 * number + 3])) for number in numbers}
+                else:
+                    found |= set(map(tuple, np.unique(np.asarray(mask.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
+        except Exception as error:  # inside a decoder a broken file can raise nearly anything
+            raise ValueError(f"{path} cannot be read as a picture ({error}). Replace or remove it.") from error
+    if found in ({255}, {0, 255}):
+        bits.discard(1)  # white, as their 255 is
+    found |= bits
+    if len({isinstance(value, tuple) for value in found}) > 1:
         raise ValueError("some masks hold numbers and others colours; save all of them in one way")
-    return sorted(found)
+    return sorted(found), palettes
+
+
+def colours_of(palettes: set[tuple[int, Any]], names: list[str]) -> list[Any]:
+    """The colours by which binary masks with palettes are read, sorted, if number 0 is not black in all of them; or none."""
+    zero = {colour for number, colour in palettes if number == 0}
+    colours = sorted({colour for _, colour in palettes})
+    if zero <= {(0, 0, 0)} or len(colours) == 1:  # of one colour, numbers tell the pixels apart
+        return []
+    if names and zero == {colours[-1]}:
+        raise ValueError(
+            f"the masks' palettes begin with {colours[-1]}, which is the last of their colours, so that classes.txt could name "
+            "them in either order; save the masks as RGB, whose colours it names in rising order"
+        )
+    return colours
 
 
 def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[str], Any]:
     """Names of the classes, and the `mask_values` with which `ImageMaskDataset` reads them."""
     values = f"{len(found)} values ({', '.join(map(str, found[:8]))}{', ...' * (len(found) > 8)})"
     if len(found) < 2:
-        raise ValueError(f"the masks hold the one value {found[0]}; there is nothing to tell apart")
+        held = f"the one value {found[0]}" if found else "no value that counts"
+        raise ValueError(f"the masks hold {held}; there is nothing to tell apart")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"classes.txt names {', '.join(twice)} more than once; give each class a name of its own")
     if nonzero and 0 not in found and (0, 0, 0) not in found:
@@ -119,6 +161,8 @@ def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[
 
 def held_out(images: list[str], last: int, share: float) -> list[int]:
     """Numbers of the pictures to validate on: the last ones, 10 after 9, or a random share, always the same."""
+    if len(images) < 2:
+        raise ValueError("one picture cannot be both trained on and held out; give two or more, or val/ and val_masks/")
     count = last or max(1, round(share * len(images)))
     if not 0 < count < len(images):
         raise ValueError(f"cannot hold out {count} of {len(images)} pictures; see --val-last and --val-share")
@@ -153,7 +197,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
     add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
-    return parse_options(parser, argv, out=Path("runs/finetuned"))
+    args = parse_options(parser, argv, out=Path("runs/finetuned"))
+    if not 0 < args.val_share < 1:
+        parser.error(f"--val-share must be above 0 and below 1, such as 0.1, not {args.val_share}")
+    return args
 
 
 if __name__ == "__main__":

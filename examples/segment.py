@@ -27,6 +27,14 @@ SAMPLE = Path(__file__).parent / "car.jpg"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    try:
+        segment(args)
+    except (ValueError, OSError) as error:  # what the library says is wrong with a file or an option
+        raise SystemExit(str(error)) from error
+
+
+def segment(args: argparse.Namespace) -> None:
+    """Write the masks and overlays of all pictures."""
     pictures = find_pictures(args.pictures)
     model = UNet.from_pretrained(args.model, device=args.device)
     args.out.mkdir(parents=True, exist_ok=True)

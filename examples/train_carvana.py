@@ -43,8 +43,10 @@ from training_options import (
     make_schedule,
     out_of_memory_explained,
     parse_options,
+    readable,
     settings_of,
     starting_model,
+    without_traceback,
 )
 
 from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet, dice_score, split_by_car
@@ -63,9 +65,10 @@ from unetlib.visualize import comparison, learning_curves
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with joined_processes(args.device) as process:
-        train_sets, val_set = load_data(args, process)
         torch.manual_seed(args.seed)
-        model = starting_model(args, in_channels=3, out_channels=1)
+        with without_traceback():
+            model = starting_model(args, in_channels=3, out_channels=1)
+            train_sets, val_set = load_data(args, process)
         size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
         class_names = ("background", "car")
         model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
@@ -84,19 +87,18 @@ def train(
 ) -> dict[str, float]:
     """Train `model` as `args` (of `parse_options`) say, and return the best validation scores."""
     rank, world, device = process
-    parameters = sum(tensor.numel() for tensor in model.parameters())
-    check_space(args.out, needed=100 * parameters)  # two checkpoints of weights, average, moments; weights; pictures
 
     # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
     names = [image for dataset in train_sets for image in dataset.images]
-    try:
+    with without_traceback(f"--batch-size {args.batch_size}: "):
         batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
-    except ValueError as error:
-        raise SystemExit(f"--batch-size {args.batch_size}: {error}") from error
-    loader = AugmentedBatches(
-        train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
-        size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,
-    )  # fmt: skip
+    with without_traceback():
+        # Two checkpoints of weights, average and moments; weights; pictures.
+        check_space(args.out, needed=100 * sum(tensor.numel() for tensor in model.parameters()))
+        loader = AugmentedBatches(
+            train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
+            size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,
+        )  # fmt: skip
     mean, std = (
         torch.tensor(part, device=device).view(-1, 1, 1) for part in (model.preprocessing.mean, model.preprocessing.std)
     )
@@ -111,7 +113,7 @@ def train(
     forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if args.compile:
         forward = torch.compile(forward)
-    loss_fn = make_loss(args, model.config.out_channels)
+    loss_fn = make_loss(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = make_schedule(args, optimizer, steps=args.epochs * len(batches))
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
@@ -141,7 +143,7 @@ def train(
             state = load_checkpoint(checkpoint, map_location=device)
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"{error}; leave out --resume, or give --out of an earlier run") from error
-        check_same(checkpoint, state["settings"], settings)
+        check_same(checkpoint, state, settings)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
@@ -176,7 +178,7 @@ def train(
             unit="picture", mininterval=args.log_every, disable=rank > 0,
         )  # fmt: skip
         started = time.perf_counter()
-        for images, masks, draws in loader:
+        for images, masks, draws in readable(loader):
             optimizer.zero_grad(set_to_none=True)
             shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
             total = torch.zeros((), device=device)
@@ -262,10 +264,7 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
-    whole, *others = shared(metrics)
-    for other in others:
-        whole.merge(other)
-    return whole.compute()
+    return metrics.all_gather().compute()
 
 
 def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaDataset], CarvanaDataset]:
@@ -292,6 +291,7 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
         train.append(real)
     else:
         train[0], val = split_by_car(train[0], val_fraction=0.25, seed=args.seed)
+    val.check()  # a file that cannot be read would cost an epoch
     return train, val
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torchvision.transforms import v2
 
-from unetlib import BCEDiceLoss, CrossEntropyLoss, DiceLoss, ImageMaskDataset, UNet
+from unetlib import BCEDiceLoss, CrossEntropyLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
 from unetlib.arguments import at_least, check_device, height_and_width, whole
 from unetlib.config import MATCHES
@@ -50,8 +50,8 @@ FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_e
 IGNORED = 255  # the class of pixels that do not count
 
 # The least that whole numbers may be.
-LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1, "validate_every": 1}
-LEAST |= {"checkpoint_every": 0, "workers": 0}
+LEAST = {"features": 1, "bottleneck": 1, "patch_size": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1}
+LEAST |= {"validate_every": 1, "checkpoint_every": 0, "workers": 0}
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
@@ -126,7 +126,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse what would fail later, when pictures are read and rendered, or an epoch is over."""
     for name, least in LEAST.items():
-        whole(typed(name), getattr(args, name), least)
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None:
+                whole(typed(name), number, least)
+    whole("--seed", args.seed, -(2**63), 2**64 - 1)  # what PyTorch takes
     for name in ("lr", "weight_decay", "clip", "border_weight", "cache_gib"):
         at_least(typed(name), getattr(args, name), 0)
     at_least("--warmup", args.warmup, 0, 1)
@@ -142,6 +146,8 @@ def check(args: argparse.Namespace) -> None:
             "with --window and --own-size the model predicts at the pictures' own size; give --validate-at original beside them"
         )
     check_device(args.device)
+    if args.sync_batch_norm and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--sync-batch-norm is for GPUs, not for --device {args.device}; leave it out")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install 'unetlib[examples]'")
     make_augment(args, datasets=())
@@ -157,6 +163,21 @@ def out_of_memory_explained() -> Iterator[None]:
             f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --accumulate 2 or more, "
             "or a smaller --batch-size, --size or --features"
         ) from error
+
+
+@contextlib.contextmanager
+def without_traceback(about: str = "") -> Iterator[None]:
+    """End with what the library says is wrong with a file or an option, after what it is `about`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{about}{error}") from error
+
+
+def readable(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, whose files are read on the way; the errors of what is done with them stay as they are."""
+    with without_traceback():
+        yield from batches
 
 
 def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:
@@ -180,8 +201,11 @@ def settings_of(args: argparse.Namespace, model: UNet) -> dict[str, Any]:
     return settings | {"network": model.config.to_dict() | statistics}
 
 
-def check_same(checkpoint: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(checkpoint: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """End where a run would go on with other settings; weights to start from may have moved, and count by what they gave."""
+    if "settings" not in state:
+        raise SystemExit(f"{checkpoint} is not from this script; leave out --resume, or give --out of an earlier run")
+    was = state["settings"]
     changed = [name for name in now if now[name] != was.get(name)]
     if changed not in ([], ["init"]):
         words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
@@ -202,7 +226,13 @@ def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
     """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
     names = ("features", "bottleneck", "patch_size", "match")
     shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+    model = grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+    if min(args.size) < (least := model.config.stride):
+        raise ValueError(
+            f"--size {args.size[0]} {args.size[1]} is too small for the network, which takes {least}x{least} pixels or more; "
+            "give a larger --size, or fewer --features"
+        )
+    return model
 
 
 def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset]) -> v2.Compose:
@@ -215,11 +245,9 @@ def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset])
     return v2.Compose([window, train_transform(None, **options)])
 
 
-def make_loss(args: argparse.Namespace, channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     if args.loss == "bce":
         return CrossEntropyLoss(ignore_index=ignored(args))
-    if channels > 1:
-        return CrossEntropyLoss(ignore_index=ignored(args)) + DiceLoss(ignore_index=ignored(args))
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
 
 

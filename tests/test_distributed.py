@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -46,6 +47,17 @@ def test_alone_there_is_nothing_to_join():
         assert (rank, world_size, device) == (0, 1, torch.device("cpu"))
         assert shared({"a": 1}) == [{"a": 1}]
         assert not torch.distributed.is_initialized()
+
+
+def test_the_others_wait_for_hours_while_the_first_prepares_what_all_need(monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with joined_processes("cpu") as process:
+        assert process.rank == 1
+    assert given["timeout"] > timedelta(hours=1)
 
 
 def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):

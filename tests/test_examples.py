@@ -69,6 +69,18 @@ def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path):
         example("segment").main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
 
 
+def test_what_cannot_be_segmented_is_one_clear_error(tmp_path):
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("no folder")
+    for options, message in (
+        (["--model", "carvanna"], "Did you mean 'carvana'"),
+        (["--model", str(tmp_path / "model"), "nosuch.jpg"], "there is no file 'nosuch.jpg'"),
+        (["--model", str(tmp_path / "model"), "--out", str(tmp_path / "file" / "out")], "file/out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            example("segment").main(["--out", str(tmp_path / "out"), "--device", "cpu", *options])
+
+
 def test_the_study_runs_with_its_imports_changed(tmp_path):
     """The study's steps in its order: albumentations, UNET, BCE with logits, Adam, autocast and scaler, checkpoint."""
     write_carvana(tmp_path, cars=1, views=4, size=(64, 96))

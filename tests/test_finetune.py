@@ -16,6 +16,7 @@ from study import randomize
 
 from unetlib import ImageMaskDataset, Preprocessing, UNet
 from unetlib.inference import evaluate, iter_logits
+from unetlib.losses import bce_dice_loss
 from unetlib.objects import label_objects, rand_f_score
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,14 @@ def test_two_classes_from_random_weights(example, tmp_path, capsys):
     assert "classes: background, foreground (found in the masks" in capsys.readouterr().out
 
 
+def test_the_folder_one_is_in_has_a_name_too(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "mine"))
+    example("finetune").main(["--data", ".", "--out", ".", *TINY])
+    card = (tmp_path / "mine" / "model" / "README.md").read_text()
+    assert "\n# mine\n" in card
+    assert "pictures like those of `mine`" in card
+
+
 def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path, capsys):
     torch.manual_seed(0)
     UNet(features=(8, 16)).save_pretrained(tmp_path / "old")
@@ -129,9 +138,27 @@ def test_a_value_that_does_not_count_has_no_say_in_the_loss(example, channels, l
 
     args = example("finetune").parse_args(["--data", "mine", "--ignore", "7", "--loss", loss])
     logits, masks = torch.randn(2, channels, 8, 6), torch.randint(max(channels, 2), (2, 8, 6))
-    expected = options.make_loss(args, channels)(logits[:, :, :5], masks[:, :5])
+    expected = options.make_loss(args)(logits[:, :, :5], masks[:, :5])
     masks[:, 5:] = options.IGNORED
-    torch.testing.assert_close(options.make_loss(args, channels)(logits, masks), expected)
+    torch.testing.assert_close(options.make_loss(args)(logits, masks), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_borders_count_whatever_the_number_of_classes(example, channels):
+    import training_options as options
+
+    args = example("finetune").parse_args(["--data", "mine", "--border-weight", "3", "--border-size", "3"])
+    logits, masks = torch.randn(2, channels, 8, 6), torch.zeros(2, 8, 6, dtype=torch.long)
+    masks[:, :, 3:] = 1
+    expected = bce_dice_loss(logits, masks, border_weight=3.0, border_size=3)
+    torch.testing.assert_close(options.make_loss(args)(logits, masks), expected)
+    assert expected != bce_dice_loss(logits, masks)
+
+
+def test_something_must_be_left_beside_a_value_that_is_set_aside(example, tmp_path):
+    data = write(tmp_path / "mine", values=(7,))
+    with pytest.raises(SystemExit, match="the masks hold no value that counts; there is nothing to tell apart"):
+        example("finetune").main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, "--ignore", "7"])
 
 
 def test_a_value_to_set_aside_must_be_there(example, tmp_path):
@@ -180,6 +207,19 @@ def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path,
     assert "--ignore 255 needs the values of the classes, such as" in capsys.readouterr().err
 
 
+def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):
+    write(tmp_path, values=(0, 2))  # each of which would be read as 0 and 1
+    UNet(out_channels=3, features=(8,)).save_pretrained(tmp_path / "model")
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    for option, message in (
+        ([], "the model has 3 classes; name the masks' values in their order: --mask-values 0 1 2"),
+        (["--nonzero", "--mask-values", "0", "1", "2"], "give one, not both"),
+    ):
+        with pytest.raises(SystemExit):
+            example("evaluate").main(["--model", str(tmp_path / "model"), *folders, "--device", "cpu", *option])
+        assert message in capsys.readouterr().err
+
+
 def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tmp_path):
     write(tmp_path / "mine")
     write(tmp_path / "mine", count=2, split="val")
@@ -212,6 +252,10 @@ def test_options_that_cannot_be_right_are_refused(example, capsys):
     with pytest.raises(SystemExit):
         example("finetune").parse_args(["--data", "mine", "--validate-every", "0"])
     assert "--validate-every=0 must be 1 or more" in capsys.readouterr().err
+    for share in ("0", "-1", "1", "nan"):
+        with pytest.raises(SystemExit):
+            example("finetune").parse_args(["--data", "mine", "--val-share", share])
+        assert "--val-share must be above 0 and below 1, such as 0.1, not " in capsys.readouterr().err
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------------
@@ -237,6 +281,76 @@ def test_classes_are_the_masks_values_in_order(example, tmp_path, values, classe
     found, train_set, _, _ = loaded(example, "--data", tmp_path)
     assert found == names
     assert np.unique(train_set[0][1]).tolist() == held
+
+
+def test_white_of_one_bit_is_white_of_eight(example, tmp_path):
+    write(tmp_path)
+    Image.fromarray(np.arange(40 * 56).reshape(40, 56) > 999).save(tmp_path / "train_masks" / "0.png")
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["background", "foreground"]
+    assert {value for i in range(3) for value in np.unique(train_set[i][1])} == {0, 1}
+
+
+def with_palettes(folder: Path, *palettes: tuple) -> Path:
+    """Masks of two numbers, whose palettes are these in turns."""
+    for number in range(4):
+        palette = palettes[number % len(palettes)]
+        mask = Image.fromarray(np.asarray(Image.open(folder / "train_masks" / f"{number}.png")) % 2 ^ number % len(palettes))
+        mask.putpalette([part for colour in palette for part in colour])
+        mask.save(folder / "train_masks" / f"{number}.png")
+    return folder
+
+
+BLACK, WHITE, GREY, RED = (0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0)
+
+
+def test_names_fit_a_palette_in_one_order_only(example, tmp_path):
+    with_palettes(write(tmp_path), (WHITE, BLACK))
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["background", "foreground"]
+    assert train_set[0][1][0].all()  # white
+    (tmp_path / "classes.txt").write_text("sky\nhouse\n")
+    with pytest.raises(ValueError, match=r"palettes begin with \(255, 255, 255\), .* in either order; save the masks as RGB"):
+        loaded(example, "--data", tmp_path)
+    with_palettes(write(tmp_path), (BLACK, WHITE), (WHITE, BLACK))  # numbers say nothing
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["sky", "house"]
+    assert all(train_set[i][1].tolist() == train_set[0][1].tolist() for i in range(3))
+
+
+def test_no_palette_without_black_is_all_foreground(example, tmp_path):
+    with_palettes(write(tmp_path), (GREY, RED))
+    with pytest.raises(ValueError, match=r"2 values \(\(128, 128, 128\), .* and no 0, so that --nonzero .* leave it out"):
+        loaded(example, "--data", tmp_path, "--nonzero")
+
+
+def test_colours_of_a_palette_without_black_are_classes(example, tmp_path):
+    with_palettes(write(tmp_path), (GREY, RED))
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["class (128, 128, 128)", "class (255, 0, 0)"]
+    assert (train_set[0][1][0, 0], train_set[0][1][-1, 0]) == (0, 1)
+
+
+def test_numbers_tell_apart_what_a_palette_shows_in_one_colour(example, tmp_path):
+    with_palettes(write(tmp_path), (WHITE, WHITE))
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["background", "foreground"]
+    assert np.unique(train_set[0][1]).tolist() == [0, 1]
+
+
+def test_floats_are_classes_where_they_are_whole(example, tmp_path):
+    write(tmp_path, values=(0, 1, 2))
+    for path in (tmp_path / "train_masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.float32)).save(path.with_suffix(".tif"))
+        path.unlink()
+    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    assert names == ["class 0", "class 1", "class 2"]
+    assert np.unique(train_set[0][1]).tolist() == [0, 1, 2]
+    for path in (tmp_path / "train_masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) / 4).save(path)
+    with pytest.raises(ValueError, match=r"the masks hold 0\.25, and classes are whole numbers; round .* --nonzero"):
+        loaded(example, "--data", tmp_path)
+    assert np.unique(loaded(example, "--data", tmp_path, "--nonzero")[1][0][1]).tolist() == [0, 1]
 
 
 def test_numbered_objects_are_foreground_if_one_says_so(example, tmp_path):
@@ -302,9 +416,28 @@ def one_name_twice(folder: Path) -> None:
     (folder / "classes.txt").write_text("cell\ncell\n")
 
 
+def names_in_utf_16(folder: Path) -> None:
+    (folder / "classes.txt").write_text("ground\ncell\n", encoding="utf-16")
+
+
+def one_picture(folder: Path) -> None:
+    for name in ("train", "train_masks"):
+        for number in range(1, 4):
+            (folder / name / f"{number}.png").unlink()
+
+
 def one_value(folder: Path) -> None:
     for mask in (folder / "train_masks").iterdir():
         Image.new("L", (56, 40)).save(mask)
+
+
+def cut_off(folder: Path) -> None:
+    mask = folder / "train_masks" / "1.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+
+
+def no_picture(folder: Path) -> None:
+    (folder / "train_masks" / "1.png").write_text("no picture")
 
 
 def colours_and_numbers(folder: Path) -> None:
@@ -319,7 +452,11 @@ def colours_and_numbers(folder: Path) -> None:
         (other_size, "1 x size clash"),
         (three_values, r"names 2 classes \(ground, cell\), but the masks hold 3 values \(0, 128, 255\)"),
         (one_name_twice, "names cell more than once"),
+        (names_in_utf_16, r"classes\.txt is not UTF-8; save it again as UTF-8"),
+        (one_picture, "one picture cannot be both .* give two or more, or val/ and val_masks/"),
         (one_value, "the masks hold the one value 0"),
+        (cut_off, r"train_masks/1\.png cannot be read as a picture \(.*\)\. Replace or remove it"),
+        (no_picture, r"train_masks/1\.png cannot be read as a picture \(.*\)\. Replace or remove it"),
         (colours_and_numbers, "some masks hold numbers and others colours"),
     ],
 )
@@ -329,10 +466,22 @@ def test_a_bad_folder_is_one_clear_error(example, tmp_path, spoil, message):
         example("finetune").main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY])
 
 
+def test_weights_to_start_from_that_there_are_none_of_are_one_clear_error(example, tmp_path):
+    write(tmp_path)
+    with pytest.raises(SystemExit, match="nosuch"):
+        example("finetune").main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY, "--init", "nosuch"])
+
+
 def test_some_pictures_must_be_left_to_train_on(example, tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match="cannot hold out 4 of 4 pictures"):
         loaded(example, "--data", tmp_path, "--val-last", "4")
+
+
+def test_pictures_are_held_out_or_there_is_a_folder_of_them(example, tmp_path):
+    write(write(tmp_path), split="val")
+    with pytest.raises(ValueError, match="--val-last 2 holds out pictures of train/, but there is a val/"):
+        loaded(example, "--data", tmp_path, "--val-last", "2")
 
 
 # ---- the two data sets --------------------------------------------------------------------------------------------------
@@ -397,8 +546,20 @@ def test_evaluation_of_masks_with_more_values(example, tmp_path, capsys):
         model.save_pretrained(tmp_path / "model")
         example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *option])
         assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(accuracy, abs=0.02)
-    with pytest.raises(ValueError, match="binary mask"):
+    with pytest.raises(SystemExit, match="binary mask"):
         example("evaluate").main(["--model", str(tmp_path / "model"), *folders])
+
+
+def test_what_cannot_be_evaluated_is_one_clear_error(example, tmp_path, capsys):
+    evaluation = example("evaluate")
+    with pytest.raises(SystemExit, match="nosuch"):
+        evaluation.main(["--model", "nosuch", "--synthetic", "1"])
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="there is no folder 'nosuch'"):
+        evaluation.main(["--model", str(tmp_path / "model"), "--images", "nosuch", "--masks", "nosuch"])
+    with pytest.raises(SystemExit):
+        evaluation.main(["--synthetic", "-3"])
+    assert "--synthetic=-3 must be 0 or more" in capsys.readouterr().err
 
 
 def test_evaluation_of_objects_asks_for_scipy_before_the_work(example, tmp_path, monkeypatch, capsys):

@@ -344,6 +344,8 @@ def test_boundaries_of_absent_classes() -> None:
     assert hausdorff_distance(as_logits(square), ignored, ignore_index=255).isnan()
     with pytest.raises(TypeError, match="batch"):
         hausdorff_distance(as_logits(square), square, batch=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"a score has no option average; it has .*reduction"):
+        dice_score(as_logits(square), square, average="macro")  # type: ignore[call-arg]
 
 
 def test_boundary_scores_of_many_classes() -> None:
@@ -526,6 +528,9 @@ def test_accumulator_names_bad_input() -> None:
         SegmentationMetrics(0)
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) do not have num_classes=1 channels"):
         SegmentationMetrics().update(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4))
+    for score in (SegmentationMetrics().update, boundary_iou):
+        with pytest.raises(TypeError, match="logits"):
+            score([[[0.0, 1.0]]], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="found 255"):
         SegmentationMetrics().update(torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), 255))
     with pytest.raises(ValueError, match=r"different options: .*'threshold': 0\.5.*'threshold': 0\.4"):
@@ -570,6 +575,16 @@ def test_two_processes_equal_one_to_the_last_bit(tmp_path: Path) -> None:
         assert repr(torch.load(tmp_path / f"{rank}.pt")) == repr(expected)
 
 
+def test_alone_what_is_gathered_is_the_same() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    metrics = SegmentationMetrics(3, keep_pictures=True)
+    metrics.update(logits, target)
+    total = metrics.all_gather()
+    assert (total.compute(), total.per_picture()) == (metrics.compute(), metrics.per_picture())
+    total.update(logits, target)
+    assert metrics.pictures == 3
+
+
 def test_update_reads_no_value_from_the_device() -> None:
     for kind in KINDS:
         with FakeTensorMode():
@@ -602,6 +617,12 @@ def test_plot_draws_the_confusion_and_the_pictures() -> None:
         with pytest.raises(ValueError, match="class_names must name"):
             metrics.plot(["a"])
     assert len(SegmentationMetrics().plot().axes) == 1
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"a plot needs it: pip install 'unetlib\[metrics\]'"):
+        SegmentationMetrics().plot()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

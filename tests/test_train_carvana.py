@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 
 from unetlib import CarvanaDataset, Preprocessing, UNet, UNetConfig
 from unetlib.cache import CachedDataset
-from unetlib.checkpoints import load_checkpoint
+from unetlib.checkpoints import load_checkpoint, save_checkpoint
 from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
 
@@ -191,6 +191,12 @@ def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script,
         script.main([*options, *others])
 
 
+def test_a_checkpoint_of_another_script_is_not_gone_on_from(script, data, tmp_path):
+    save_checkpoint({"model": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is not from this script; leave out --resume"):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--resume"])
+
+
 def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(script, data, tmp_path):
     for name, width in (("start", 8), ("same", 8), ("wider", 16)):
         model = UNet(features=(width,))
@@ -217,7 +223,7 @@ def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, m
     def loss(logits, masks):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
-    monkeypatch.setattr(script, "make_loss", lambda args, channels: loss)
+    monkeypatch.setattr(script, "make_loss", lambda args: loss)
     with pytest.raises(
         SystemExit, match=r"not enough memory for a step \(CUDA out of memory.* 2\.00 GiB\.\); try --accumulate 2"
     ):
@@ -330,7 +336,7 @@ def test_larger_than_the_weights_it_starts_from(script, data, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(script, data, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, float("nan")])
-    monkeypatch.setattr(script, "make_loss", lambda args, channels: lambda logits, masks: logits.mean() * 0 + next(losses))
+    monkeypatch.setattr(script, "make_loss", lambda args: lambda logits, masks: logits.mean() * 0 + next(losses))
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--batch-size", "2", "--checkpoint-every", "1"]
     with pytest.raises(SystemExit, match=r"the loss is nan in step 3, pictures \w+_\d\d\.jpg, \w+_\d\d\.jpg;.*--lr"):
         script.main(options)
@@ -339,11 +345,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(scr
 
 def test_a_full_disk_and_an_unwritable_folder_are_found_before_training(script, data, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot be written to"):
-        script.main(["--data", str(data), "--out", str(tmp_path / "file" / "run"), *TINY])
+    for source in (["--data", str(data)], ["--synthetic", "8"]):
+        with pytest.raises(SystemExit, match="cannot be written to"):
+            script.main([*source, "--out", str(tmp_path / "file"), *TINY])
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="1 MB left and the run writes up to"):
+    with pytest.raises(SystemExit, match="1 MB left and the run writes up to"):
         script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY])
     assert not list((tmp_path / "run").iterdir())
 
@@ -422,6 +429,11 @@ def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmu
         ("--warmup 1.5", "--warmup must be from 0 to 1, not 1.5"),
         ("--ema 1", "--ema must be 0 or more and below 1, such as 0.99, not 1.0"),
         ("--size 0 48", "--size=0 must be 1 or more"),
+        ("--features 8 0", "--features=0 must be 1 or more"),
+        ("--bottleneck 0", "--bottleneck=0 must be 1 or more"),
+        ("--patch-size 0", "--patch-size=0 must be 1 or more"),
+        ("--seed 18446744073709551616", "--seed=18446744073709551616 must be from"),
+        ("--sync-batch-norm --device cpu", "--sync-batch-norm is for GPUs, not for --device cpu; leave it out"),
         ("--border-weight 3 --border-size 40", "--border-size must be odd, such as 41, not 40"),
         ("--crop 0.2 1 --window", "--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two"),
         ("--crop 1 0.2", "crop must be (least, largest), 0 < least <= largest <= 1, not [1.0, 0.2]"),
@@ -438,6 +450,37 @@ def test_what_cannot_be_right_is_refused_before_anything_is_read(script, monkeyp
     with pytest.raises(SystemExit):
         script.parse_args(["--data", "no/such/folder", *shlex.split(options)])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--init nosuch", "nosuch"),
+        ("--size 8 48 --features 8 8 8 8", "--size 8 48 is too small for the network, which takes 16x16 pixels or more"),
+        ("--data nosuch", "there is no folder 'nosuch/train'"),
+    ],
+)
+def test_what_there_is_none_of_is_one_clear_error_before_scenes_are_rendered(script, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main([*TINY, "--synthetic", "0", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *shlex.split(options)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+@pytest.mark.parametrize("options", ["", "--augment-on device", "--workers 1"])
+def test_a_picture_that_cannot_be_read_is_named(script, data, tmp_path, place, options):
+    shutil.copytree(data, tmp_path / "data")
+    broken = min((tmp_path / "data" / place).iterdir())
+    broken.write_bytes(broken.read_bytes()[:-500])
+    with pytest.raises(SystemExit, match=rf"{re.escape(str(broken))} cannot be read as a picture"):
+        script.main([*TINY, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *shlex.split(options)])
+
+
+def test_a_picture_without_a_mask_is_named(script, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    min((tmp_path / "data" / "train_masks").iterdir()).unlink()
+    with pytest.raises(SystemExit, match="1 x picture without a mask"):
+        script.main([*TINY, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
 
 
 def test_scenes_are_counted_in_fours_and_make_two_cars(script, capsys):

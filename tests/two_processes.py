@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from unetlib import BCEDiceLoss, SegmentationMetrics, UNet
-from unetlib.distributed import joined_processes, shared
+from unetlib.distributed import joined_processes
 from unetlib.inference import evaluate
 from unetlib.loading import Augmented, ShuffledBatches
 from unetlib.synthetic import render_scene
@@ -43,12 +43,10 @@ def main(path: str) -> None:
         metrics = SegmentationMetrics(keep_pictures=True)
         share = [render_scene(100 + car, size=(40, 56)) for car in range(process.rank, 5, process.world_size)]
         evaluate(model, share, metrics=metrics)
-        whole, *others = shared(metrics)
-        for other in others:
-            whole.merge(other)
+        total = metrics.all_gather()
         if process.rank == 0:
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-            torch.save({"gradients": gradients, "scores": whole.compute(), "counts": whole.confusion}, path)
+            torch.save({"gradients": gradients, "scores": total.compute(), "counts": total.confusion}, path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,24 +44,26 @@ def joined_processes(device: str) -> Iterator[Process]:
     own = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    # Hours, since the others wait while the first prepares what all need, such as scenes to render, a second each.
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield Process(rank, world_size, own)
     finally:
         dist.destroy_process_group()
 
 
-def shared(value: Value) -> list[Value]:
+def shared(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """The values of all processes, in the order of their ranks, in each process.
 
     Args:
         value: what can be pickled; it travels between the processes of this run only.
+        group: the processes that share; None: all.
 
     Returns:
         One value for each process: `[value]` alone.
     """
-    if not dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
     return values

@@ -15,16 +15,17 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import counts
-from .arguments import at_least, whole
+from .arguments import at_least, check_options, needed, whole
 from .boundary import edge_distances
 from .counts import SCORES, Cells, one_against_rest
+from .distributed import shared
 from .targets import Reading, read
 
 if TYPE_CHECKING:
@@ -279,8 +280,14 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
         >>> boundary_iou(20 * square.roll(1, -1)[:, None] - 10, square, distance=1).item()
         0.3333333333333333
     """
-    width = max(1, round(0.02 * math.hypot(*logits.shape[2:]))) if distance is None else whole("distance", distance, 1)
-    return _score(counts.iou, logits, target, cells=functools.partial(counts.band_cells, width=width), **options)
+    if distance is not None:
+        distance = whole("distance", distance, 1)
+
+    def cells(reading: Reading, threshold: float) -> Cells:
+        width = distance or max(1, round(0.02 * math.hypot(*reading.logits.shape[2:])))
+        return counts.band_cells(reading, threshold, width=width)
+
+    return _score(counts.iou, logits, target, cells=cells, **options)
 
 
 def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, **options: Unpack[PictureOptions]) -> Tensor:
@@ -466,20 +473,20 @@ class SegmentationMetrics:
         Raises:
             ValueError: for another number of channels, and as `confusion_matrix`.
         """
-        if logits.ndim < 2 or logits.shape[1] != self.num_classes:
+        reading = read(logits, target, multilabel=self.multilabel, ignore_index=self.ignore_index)
+        if logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} do not have num_classes={self.num_classes} channels; "
                 "make SegmentationMetrics with the model's number of output channels"
             )
-        reading = read(logits, target, multilabel=self.multilabel, ignore_index=self.ignore_index)
         table = counts.confusion(reading, self.threshold)
         cells = one_against_rest(table, self._sigmoid)
         scores = torch.stack([score(cells, self.empty) for score in SCORES.values()])  # (S, N, C)
         of_mean = slice(self._first, None)
         classes = (~scores[..., of_mean].isnan()).sum(-1, keepdim=True)
-        mean = _value(_whole(scores)[..., of_mean, :].sum(-2, keepdim=True)) / classes  # nan for no class at all
+        mean = _from_fixed_point(_fixed_point(scores)[..., of_mean, :].sum(-2, keepdim=True)) / classes  # nan for no class
         scores = torch.cat([scores, mean], dim=-1)  # (S, N, C + 1)
-        self._add(table.sum(0), _whole(scores).sum(1), (~scores.isnan()).sum(1), len(logits))
+        self._add(table.sum(0), _fixed_point(scores).sum(1), (~scores.isnan()).sum(1), len(logits))
         if self.keep_pictures:
             self._kept.append(mean[..., 0])
 
@@ -505,14 +512,12 @@ class SegmentationMetrics:
     def all_gather(self, group: ProcessGroup | None = None) -> SegmentationMetrics:
         """Sum over the processes of `torch.distributed`, the same on each; every process has to call it.
 
-        This accumulator keeps its own counts. Pictures that a sampler repeats to even out the processes count twice,
-        so give `DistributedSampler` a data set whose length the number of processes divides, or a sampler of your own.
+        This accumulator keeps its own counts, which are the sum where there is one process. Pictures that a sampler
+        repeats to even out the processes count twice, so give `DistributedSampler` a data set whose length the number
+        of processes divides, or a sampler of your own.
         """
-        parts: list[SegmentationMetrics | None] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(parts, self._on_cpu(), group)
         total = self._empty_copy()
-        for part in parts:
-            assert part is not None
+        for part in shared(self._on_cpu(), group):
             total.merge(part)
         return total
 
@@ -562,10 +567,6 @@ class SegmentationMetrics:
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib; install it with `pip install unetlib[metrics]`") from error
         table = self.confusion.cpu()
         names = list(class_names or map(str, range(len(table))))
         if len(names) != len(table):
@@ -574,7 +575,8 @@ class SegmentationMetrics:
         if table.ndim == 3:  # one row for each class of a multilabel task
             table, columns, rows, title = table.flatten(1), ["TN", "FP", "FN", "TP"], "class", "share of all pixels"
         shares = table / table.sum(1, keepdim=True)
-        figure = Figure(figsize=(10, 4.5) if self._kept else (5.5, 4.5), layout="constrained")
+        size = (10, 4.5) if self._kept else (5.5, 4.5)
+        figure: Figure = needed("matplotlib.figure", "a plot", "metrics").Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, 2 if self._kept else 1, squeeze=False)[0]
         axes[0].imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes[0].set_xticks(range(len(columns)), columns)
@@ -639,16 +641,16 @@ class SegmentationMetrics:
         return {name: score(cells, self.empty).tolist() for name, score in SCORES.items()}
 
 
-def _whole(scores: Tensor) -> Tensor:
+def _fixed_point(scores: Tensor) -> Tensor:
     """Scores as whole numbers of 2^-32 and, the rest, of 2^-64, int64 (..., 2); nan is 0."""
     scaled = scores.nan_to_num() * 2.0**_BITS
     high = scaled.floor()
     return torch.stack([high, ((scaled - high) * 2.0**_BITS).round()], dim=-1).long()
 
 
-def _value(whole: Tensor) -> Tensor:
-    """The opposite of `_whole`."""
-    return whole[..., 0].double() / 2.0**_BITS + whole[..., 1].double() / 2.0 ** (2 * _BITS)
+def _from_fixed_point(numbers: Tensor) -> Tensor:
+    """The opposite of `_fixed_point`."""
+    return numbers[..., 0].double() / 2.0**_BITS + numbers[..., 1].double() / 2.0 ** (2 * _BITS)
 
 
 def _score(
@@ -664,8 +666,10 @@ def _score(
     ignore_index: int | None = None,
     multilabel: bool = False,
     reduction: str = "mean",
+    **others: Any,
 ) -> Tensor:
     """A score made of counts, under the options of `ScoreOptions`."""
+    check_options("a score", others, ScoreOptions.__annotations__ | PictureOptions.__annotations__)
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
     counted = cells(reading, threshold)
     if batch:
