@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import check, command, machine, wait, write_json
+from harness import carvana_folder, check, command, machine, wait, write_json
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -97,7 +96,7 @@ def contestants(carvana: CarvanaDataset, size: Size) -> dict[str, Dataset]:
 
 def time_epoch(datasets: dict[str, Dataset], workers: int) -> dict[str, tuple[float, float]]:
     """Wall and CPU seconds a sample of each data set; the CPU time of workers is not known."""
-    pairs = len(next(iter(datasets.values())))  # type: ignore[arg-type]
+    pairs = len(next(iter(datasets.values())))
     spent = {}
     for name, dataset in datasets.items():
         release_freed() if name == STUDY else keep_freed()
@@ -180,15 +179,10 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
 
 def find_files(args: argparse.Namespace, temporary: Path) -> tuple[CarvanaDataset, str]:
     """The data set, and what it is."""
-    known = os.environ.get("UNETLIB_DATA")
-    folder = args.data or (Path(known, "carvana") if known else None)
-    if folder is None or not (folder / "train").is_dir():
-        if args.data:
-            raise SystemExit(f"there is no folder {str(folder / 'train')!r}; --data must hold train/ and train_masks/")
+    folder, what = carvana_folder(args.data), "photographs"
+    if folder is None:
         write_carvana(temporary, cars=math.ceil(args.files / 4), views=(1, 6, 11, 16))
         folder, what = temporary, "rendered scenes"
-    else:
-        what = "photographs"
     carvana = CarvanaDataset(folder / "train", folder / "train_masks")
     return carvana.subset(range(min(args.files, len(carvana)))), what
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import check, command, machine, write_json
+from harness import carvana_folder, check, command, machine, write_json
 from PIL import Image
 
 from unetlib import UNet
@@ -74,8 +74,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check(parser, args)
     if args.files < 1:
         parser.error(f"--files must be at least 1, got {args.files}")
-    if args.pictures is None and "UNETLIB_DATA" in os.environ:
-        args.pictures = Path(os.environ["UNETLIB_DATA"]) / "carvana" / "val"
     return args
 
 
@@ -85,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.pictures is None:
-            write_carvana(folder, cars=1, views=min(args.files, 16))
-            args.pictures = folder / "train"
+            carvana = carvana_folder(None)
+            if carvana is None:
+                write_carvana(folder, cars=1, views=min(args.files, 16), split="val")
+            args.pictures = (carvana or folder) / "val"
         names, _, _ = predict_folder.find_pictures(args.pictures, folder / "none", overwrite=False)
         if not names:
             sys.exit(f"there is no picture in {args.pictures}")

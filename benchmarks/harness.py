@@ -49,7 +49,8 @@ def machine(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     found["capability"] = torch.backends.cpu.get_cpu_capability()
     if is_cuda(device):
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found | {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    found |= {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return found | ({"UNETLIB_DATA": "set"} if os.environ.get("UNETLIB_DATA") else {})  # where it lies is nobody's business
 
 
 def is_cuda(device: str) -> bool:
@@ -282,9 +283,20 @@ def command(arguments: Sequence[str] | None = None) -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def print_row(name: str, *cells: str, first: int = 22, width: int = 11) -> None:
+def carvana_folder(given: Path | None) -> Path | None:
+    """The folder with Carvana's train/: the given one, else that of UNETLIB_DATA; None where scenes must be rendered."""
+    known = os.environ.get("UNETLIB_DATA")
+    folder = given or (Path(known, "carvana") if known else None)
+    if folder is not None and (folder / "train").is_dir():
+        return folder
+    if given is not None:
+        raise SystemExit(f"there is no folder {str(given / 'train')!r}; --data must hold train/ and train_masks/")
+    return None
+
+
+def print_row(name: str, *cells: str) -> None:
     """One line of a table, flushed: the name to the left, the cells to the right of their columns."""
-    print(f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
+    print(f"  {name:<22}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
 def mebibytes(count: int | None) -> str:
@@ -296,8 +308,11 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
     """Replace the file whole, or leave it as it was; nothing for None."""
     if path is not None:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        try:
+            beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)  # what a full disk left of it
 
 
 def new_plot(x: str, y: str, panels: Sequence[str]) -> tuple[Any, list[Any]]:

@@ -6,7 +6,7 @@ unetlib is faster, or needs less memory.
     pip install unetlib[bench]
     python benchmarks/losses.py                                   # CUDA if there, else CPU
     python benchmarks/losses.py --batch 8 --size 512 --classes 21 --json losses.json
-    python benchmarks/losses.py --batch 1 --size 32 --repeats 1   # does it run?
+    python benchmarks/losses.py --batch 1 --size 32 --rounds 1    # does it run?
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, object]]:
         logits = torch.randn(args.batch, channels, *shape, device=device, requires_grad=True)
         target = torch.randint(0, max(channels, 2), (args.batch, *shape), device=device)
         calls = {library: functools.partial(step, loss, logits, target) for library, loss in entries.items()}
-        seconds = time_turns([*calls.values()], args.repeats, args.device, warm_up=1, queued=False)
+        seconds = time_turns([*calls.values()], args.rounds, args.device, warm_up=1, queued=False)
         times = dict(zip(calls, seconds.T.tolist()))
         memory = {}
         for library, call in calls.items():
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=256, help="side of the square pictures")
     parser.add_argument("--classes", type=int, default=8, help="channels of the multiclass losses")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", nargs="*", help="names of losses, such as dice")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
 
     about = machine(args.device, ("segmentation-models-pytorch", "monai"))
-    settings = {name: getattr(args, name) for name in ("batch", "size", "classes", "repeats")}
+    settings = {name: getattr(args, name) for name in ("batch", "size", "classes", "rounds")}
     print(", ".join(f"{name} {value}" for name, value in (about | settings).items()))
     print("\n| loss | unetlib, ms | smp, times as long | MONAI | unetlib, MiB | smp, times as much | MONAI |")
     print("|---|---|---|---|---|---|---|")

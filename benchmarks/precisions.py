@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import check, command, machine, print_row, ratios, spread, time_turns, unsupported, write_json
+from harness import carvana_folder, check, command, machine, print_row, ratios, spread, time_turns, unsupported, write_json
 
 from unetlib import CarvanaDataset, UNet
 from unetlib.inference import evaluate, network_inputs, optimize_for_inference
@@ -58,8 +57,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("calibrate", "every"):
         if getattr(args, option) < 1:
             parser.error(f"--{option} must be at least 1, got {getattr(args, option)}")
-    if args.data is None and "UNETLIB_DATA" in os.environ:
-        args.data = Path(os.environ["UNETLIB_DATA"], "carvana")
     return args
 
 
@@ -68,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = machine("cpu", ("openvino", "nncf"))
     model = UNet.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.data
+        folder = carvana_folder(args.data)
         if folder is None:
             folder = Path(temporary)
             for split, cars in (("train", range(2)), ("val", range(2, 4))):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import check, command, machine, print_row, ratios, spread, time_turns, wait, write_json
+from harness import carvana_folder, check, command, machine, print_row, ratios, spread, time_turns, wait, write_json
 from peers import Network, NotHere, load_network, milesial_module
 from PIL import Image, ImageFile
 from torch import nn
@@ -105,8 +104,8 @@ def find_picture(given: Path | None, folder: Path) -> Path:
     """The picture asked for, or a photograph of `UNETLIB_DATA`, or a rendered scene."""
     if given is not None:
         return given
-    photographs = sorted(Path(os.environ.get("UNETLIB_DATA", folder), "carvana", "val").glob("*.jpg"))
-    if photographs:
+    carvana = carvana_folder(None)
+    if carvana is not None and (photographs := sorted((carvana / "val").glob("*.jpg"))):
         return photographs[0]
     image, _ = render_scene(7, view=4)
     Image.fromarray(image).save(folder / "scene.jpg", quality=92)

@@ -30,10 +30,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def about(results: dict[str, Any]) -> str:
-    """The command, and the machine in one line."""
+    """The command, with the variable that its pictures came from, and the machine in one line."""
     machine = results["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
-    return f"```bash\n{results['command']}\n```\n\n{facts}."
+    data = "UNETLIB_DATA=... " if "UNETLIB_DATA" in machine else ""
+    return f"```bash\n{data}{results['command']}\n```\n\n{facts}."
 
 
 def times(rows: list[Row]) -> str:

@@ -154,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     shape = sizes(args.shape)
     rows = measure(contestants(args.device, args.features, args.compile), shape, args.rounds, args.device)
-    print(json.dumps(machine(args.device)))
+    about = machine(args.device)
+    print(json.dumps(about))
     print(f"{args.shape}, features {args.features}, {args.rounds} rounds")
     print(f"{'':34}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
     for name, row in rows.items():
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         row["ratio"] = ratio.median
         figures = f"{1e3 * middle:10.1f}{shape[0] / middle:12.1f}{ratio.median:8.2f}{ratio.low:8.2f}{ratio.high:6.2f}"
         print(f"{name:34}{figures}{mebibytes(row.get('peak_bytes')):>10}")
-    results = {"command": command(argv), "machine": machine(args.device), "shape": args.shape, "features": args.features}
+    results = {"command": command(argv), "machine": about, "shape": args.shape, "features": args.features}
     write_json(args.json, results | {"rows": rows})
 
 

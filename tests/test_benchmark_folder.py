@@ -43,11 +43,16 @@ def test_nothing_is_compared_where_the_masks_differ(options, monkeypatch):
         folder.main(options)
 
 
-def test_rendered_scenes_where_there_is_no_data(options, monkeypatch, capsys):
+def test_rendered_scenes_where_there_is_no_data(options, monkeypatch, tmp_path):
     monkeypatch.delenv("UNETLIB_DATA", raising=False)
-    monkeypatch.setattr(folder, "write_carvana", lambda root, **_: (root / "train").mkdir())
+    rendered = []
+    monkeypatch.setattr(folder, "write_carvana", lambda root, **_: rendered.append((root / "val").mkdir()))
     with pytest.raises(SystemExit, match="there is no picture in"):
         folder.main(options[2:])
+    monkeypatch.setenv("UNETLIB_DATA", str(tmp_path))  # which has no carvana/
+    with pytest.raises(SystemExit, match="there is no picture in"):
+        folder.main(options[2:])
+    assert len(rendered) == 2
 
 
 @pytest.mark.parametrize(

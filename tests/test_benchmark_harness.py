@@ -98,6 +98,13 @@ def test_machine(monkeypatch):
     json.dumps(about)
 
 
+def test_of_the_folder_with_data_it_is_kept_that_there_is_one(monkeypatch):
+    monkeypatch.setenv("UNETLIB_DATA", "/home/somebody/data")
+    assert harness.machine("cpu")["UNETLIB_DATA"] == "set"
+    monkeypatch.delenv("UNETLIB_DATA")
+    assert "UNETLIB_DATA" not in harness.machine("cpu")
+
+
 def test_roofs_of_this_machine():
     found = harness.roofs("cpu", ["float32"], side=64)
     assert list(found["flop_per_second"]) == ["float32"]
@@ -159,6 +166,30 @@ def test_json_is_replaced_whole(tmp_path):
     harness.write_json(file, {"rows": [1]})
     assert json.loads(file.read_text()) == {"rows": [1]}
     assert os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    def half_written(path, *_, **__):
+        path.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(harness.Path, "write_text", half_written)
+    with pytest.raises(OSError, match="No space left"):
+        harness.write_json(tmp_path / "figures.json", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_photographs_are(tmp_path, monkeypatch):
+    (tmp_path / "carvana" / "train").mkdir(parents=True)
+    monkeypatch.delenv("UNETLIB_DATA", raising=False)
+    assert harness.carvana_folder(None) is None
+    assert harness.carvana_folder(tmp_path / "carvana") == tmp_path / "carvana"
+    monkeypatch.setenv("UNETLIB_DATA", str(tmp_path))
+    assert harness.carvana_folder(None) == tmp_path / "carvana"
+    monkeypatch.setenv("UNETLIB_DATA", str(tmp_path / "elsewhere"))
+    assert harness.carvana_folder(None) is None
+    with pytest.raises(SystemExit, match=r"there is no folder .*train'; --data must hold train/ and train_masks/"):
+        harness.carvana_folder(tmp_path)
 
 
 def test_the_command_stands_beside_the_figures(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -44,6 +45,13 @@ def test_pictures_from_all_over_the_data_set(options):
     assert precisions.spaced(data, 2).images == data.images[::2]
     assert precisions.spaced(data, 100).images == data.images
     assert len(precisions.spaced(data, 3)) == 2
+
+
+def test_without_data_scenes_are_rendered(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNETLIB_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr(precisions, "write_carvana", functools.partial(write_carvana, size=(32, 48)))
+    precisions.main([*options[2:], "--rounds", "1"])
+    assert "8 pictures scored, 2 for the ranges of int8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--calibrate", "--every", "--rounds"])

@@ -105,7 +105,8 @@ def test_a_picture_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("UNETLIB_DATA", raising=False)
     monkeypatch.setattr(predict, "render_scene", lambda *_, **__: render_scene(7, view=4, size=(16, 24)))
     assert Image.open(predict.find_picture(None, tmp_path)).size == (24, 16)
-    (tmp_path / "carvana" / "val").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "carvana" / split).mkdir(parents=True)
     photograph = tmp_path / "carvana" / "val" / "a.jpg"
     photograph.write_bytes(b"")
     monkeypatch.setenv("UNETLIB_DATA", str(tmp_path))

@@ -46,7 +46,8 @@ def precisions_results():
     rows = [{"way": "float32", "seconds": [0.2] * 3, "speedup": [1.0] * 3, "dice": 0.99}]
     rows.append({"way": "openvino int8", "seconds": [0.04, 0.05, 0.06], "speedup": [3.0, 4.0, 5.0], "dice": 0.98988})
     command = "python benchmarks/precisions.py"
-    return {"command": command, "machine": MACHINE, "shape": [1, 3, 640, 960], "pictures": 90, "rows": rows}
+    machine = {**MACHINE, "UNETLIB_DATA": "set"}
+    return {"command": command, "machine": machine, "shape": [1, 3, 640, 960], "pictures": 90, "rows": rows}
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_the_page_shows_what_was_measured(results, tmp_path):
     assert text.startswith("# Before\n")
     assert text.endswith("\n\nAfter.\n")
     assert "old figures" not in text
-    assert "python benchmarks/forward.py --rounds 3" in text
+    assert "\npython benchmarks/forward.py --rounds 3\n" in text
+    assert "\nUNETLIB_DATA=... python benchmarks/precisions.py\n" in text
     assert "cpu a CPU, threads 2, python 3.11, torch 2.14." in text
     assert "10 GFLOP/s in float32, 20 GFLOP/s in bfloat16; 3.0 GB/s" in text
     assert "| `study` | 0.40 (1.00) | 1.60 (1.00) |" in text  # milliseconds, times the study's speed
