@@ -150,6 +150,8 @@ def test_unknown_norms_and_activations_list_the_known():
         DoubleConv(3, 8, norm="layer")
     with pytest.raises(ValueError, match="activation must be one of relu, leaky_relu, elu, gelu, silu, got 'tanh'"):
         DoubleConv(3, 8, activation="tanh")
+    with pytest.raises(TypeError, match=r"DoubleConv has no option padding; it has mid_channels, .*, negative_slope$"):
+        DoubleConv(3, 8, padding=0)
     with pytest.raises(ValueError, match="norm must be one of"):
         make_norm("layer", 8)
     with pytest.raises(ValueError, match="activation must be one of"):
@@ -189,9 +191,10 @@ def test_the_leaky_slope_may_be_chosen():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(1, 1), (3, 1), (4, 2), (8, 4), (24, 4), (32, 16), (48, 8), (64, 32), (512, 32), (100, 2)]
+    ("channels", "groups"),
+    [(1, 1), (3, 1), (4, 2), (8, 4), (24, 4), (32, 16), (48, 8), (64, 32), (96, 16), (512, 32), (100, 2)],
 )
-def test_group_norm_has_32_groups_or_fewer_of_at_least_two_channels(channels, groups):
+def test_group_norm_has_half_as_many_groups_as_the_largest_power_of_two_in_the_width(channels, groups):
     assert make_norm("group", channels).num_groups == groups
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from unetlib import Preprocessing, UNetConfig
@@ -76,8 +78,9 @@ def test_a_config_written_before_the_options_of_other_projects_builds_the_same_n
         ("conv_bias", "yes", "True or False"),
         ("first_norm", 0, "True or False"),
         ("affine", None, "True or False"),
-        ("negative_slope", float("inf"), "finite number"),
-        ("negative_slope", "0.1", "finite number"),
+        ("negative_slope", float("inf"), "0 or more"),
+        ("negative_slope", "0.1", "0 or more"),
+        ("negative_slope", -0.1, "0 or more, such as 0.1"),
         ("patch_size", 0, "positive integer"),
         ("patch_size", 2.0, "positive integer"),
     ],
@@ -148,6 +151,17 @@ def test_configs_are_frozen_and_hashable(config):
     assert hash(config) == hash(type(config)())
 
 
+@pytest.mark.parametrize("of", [np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_become_pythons_own(of):
+    features, mean = of([8, 16]), of([0.25, 0.5, 0.75])
+    found = UNetConfig(features=tuple(features), out_channels=features.max() + 1, bottleneck=features[0])
+    assert found == UNetConfig(features=(8, 16), out_channels=17, bottleneck=8)
+    found = Preprocessing(size=features, mean=mean, std=mean[1], threshold=mean[0])
+    assert found == Preprocessing(size=(8, 16), mean=(0.25, 0.5, 0.75), std=0.5, threshold=0.25)
+    assert type(found.threshold) is float
+    assert Preprocessing.from_json(found.to_json()) == found
+
+
 def test_lists_become_tuples_so_that_equal_configs_are_equal():
     assert UNetConfig(features=[8, 16]) == UNetConfig(features=(8, 16))
     assert Preprocessing(size=[4, 6], mean=[0.5], std=[2], class_names=["a", "b"]) == Preprocessing(
@@ -182,7 +196,7 @@ def unet_configs(draw):
         conv_bias=draw(st.none() | st.booleans()),
         first_norm=norm == "none" or draw(st.booleans()),
         affine=norm != "instance" or draw(st.booleans()),
-        negative_slope=draw(finite) if activation == "leaky_relu" else 0.1,
+        negative_slope=abs(draw(finite)) if activation == "leaky_relu" else 0.1,
         patch_size=draw(st.integers(1, 8)),
     )
 

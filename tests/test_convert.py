@@ -524,7 +524,7 @@ def test_counters_that_old_files_lack_are_filled_in():
     ("build", "preprocessing", "warning"),
     [
         (lambda: StudyUNet(features=(4, 8)), Preprocessing(size=(160, 240), mean=0, std=1, threshold=0.5), None),
-        (milesial, Preprocessing(scale=0.5), None),
+        (milesial, Preprocessing(scale=0.5), "its scale is not in the file"),
         (mateuszbuda, Preprocessing(size=(256, 256)), "normalised by the statistics of their own MRI volume"),
         (fepegar, Preprocessing(), "assumed are padding=1, max pooling, ReLU"),
         (monai, Preprocessing(), "default LeakyReLU(0.1)"),

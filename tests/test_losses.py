@@ -766,6 +766,8 @@ def test_hard_predictions_give_the_index_itself(seed: int) -> None:
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), {"multilabel": True}, r"expected \(2, 3, 4, 4\)"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 5), {}, r"expected \(2, 4, 4\) or \(2, 1, 4, 4\)"),
         (torch.zeros(4, 4), torch.zeros(4, 4), {}, r"logits\[None\]"),
+        (torch.zeros(2, 4, 4), torch.ones(2, 4, 4), {}, r"sum to 1.*multilabel=True.*keep their channel.*without squeeze\(1\)"),
+        (torch.zeros(2, 4, 4), torch.ones(2, 1, 4, 4), {}, r"does not fit 4-class logits.*without squeeze\(1\)"),
         (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4), {}, r"none of them empty"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"reduction": "avg"}, r"'mean', 'sum' or 'none', got 'avg'"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(2)}, r"shape \(1,\), got \(2,\)"),

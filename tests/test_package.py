@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def test_public_names_are_listed_once():
     assert len(set(unetlib.__all__)) == len(unetlib.__all__)
 
 
+@pytest.mark.parametrize("room", ["losses", "metrics", "convert", "unet", "datasets"])
+def test_rooms_open_by_themselves(room):
+    assert run(f"import unetlib; print(unetlib.{room}.__name__)").stdout.strip() == f"unetlib.{room}"
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert unetlib.__version__ == importlib.metadata.version("unetlib")
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'unetlib' has no attribute 'Unet'"):
         unetlib.Unet  # noqa: B018
@@ -114,8 +124,8 @@ def own(module: str, *, functions: bool = False) -> set[str]:
 
 
 def test_imports_are_read():
-    assert own("unet") == {"blocks", "config"}
-    assert own("unet", functions=True) == {"blocks", "config", "inference", "pretrained"}
+    assert own("unet") == {"arguments", "blocks", "config"}
+    assert own("unet", functions=True) == {"arguments", "blocks", "config", "inference", "pretrained"}
     assert "torch" in set(imported("blocks"))
 
 
@@ -127,17 +137,19 @@ def test_config_imports_the_standard_library_alone():
     ("module", "allowed"),
     [
         ("config", set()),
-        ("blocks", {"config"}),
-        ("unet", {"blocks", "config"}),
+        ("arguments", set()),
+        ("files", set()),
+        ("blocks", {"arguments", "config"}),
+        ("unet", {"arguments", "blocks", "config"}),
         ("convert", {"config"}),
         ("trust", {"config"}),
         ("adapt", {"config"}),
         ("cards", {"trust"}),
-        ("hub", {"trust"}),
+        ("hub", {"files", "trust"}),
         ("tiling", {"config"}),
         ("memory", {"config"}),
         ("symmetries", set()),
-        ("rasters", {"imaging"}),
+        ("rasters", {"arguments", "files", "imaging"}),
     ],
 )
 def test_the_networks_modules_import_only_what_is_below_them(module, allowed):

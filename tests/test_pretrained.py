@@ -342,6 +342,12 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(zoo, no_network
         UNet.from_pretrained(name)
 
 
+@pytest.mark.parametrize("name", ["https://github.com/owner/name/unet.pth", "https://huggingface.co/a/b", "hf-hub:owner/name"])
+def test_addresses_are_not_downloaded(zoo, no_network, name):
+    with pytest.raises(ValueError, match=f"'{name}' is an address, .*: fetch the file .* type 'owner/name'"):
+        UNet.from_pretrained(name)
+
+
 def test_a_path_object_is_never_a_repository(no_network):
     with pytest.raises(FileNotFoundError, match="no file or folder owner/name"):
         UNet.from_pretrained(Path("owner/name"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 
@@ -167,8 +168,16 @@ def test_other_sizes_with_resize_are_those_of_the_padded_picture(match, pad):
     picture = integers(height, width)
     padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (0, -height % 4), (0, -width % 4)), mode="edge"))
     expected = whole(model, padded)[:, :height, :width]
-    assert torch.equal(in_tiles(model, picture, smallest_tile(model), pad=pad), expected)
+    with pytest.warns(UserWarning, match="sides are no multiples of 4") if match == "resize" else contextlib.nullcontext():
+        found = in_tiles(model, picture, smallest_tile(model), pad=pad)
+    assert torch.equal(found, expected)
     assert not torch.equal(expected, whole(model, picture))
+
+
+@pytest.mark.parametrize(("size", "match"), [((64, 48), "resize"), ((61, 47), "replicate"), ((30, 30), "resize")])
+def test_no_warning_where_tiles_are_exact_or_the_picture_is_whole(size, match, recwarn):
+    plan_tiles(UNetConfig(features=(8, 16), match=match), size, (60, 60))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "gelu", "silu"])

@@ -350,10 +350,10 @@ def test_versions_of_a_package_that_is_not_installed_are_not_compared(monkeypatc
 def test_a_file_is_not_read_beyond_the_limit(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"x" * trust.TEXT_LIMIT)
-    assert len(trust.read_text(path)) == trust.TEXT_LIMIT
+    assert len(trust.read_small(path)) == trust.TEXT_LIMIT
     path.write_bytes(b"x" * (trust.TEXT_LIMIT + 1))
     with pytest.raises(ValueError, match="has more than 1,048,576 bytes"):
-        trust.read_text(path)
+        trust.read_small(path)
 
 
 def test_fit_names_the_first_keys_and_counts_the_rest():

@@ -116,8 +116,10 @@ def test_options_are_checked():
         UNet(norm="layer")
     with pytest.raises(ValueError, match=r"dropout must be a probability in \[0, 1\), got 1"):
         UNet(dropout=1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+    with pytest.raises(TypeError, match=r"UNet has no option colour; it has in_channels, .*, patch_size$"):
         UNet(colour="red")
+    with pytest.raises(TypeError, match="expected a batch as a tensor, got a list; `predict` takes pictures as they are"):
+        UNet(features=(8,))([[0.0]])
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_options
 from .config import ACTIVATIONS, MATCHES, NORMS, UPSAMPLINGS
 
 
@@ -30,6 +31,7 @@ class DoubleConv(nn.Sequential):
         (N, in_channels, H, W) to (N, out_channels, H, W), any float dtype.
 
     Raises:
+        TypeError: for an option that there is none of.
         ValueError: for an unknown `norm` or `activation`.
 
     Example:
@@ -49,6 +51,8 @@ class DoubleConv(nn.Sequential):
         **options: Any,
     ) -> None:
         super().__init__()
+        own = ("mid_channels", "norm", "dropout", "first_norm")
+        check_options("DoubleConv", options, (*own, "activation", "bias", "affine", "negative_slope"))
         mid_channels = mid_channels or out_channels
         first = {"norm": norm, **options} if first_norm else {**options, "norm": "none", "bias": True}
         for name, layer in conv_layers(in_channels, mid_channels, **first).items():
@@ -229,7 +233,7 @@ def make_norm(name: str, channels: int, *, affine: bool = True) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if name == "instance":
         return InstanceNorm(channels, affine=affine)
-    if name == "group":  # 32 groups, fewer where a group would have less than two channels
+    if name == "group":  # at least two channels each, and 32 of them at most
         return nn.GroupNorm(max(1, math.gcd(64, channels) // 2), channels)
     if name == "none":
         return nn.Identity()

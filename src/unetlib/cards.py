@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .trust import installed_version, read_text
+from .trust import installed_version, read_small
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -76,7 +76,7 @@ def training_card(
         pictures: how many were trained on, and how many validated on.
 
     Returns:
-        `model_card`, and the above.
+        Markdown: what `model_card` gives, then description, recipe and a table of the scores.
 
     Example:
         >>> from unetlib import UNet
@@ -105,16 +105,24 @@ def training_card(
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The data in a card's front matter, {} where there is none.
+    r"""The data in a card's front matter, {} where there is none.
 
     Raises:
         ValueError: for front matter that is no YAML mapping, is too large, or has aliases, by which a few lines can stand for
             gigabytes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card = Path(folder, "README.md")
+        ...     _ = card.write_text("---\nlicense: mit\n---\n# Cars")
+        ...     read_card(card)
+        {'license': 'mit'}
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        block = _FRONT_MATTER.match(read_text(path).decode("utf-8"))
+        block = _FRONT_MATTER.match(read_small(path).decode("utf-8"))
         if block is None:
             return {}
         if len(block[1]) > FRONT_MATTER_LIMIT or block[1].count("[") + block[1].count("{") > 1000:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 NORMS = ("batch", "instance", "group", "none")
@@ -23,6 +23,10 @@ _Config = TypeVar("_Config", bound="_JSONConfig")
 
 class _JSONConfig:
     """To and from JSON for a dataclass of numbers, strings and tuples."""
+
+    def _make_plain(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types: tuples become lists."""
@@ -62,15 +66,15 @@ class UNetConfig(_JSONConfig):
     """Everything that decides a `UNet`'s architecture.
 
     The options from `upsample` on are there for networks of other projects (`unetlib.convert`); each names those that need it.
-    Tuples hold one number for each level, the full-size level first.
+    Tuples hold one number for each level, the full-size level first. Numbers and arrays of NumPy and PyTorch are taken too.
 
     Args:
         in_channels: channels of the input picture, 3 for RGB.
         out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
         features: width of each encoder level, the full-size level first; its length is the network's depth.
         bottleneck: width of the deepest block; None takes twice the last of `features`.
-        norm: "batch", "instance" (affine), "group" (32 groups, fewer where a group would have less than two channels) or "none"
-            (the convolutions then have biases).
+        norm: "batch", "instance" (affine), "group" (half as many groups as the largest power of two, up to 64, that divides
+            the width: 32 for 64, 16 for 96) or "none" (the convolutions then have biases).
         activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
         dropout: probability of dropping a channel at the end of each double convolution, in [0, 1).
         upsample: how the decoder doubles a map: "transpose" (a 2x2 transposed convolution), "bilinear" (milesial with
@@ -127,6 +131,7 @@ class UNetConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         """Check every field, and fill in those that follow from others."""
+        self._make_plain()
         for name, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("upsample", UPSAMPLINGS), ("match", MATCHES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -136,8 +141,8 @@ class UNetConfig(_JSONConfig):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
-        if not _is_number(self.negative_slope):
-            raise ValueError(f"negative_slope must be a finite number, got {self.negative_slope!r}")
+        if not _is_number(self.negative_slope) or self.negative_slope < 0:
+            raise ValueError(f"negative_slope must be 0 or more, such as 0.1, got {self.negative_slope!r}")
         self._set_widths()
         # An option that would do nothing is a mistake, and would make equal networks unequal configs.
         for misused, option, needed in (
@@ -228,13 +233,14 @@ class Preprocessing(_JSONConfig):
 
     size: tuple[int, int] | None = None
     scale: float | None = None
-    mean: tuple[float, ...] = field(default=(0.0,))
-    std: tuple[float, ...] = field(default=(1.0,))
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     threshold: float = 0.5
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
+        self._make_plain()
         if self.size is not None:
             size = tuple(self.size) if _is_sequence(self.size) else (self.size,)
             if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
@@ -283,6 +289,13 @@ class Preprocessing(_JSONConfig):
                 f"class_names has {len(self.class_names)} names, but {out_channels} output channels make {classes} classes "
                 f"(background included); give {classes} names or None"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy or PyTorch as Python's own, in lists and tuples too."""
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check_width(name: str, width: object) -> None:

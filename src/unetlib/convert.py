@@ -155,6 +155,8 @@ MILESIAL = Family(
     weightless={"upsample": "bilinear", "align_corners": True},
     ignored=("mask_values",),  # a list of grey values or colours, in the state dict since version 4
     preprocessing=Preprocessing(scale=0.5),
+    unknown="its scale is not in the file; assumed is 0.5, the default of its script. For one trained at full size give "
+    "model.preprocessing = Preprocessing(scale=1)",
 )
 
 # mateuszbuda/brain-segmentation-pytorch, also on torch.hub; its sigmoid is ours to apply.

@@ -52,8 +52,9 @@ def predict(
     """Segment pictures of any size; `UNet.predict` calls this.
 
     A picture that does not fit into half of the free memory goes through the network in tiles, with the same result
-    (`unetlib.tiling`). One that is read by region and is not resized is never in memory as a whole: an array mapped from disk,
-    a `.npy` file, a TIFF file of more than 2**26 pixels, or anything else with `shape`, `dtype` and `[rows, columns]`.
+    (`unetlib.tiling`), or a warning where `match="resize"` does not let it be the same. One that is read by region and is not
+    resized is never in memory as a whole: an array mapped from disk, a `.npy` file, a TIFF file of more than 2**26 pixels, or
+    anything else with `shape`, `dtype` and `[rows, columns]`.
 
     Args:
         model: the network; its `preprocessing` says how a picture becomes its input. Training mode and device stay as they are.
@@ -259,7 +260,7 @@ def _predictions(
     tta: bool | str,
     progress: bool,
 ) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
-    """For each picture its size, and its logits (K, h, w) in pieces from the top down; they are to be taken before the next."""
+    """For each picture its size, and its logits (K, h, w) in pieces from the top down, to be taken before the next picture."""
     _check_model(model)
     batch_size = whole("batch_size", batch_size, 1)
     overlap = None if overlap is None else whole("overlap", overlap, 0)
@@ -301,7 +302,7 @@ class _Passes:
                 batch = [sources.popleft() for _ in range(min(len(sources), self.pictures(size)))]
                 inputs = torch.stack([_resize(source.read(_ALL, _ALL), size) for source in batch])
                 for source, logits in zip(batch, self.forward(inputs)):
-                    yield source.size, [_whole(_resize(logits, source.size))]
+                    yield source.size, [_one_piece(_resize(logits, source.size))]
 
     def forward(self, batch: Tensor) -> Tensor:
         """Logits of a batch of pictures or tiles."""
@@ -340,7 +341,7 @@ class _Passes:
         plan = plan_tiles(self.model.config, size, window, self.overlap, pad=bool(self.tta))
         forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
         pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
-        return pieces if size == source.size else [_whole(_resize(join(pieces, size), source.size))]
+        return pieces if size == source.size else [_one_piece(_resize(join(pieces, size), source.size))]
 
     @property
     def _flips(self) -> Flips:
@@ -366,7 +367,7 @@ def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
-def _whole(values: Tensor) -> Piece:
+def _one_piece(values: Tensor) -> Piece:
     return Piece(slice(0, values.shape[-2]), slice(0, values.shape[-1]), values)
 
 
@@ -407,6 +408,9 @@ def _several(images: Iterable[Picture]) -> Iterable[Picture]:
     return images
 
 
+_OTHER_NUMBERS = "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
+
+
 def _open(picture: Picture, channels: int) -> _Source:
     """The picture, in memory or to be read by region."""
     name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
@@ -418,7 +422,7 @@ def _open(picture: Picture, channels: int) -> _Source:
     if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):
         raise ValueError(
             f"{name}, as an array, must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
-            "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
+            + ("pass a batch as list(batch)" if len(picture.shape) == 4 else _OTHER_NUMBERS)
         )
     if 0 in picture.shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(picture.shape)}")
@@ -434,7 +438,7 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
     if isinstance(picture, (str, PathLike, Image.Image)):
         return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
     if not isinstance(picture, Tensor):
-        raise TypeError(f"expected a path, PIL picture, array or tensor, got {type(picture).__name__}")
+        raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}")
     tensor = picture.detach()
     if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
         raise ValueError(
@@ -511,9 +515,9 @@ def _normalized(model: UNet, batch: Tensor) -> Tensor:
         pixels.div_(255)
     mean, std = model.preprocessing.mean, model.preprocessing.std
     if any(mean):
-        pixels.sub_(torch.tensor(mean, device=weight.device).view(-1, 1, 1))
+        pixels.sub_(pixels.new_tensor(mean).view(-1, 1, 1))
     if any(value != 1 for value in std):
-        pixels.div_(torch.tensor(std, device=weight.device).view(-1, 1, 1))
+        pixels.div_(pixels.new_tensor(std).view(-1, 1, 1))
     return pixels.to(weight.dtype)
 
 

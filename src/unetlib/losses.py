@@ -28,7 +28,7 @@ from typing import Any, ClassVar, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from .arguments import at_least, whole
+from .arguments import at_least, check_options, whole
 from .gradients import Focal, Lovasz
 from .targets import read
 from .terms import (
@@ -534,9 +534,7 @@ class Loss(nn.Module):
         """
         super().__init__()
         known = inspect.signature(type(self)).parameters
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        check_options(type(self).__name__, options, known)
         for name in ("weight", "pos_weight"):
             if options.get(name) is not None:
                 self.register_buffer(name, torch.as_tensor(options.pop(name), dtype=torch.float32))

@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -333,6 +334,11 @@ def push_to_hub(
 
 def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
     """The path, or the Hub repository as a string, that a name stands for by its form."""
+    if isinstance(name, str) and re.match(r"[a-z-]{2,}:", name):
+        raise ValueError(
+            f"{name!r} is an address, which is not downloaded: fetch the file and give its path, or type 'owner/name' for a "
+            "Hugging Face Hub repository"
+        )
     if isinstance(name, str) and hub.is_repository(name) and not _is_file_name(name):
         return name
     if revision is not None:
@@ -395,7 +401,7 @@ def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) 
     """A weights file by `config.json`, or by its header, or as a checkpoint of another project."""
     tensors, text = weights.tensors, weights.metadata.get("unetlib")
     try:
-        values = trust.read_json(trust.read_text(config)) if config else trust.read_json(text) if text is not None else {}
+        values = trust.read_json(trust.read_small(config)) if config else trust.read_json(text) if text is not None else {}
         if "model" not in values and "encoder.0.conv1.weight" in tensors:  # a mixin's: the constructor's arguments
             known = {field.name for field in dataclasses.fields(UNetConfig)}
             values = {"model": {name: value for name, value in values.items() if name in known}} if values else values

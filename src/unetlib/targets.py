@@ -137,7 +137,8 @@ def read(
         target = target.to(logits.dtype)
     if valid is not None:
         target = target.masked_fill(~valid, 0)
-    _check_values(target, valid, highest=channels - 1 if indices else 1, indices=indices, soft=not (sigmoid or indices))
+    squeezed = _SQUEEZED if logits.ndim == 3 else ""
+    _check_values(target, valid, channels - 1 if indices else 1, squeezed, indices=indices, shares=not (sigmoid or indices))
     if rounded:
         target = target.clamp(0, 1)
     return Reading(logits, target.squeeze(1).long() if indices else target, valid, sigmoid)
@@ -175,10 +176,14 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
         raise ValueError(
             f"a target of shape {tuple(target.shape)} does not fit {kind} logits of shape {full}: expected {expected}. "
             "One logit channel is binary, two and more are one softmax; for one sigmoid a channel say multilabel=True"
+            + (_SQUEEZED if logits.ndim == 3 else "")
         )
 
 
-def _check_values(target: Tensor, valid: Tensor | None, *, highest: int, indices: bool, soft: bool) -> None:
+_SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
+
+
+def _check_values(target: Tensor, valid: Tensor | None, highest: int, hint: str, *, indices: bool, shares: bool) -> None:
     if target.dtype != torch.bool:
         low, high = (value if _waits(value) else value.item() for value in target.aminmax())  # one NaN makes both NaN
         slack = 0 if indices else _ROUNDING
@@ -191,7 +196,7 @@ def _check_values(target: Tensor, valid: Tensor | None, *, highest: int, indices
     if indices and target.is_floating_point():
         whole = target == target.round()
         _require(whole.all(), "whole class indices", lambda: target[~whole][0], "round it, or resize masks by nearest")
-    if soft:
+    if shares:
         excess = target.float().sum(dim=1, keepdim=True) - 1
         if valid is not None:
             excess = excess * valid
@@ -199,7 +204,7 @@ def _check_values(target: Tensor, valid: Tensor | None, *, highest: int, indices
             excess.abs().amax() < 0.01,
             "class probabilities that sum to 1 at every pixel",
             lambda: 1 + excess.flatten()[excess.abs().argmax()],
-            "for classes that overlap say multilabel=True",
+            f"for classes that overlap say multilabel=True{hint}",
         )
 
 

@@ -81,9 +81,10 @@ def sums(
 
 
 def rare_sums(reading: Reading, batch: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
-    """`sums` and the number of pixels, 1 for none; of a class that is true on most pixels, of all outside it instead.
+    """TP, P and T as `sums` gives them, and the number of pixels (at least 1).
 
-    For the few pixels outside such a class, the difference of two large sums would have few digits.
+    For a class that fills more than half of the pixels they are those of its complement: for the few pixels outside it, the
+    difference of two large sums would have few digits.
     """
     p = reading.probabilities()
     tp, pred, true = sums(reading, batch, p=p)

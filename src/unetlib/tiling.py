@@ -10,6 +10,7 @@ Everything here is given a function that runs the network and one that reads a p
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def plan_tiles(
 
     With the exact halo, what is kept equals the network's result for the whole picture, to the border. One case is left where
     it cannot: `match="resize"`, which stretches whole maps, and sides that are no multiples of `config.stride`. The result
-    is then that of the picture with its last row and column repeated up to such multiples.
+    is then that of the picture with its last row and column repeated up to such multiples, and a warning says so.
 
     Args:
         config: the network's.
@@ -166,6 +167,13 @@ def plan_tiles(
     if not exact:
         reason = whole or f"overlap={overlap} is less than the {halo} pixels that decide the result"
         warnings.warn(f"tiles are blended and the result is approximate, because {reason}", stacklevel=2)
+    elif config.match == "resize" and any(length % multiple for length in size) and any(map(operator.gt, size, tile)):
+        warnings.warn(
+            f'match="resize" would stretch the maps of a whole picture of {size[0]}x{size[1]}, whose sides are no multiples of '
+            f"{multiple}; tiles give what a picture with its last row and column repeated would. No weight depends on match, "
+            'and with "replicate" in the model\'s config both agree',
+            stacklevel=2,
+        )
     pad = pad or config.match == "resize" or not exact
     sides = (side // multiple * multiple if side < length else _round_up(length, multiple) for side, length in zip(tile, size))
     rows, columns = (

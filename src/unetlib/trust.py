@@ -58,7 +58,7 @@ def installed_version() -> str:
         return "unknown"
 
 
-def read_text(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
     """The bytes of a small file; one of more than `TEXT_LIMIT` is not read to its end.
 
     Raises:

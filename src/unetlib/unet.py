@@ -7,6 +7,7 @@ Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Ima
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_options
 from .blocks import DoubleConv, Up, join_patches, split_patches
 from .config import Preprocessing, UNetConfig
 
@@ -51,7 +53,8 @@ class UNet(nn.Module):
         a larger picture, or several.
 
     Raises:
-        ValueError: for an option that `UNetConfig` refuses.
+        TypeError: for an option that there is none of.
+        ValueError: for one that `UNetConfig` refuses.
 
     Example:
         >>> model = UNet(features=(16, 32))
@@ -72,6 +75,7 @@ class UNet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_options("UNet", options, (field.name for field in fields(UNetConfig)))
         self.config = UNetConfig(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -352,9 +356,12 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
         config: of the network.
 
     Raises:
+        TypeError: for something else than a tensor.
         ValueError: naming the shape, and what was expected.
     """
     smallest = config.stride
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a batch as a tensor, got a {type(x).__name__}; `predict` takes pictures as they are")
     if not x.is_floating_point():
         raise ValueError(
             f"expected pixels as floats, such as pixels / 255, got {x.dtype}; `predict` takes pictures as they are"
