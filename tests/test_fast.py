@@ -444,7 +444,7 @@ from unetlib import UNet, Preprocessing
 from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
 model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 80, 96)
 large = torch.rand(1, 3, 600, 800)
-model.preprocessing = Preprocessing(mean=0.3, std=0.7)
+model.preprocessing = Preprocessing(mean=0.3, std=0.007)
 with torch.inference_mode():
     expected, of_large = model(x), model(large)
 later = optimize_for_inference(model)
@@ -459,7 +459,7 @@ for first in (False, True):
         torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(fast(large), of_large, rtol=1e-4, atol=1e-4)
     picture = numpy.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=numpy.uint8)
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(torch.float32).div(255).sub(0.3).div(0.7)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(torch.float32).div(255).sub(0.3).div(0.007)
     with torch.inference_mode():
         found, plain = model.predict(picture, probabilities=True), model(pixels).sigmoid()[0, 0].numpy()
     assert abs(found - plain).max() < 1e-3
