@@ -669,7 +669,7 @@ def _score(
     **others: Any,
 ) -> Tensor:
     """A score made of counts, under the options of `ScoreOptions`."""
-    check_options("a score", others, ScoreOptions.__annotations__ | PictureOptions.__annotations__)
+    check_options("a score", others, ScoreOptions.__annotations__)
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
     counted = cells(reading, threshold)
     if batch:
