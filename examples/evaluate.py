@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
 
     with without_traceback():
         model = UNet.from_pretrained(args.model, device=args.device)
+        if model.preprocessing.multilabel:
+            raise ValueError(
+                f"{args.model} is multilabel, and mask files hold one class for each pixel; use unetlib.inference.evaluate "
+                "with pairs of a picture and its masks (C, H, W)"
+            )
         if args.synthetic:
             dataset = Scenes(args.synthetic, tuple(args.size))
         else:

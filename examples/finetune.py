@@ -182,7 +182,8 @@ def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[
         changes = [f"{key} {getattr(before, key)} -> {n}" for key, n in needed.items() if getattr(before, key) != n]
         say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
     size = None if args.own_size or args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
-    model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=tuple(class_names))
+    decision = {"threshold": 0.5, "class_names": tuple(class_names), "multilabel": False}
+    model.preprocessing = replace(model.preprocessing, size=size, scale=None, **decision)
     return model
 
 

@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     model = UNet.from_pretrained(args.model)
     if model.config.in_channels not in (1, 3):
         sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
+    if model.preprocessing.multilabel:
+        sys.exit(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
     if args.threshold is not None and model.config.out_channels > 1:
         sys.exit("--threshold is for one output channel; several are decided by the largest logit, so leave it out")
     outcomes = predict_with_ray if args.ray else predict_files

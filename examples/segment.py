@@ -37,6 +37,8 @@ def segment(args: argparse.Namespace) -> None:
     """Write the masks and overlays of all pictures."""
     pictures = find_pictures(args.pictures)
     model = UNet.from_pretrained(args.model, device=args.device)
+    if model.preprocessing.multilabel:
+        raise ValueError(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         start = time.perf_counter()

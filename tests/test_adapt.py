@@ -104,6 +104,14 @@ def test_class_names_go_with_the_head(folder, caplog):
     assert UNet.from_pretrained(folder, in_channels=1).preprocessing.class_names == ("a", "b")
 
 
+def test_classes_that_overlap_may_do_so_with_another_head_unless_it_has_one_channel():
+    model, overlapping = UNet(features=(8,), out_channels=2), Preprocessing(multilabel=True)
+    for channels, expected in ((2, True), (3, True), (1, False)):
+        config, _, preprocessing = adapt(model.config, model.state_dict(), overlapping, out_channels=channels)
+        preprocessing.check_channels(config.in_channels, config.out_channels)
+        assert preprocessing.multilabel is expected
+
+
 def test_what_changes_is_logged(folder, caplog):
     with caplog.at_level(logging.INFO, "unetlib"):
         UNet.from_pretrained(folder, in_channels=1, out_channels=4)

@@ -221,6 +221,7 @@ preprocessings = st.builds(
     std=st.lists(positive, min_size=1, max_size=4),
     threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
     class_names=st.none() | st.lists(st.text('car é"\\'), max_size=3),
+    multilabel=st.booleans(),
 )
 
 
@@ -256,6 +257,8 @@ def test_a_preprocessing_survives_json(preprocessing):
         ("class_names", "car", "sequence of strings"),
         ("class_names", ("background", 1), "sequence of strings"),
         ("class_names", 2, "sequence of strings"),
+        ("multilabel", 1, "True or False"),
+        ("multilabel", "yes", "True or False"),
     ],
 )
 def test_bad_preprocessing_is_named_with_what_was_expected(field, value, expected):
@@ -286,8 +289,16 @@ def test_one_mean_and_std_serve_every_channel_and_others_must_be_as_many_as_chan
 @pytest.mark.parametrize(("out_channels", "classes"), [(1, 2), (2, 2), (5, 5)])
 def test_class_names_count_the_background(out_channels, classes):
     Preprocessing(class_names=("x",) * classes).check_channels(3, out_channels)
-    with pytest.raises(ValueError, match=f"class_names has {classes + 1} names.*give {classes} names or None"):
+    with pytest.raises(ValueError, match=f"class_names has {classes + 1} names.*background incl.*give {classes} names or None"):
         Preprocessing(class_names=("x",) * (classes + 1)).check_channels(3, out_channels)
+
+
+def test_classes_that_overlap_have_no_background():
+    Preprocessing(class_names=("road", "wet"), multilabel=True).check_channels(3, 2)
+    with pytest.raises(ValueError, match=r"2 classes \(none of them the background\); give 2 names"):
+        Preprocessing(class_names=("background", "road", "wet"), multilabel=True).check_channels(3, 2)
+    with pytest.raises(ValueError, match="multilabel is for two output channels and more"):
+        Preprocessing(multilabel=True).check_channels(3, 1)
 
 
 # --- JSON

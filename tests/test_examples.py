@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from unetlib import CarvanaDataset, UNet, rasters
+from unetlib import CarvanaDataset, Preprocessing, UNet, rasters
 from unetlib.synthetic import write_carvana
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +79,23 @@ def test_what_cannot_be_segmented_is_one_clear_error(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             example("segment").main(["--out", str(tmp_path / "out"), "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("segment", ["{}"]), ("predict_folder", ["{}", "{}-masks"]), ("evaluate", ["--images", "{}", "--masks", "{}"])],
+)
+def test_masks_that_overlap_are_not_for_single_files(tmp_path, monkeypatch, name, command):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    model = UNet(out_channels=2, features=(4,))
+    model.preprocessing = Preprocessing(multilabel=True)
+    model.save_pretrained(tmp_path / "model")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
+    with pytest.raises(SystemExit, match=r"is multilabel, and (one file cannot|mask files) hold"):
+        example(name).main([word.format(pictures) for word in command] + ["--model", str(tmp_path / "model")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pictures"]
 
 
 def test_the_study_runs_with_its_imports_changed(tmp_path):

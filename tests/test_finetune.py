@@ -248,6 +248,15 @@ def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_p
     assert lines == [f"starting from {tmp_path / 'old'}, its head kept"]
 
 
+def test_classes_of_mask_files_exclude_each_other_whatever_the_start_said(example, tmp_path):
+    old = UNet(features=(8,), out_channels=3)
+    old.preprocessing = Preprocessing(multilabel=True)
+    old.save_pretrained(tmp_path / "old")
+    finetune = example("finetune")
+    args = finetune.parse_args(["--data", "mine", "--init", str(tmp_path / "old")])
+    assert not finetune.make_model(args, ["background", "cell", "wall"], print).preprocessing.multilabel
+
+
 def test_options_that_cannot_be_right_are_refused(example, capsys):
     with pytest.raises(SystemExit):
         example("finetune").parse_args(["--data", "mine", "--validate-every", "0"])

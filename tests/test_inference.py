@@ -93,6 +93,49 @@ def test_several_classes_take_the_largest_logit(picture):
         model.predict(picture, threshold=0.5)
 
 
+@pytest.fixture
+def overlapping(picture):
+    torch.manual_seed(0)
+    model = UNet(out_channels=3, features=(8, 16)).eval()
+    with torch.no_grad():  # about half of the pixels are of each class
+        model.head.bias.sub_(logits_by_hand(model, picture).mean(dim=(1, 2)))
+    model.preprocessing = Preprocessing(class_names=("road", "wet", "marked"), multilabel=True)
+    return model
+
+
+def test_classes_that_overlap_are_decided_one_by_one(overlapping, picture):
+    logits = logits_by_hand(overlapping, picture)
+    masks = overlapping.predict(picture)
+    assert masks.dtype == np.uint8
+    assert masks.shape == (3, 37, 50)
+    np.testing.assert_array_equal(masks, (logits > 0).numpy())
+    assert set(masks.sum(axis=0).flat) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(overlapping.predict(picture, threshold=0.51), (logits.sigmoid() > 0.51).numpy())
+    np.testing.assert_allclose(overlapping.predict(picture, probabilities=True), logits.sigmoid().numpy(), atol=1e-6)
+    with pytest.raises(ValueError, match="threshold must be a probability"):
+        overlapping.predict(picture, threshold=1)
+
+
+def test_classes_that_overlap_in_tiles_files_and_all_symmetries(overlapping, wide, tmp_path):
+    masks = overlapping.predict(wide)
+    assert masks.mean() not in (0, 1)
+    np.testing.assert_array_equal(overlapping.predict(wide, tile=72), masks)
+    np.testing.assert_array_equal(np.load(overlapping.predict(wide, tile=72, out=tmp_path / "masks.npy")), masks)
+    with pytest.raises(ValueError, match=r"one class for each pixel; give a \.npy file for masks that may overlap"):
+        overlapping.predict(wide, out=tmp_path / "masks.tif")
+    views = [overlapping.predict(wide[:, ::step], probabilities=True)[..., ::step] for step in (1, -1)]
+    np.testing.assert_allclose(overlapping.predict(wide, probabilities=True, tta="mirror"), np.mean(views, axis=0), atol=1e-6)
+
+
+def test_classes_that_overlap_are_scored_one_by_one(overlapping, picture):
+    truth = np.random.default_rng(3).integers(0, 2, (3, 37, 50), np.uint8)
+    found = overlapping.predict(picture)
+    dice = 2 * (found & truth).sum(axis=(1, 2)) / (found.sum(axis=(1, 2)) + truth.sum(axis=(1, 2), dtype=int))
+    scores = evaluate(overlapping, [(picture, truth)])
+    assert scores["dice"] == pytest.approx(dice.mean(), abs=1e-9)
+    assert scores["accuracy"] == pytest.approx((found == truth).mean(), abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("preprocessing", "seen"), [(Preprocessing(size=(16, 24)), (16, 24)), (Preprocessing(scale=0.5), (18, 25))]
 )

@@ -23,19 +23,19 @@ def symmetries(turns: bool):
 
 
 @pytest.mark.parametrize("turns", [True, False])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("channels", "multilabel"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("size", [(16, 16), (17, 22), (13, 9)])
-def test_the_mean_probability_of_all_views(turns, channels, size):
+def test_the_mean_probability_of_all_views(turns, channels, multilabel, size):
     torch.manual_seed(0)
     model = UNet(features=(4, 8), out_channels=channels).double().eval()
     batch = torch.rand(2, 3, *size, dtype=torch.float64)
 
     def probabilities(logits):
-        return logits.sigmoid() if channels == 1 else logits.softmax(dim=1)
+        return logits.sigmoid() if channels == 1 or multilabel else logits.softmax(dim=1)
 
     with torch.no_grad():
         views = [back(probabilities(model(there(batch)))) for there, back in symmetries(turns)]
-        found = probabilities(average_symmetries(model, batch, turns=turns))
+        found = probabilities(average_symmetries(model, batch, turns=turns, multilabel=multilabel))
     assert len(views) == (8 if turns else 4)
     torch.testing.assert_close(found, torch.stack(views).mean(dim=0))
     assert not torch.allclose(found, views[0])

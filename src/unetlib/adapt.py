@@ -73,7 +73,8 @@ def adapt(
     if out_channels is not None and out_channels != before.out_channels:
         config = dataclasses.replace(config, out_channels=out_channels)
         tensors.update(_new_head(tensors, out_channels * before.patch_size**2))
-        preprocessing = dataclasses.replace(preprocessing, class_names=None)
+        multilabel = preprocessing.multilabel and out_channels > 1
+        preprocessing = dataclasses.replace(preprocessing, class_names=None, multilabel=multilabel)
         logger.warning(
             "the head gives %d channels instead of %d: its weights are new and random, train them before you predict",
             out_channels,

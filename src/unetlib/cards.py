@@ -39,6 +39,7 @@ def model_card(model: UNet, title: str, source: str) -> str:
     else:
         size = "at its own size" if preprocessing.scale is None else f"at {preprocessing.scale} times its size"
     classes = ", ".join(preprocessing.class_names or ()) or "not named"
+    overlap = ", which may overlap" if preprocessing.multilabel else ""
     return f"""---
 library_name: unetlib
 pipeline_tag: image-segmentation
@@ -50,7 +51,7 @@ tags:
 # {title}
 
 A U-Net of {sum(p.numel() for p in model.parameters()):,} parameters: widths {config.features}, bottleneck {config.bottleneck},
-{config.in_channels} channels in, {config.out_channels} out. It sees a picture {size}. Its classes: {classes}.
+{config.in_channels} channels in, {config.out_channels} out. It sees a picture {size}. Its classes{overlap}: {classes}.
 
 ```python
 from unetlib import UNet

@@ -213,15 +213,18 @@ class Preprocessing(_JSONConfig):
 
     Pixels are scaled to [0, 1], resized (bilinear, antialiased), then `(x - mean) / std` for each channel. Logits are resized
     back to the picture's own size (bilinear) before the decision: `sigmoid(logit) > threshold` for one output channel, the
-    largest logit for several.
+    largest logit for several; with `multilabel`, `sigmoid(logit) > threshold` in each channel.
 
     Args:
         size: (height, width) every picture is resized to; None leaves that to `scale`.
         scale: factor on the picture's own height and width; with neither `size` nor `scale` the picture keeps its size.
         mean: one number for each input channel, in units of [0, 1] pixels; one number alone serves every channel.
         std: as `mean`, positive.
-        threshold: probability above which a pixel is foreground, in (0, 1); for one output channel.
-        class_names: a name for each class in the mask, background first; None where there are none.
+        threshold: probability above which a pixel is foreground, in (0, 1); for sigmoids.
+        class_names: a name for each class in the mask, background first; with `multilabel` for each output channel; None
+            where there are none.
+        multilabel: each of several output channels is a sigmoid of its own, not all of them one softmax, so that classes may
+            overlap, and none is the background.
 
     Raises:
         ValueError: naming the field, its value and what was expected.
@@ -237,6 +240,7 @@ class Preprocessing(_JSONConfig):
     std: tuple[float, ...] = (1.0,)
     threshold: float = 0.5
     class_names: tuple[str, ...] | None = None
+    multilabel: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -266,9 +270,11 @@ class Preprocessing(_JSONConfig):
             if not all(isinstance(name, str) for name in names):
                 raise ValueError(f"class_names must be a sequence of strings, background first, got {self.class_names!r}")
             object.__setattr__(self, "class_names", names)
+        if not isinstance(self.multilabel, bool):
+            raise ValueError(f"multilabel must be True or False, got {self.multilabel!r}")
 
     def check_channels(self, in_channels: int, out_channels: int) -> None:
-        """Check that the numbers of means, stds and class names fit a network.
+        """Check that the numbers of means, stds and class names fit a network, and `multilabel` its outputs.
 
         Args:
             in_channels: the network's input channels.
@@ -283,11 +289,14 @@ class Preprocessing(_JSONConfig):
                     f"{name} has {len(getattr(self, name))} numbers, but the network has {in_channels} input channels; "
                     f"give 1 or {in_channels}"
                 )
-        classes = max(out_channels, 2)
+        if self.multilabel and out_channels == 1:
+            raise ValueError("multilabel is for two output channels and more; one is a sigmoid in any case, so leave it out")
+        background = "none of them the background" if self.multilabel else "background included"
+        classes = out_channels if self.multilabel else max(out_channels, 2)
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names, but {out_channels} output channels make {classes} classes "
-                f"(background included); give {classes} names or None"
+                f"({background}); give {classes} names or None"
             )
 
 

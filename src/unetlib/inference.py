@@ -61,7 +61,7 @@ def predict(
         images: one picture or a list of them: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W),
             uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
             into grey for a network of one.
-        threshold: probability above which a pixel is foreground; None takes the model's own. For one output channel only.
+        threshold: probability above which a pixel is foreground; None takes the model's own. Not for a softmax.
         tile: side, or (height, width), of what the network sees at a time, in pixels of its input. None takes the whole picture
             where that fits into memory, otherwise the largest useful tile that does. A picture no larger than that stays whole.
         overlap: pixels that a tile sees beyond what it keeps, at each inner side. None takes as many as decide the result, so
@@ -78,8 +78,9 @@ def predict(
 
     Returns:
         For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel),
-        int32 beyond 256 classes; or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One
-        result for one picture, a list for a list. With `out` its path.
+        int32 beyond 256 classes; or with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several.
+        Where the `preprocessing` says `multilabel`, masks are uint8 (C, H, W), 0 and 1 for each class. One result for one
+        picture, a list for a list. With `out` its path.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
@@ -96,9 +97,10 @@ def predict(
         (90, 120)
     """
     _check_model(model)
+    multilabel = model.preprocessing.multilabel
     if threshold is None:
         threshold = model.preprocessing.threshold
-    elif model.config.out_channels > 1:
+    elif model.config.out_channels > 1 and not multilabel:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
     elif not isinstance(threshold, SupportsFloat) or not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
@@ -107,13 +109,14 @@ def predict(
     if out is not None:
         if not one:
             raise ValueError(f"out is for one picture, got a list of {len(pictures)}; call predict for each")
-        if check_output(out).suffix.lower() != ".npy" and probabilities:
-            raise ValueError(f"a TIFF holds masks; give a .npy file for probabilities instead of {str(out)!r}")
+        if check_output(out).suffix.lower() != ".npy" and (probabilities or multilabel):
+            what = "probabilities" if probabilities else "masks that may overlap"
+            raise ValueError(f"a TIFF holds one class for each pixel; give a .npy file for {what} instead of {str(out)!r}")
     predictions = _predictions(model, pictures, batch_size, tile, overlap, tta, progress)
     decide = _probabilities if probabilities else _classes
     results: list[Any] = []
     for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        decided = (piece._replace(values=decide(piece.values, threshold).cpu()) for piece in pieces)
+        decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in pieces)
         if out is None:
             results.append(join(decided, size).numpy())
         else:
@@ -197,7 +200,8 @@ def evaluate(
 
     Args:
         model: the network; its `preprocessing` applies, as in `predict`.
-        dataset: pairs of a picture, as in `predict`, and its mask (H, W): an `ImageMaskDataset` without a transform, for one.
+        dataset: pairs of a picture, as in `predict`, and its mask (H, W), or (C, H, W) where the `preprocessing` says
+            `multilabel`: an `ImageMaskDataset` without a transform, for one.
         tile: as in `predict`.
         overlap: as in `predict`.
         tta: as in `predict`.
@@ -220,7 +224,8 @@ def evaluate(
     if metrics is None:
         from .metrics import SegmentationMetrics
 
-        metrics = SegmentationMetrics(model.config.out_channels, threshold=model.preprocessing.threshold)
+        how = model.preprocessing
+        metrics = SegmentationMetrics(model.config.out_channels, threshold=how.threshold, multilabel=how.multilabel)
     masks: deque[ArrayLike] = deque()
 
     def pictures() -> Iterator[Picture]:
@@ -308,9 +313,9 @@ class _Passes:
         """Logits of a batch of pictures or tiles."""
         if not self.tta:
             return _forward(self.model, batch)
-        size = self.model.preprocessing.size
+        size, multilabel = self.model.preprocessing.size, self.model.preprocessing.multilabel
         turns = self.tta is True and (size is None or size[0] == size[1])
-        return average_symmetries(partial(_forward, self.model), batch, flips=self._flips, turns=turns)
+        return average_symmetries(partial(_forward, self.model), batch, flips=self._flips, turns=turns, multilabel=multilabel)
 
     def pictures(self, size: tuple[int, int]) -> int:
         """How many of this size, at the network's input, go through it at a time."""
@@ -533,11 +538,15 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _probabilities(logits: Tensor, threshold: float) -> Tensor:
+def _probabilities(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
+    if multilabel:
+        return logits.sigmoid()
     return logits[0].sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
 
 
-def _classes(logits: Tensor, threshold: float) -> Tensor:
+def _classes(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
+    if len(logits) > 1 and not multilabel:
+        return logits.argmax(dim=0).to(torch.uint8 if len(logits) <= 256 else torch.int32)
     # The threshold is moved to the logits, so that no sigmoid is needed.
-    classes = logits[0] > math.log(threshold / (1 - threshold)) if len(logits) == 1 else logits.argmax(dim=0)
-    return classes.to(torch.uint8 if len(logits) <= 256 else torch.int32)
+    foreground = (logits if multilabel else logits[0]) > math.log(threshold / (1 - threshold))
+    return foreground.to(torch.uint8)

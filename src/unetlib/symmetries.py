@@ -16,7 +16,12 @@ FLIPS: Flips = ((), (-1,), (-2,), (-2, -1))
 
 
 def average_symmetries(
-    forward: Callable[[Tensor], Tensor], batch: Tensor, *, flips: Flips = FLIPS, turns: bool = True
+    forward: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    *,
+    flips: Flips = FLIPS,
+    turns: bool = True,
+    multilabel: bool = False,
 ) -> Tensor:
     """Logits of the mean probability over a picture's symmetries.
 
@@ -29,6 +34,7 @@ def average_symmetries(
         batch: (N, C, h, w).
         flips: `FLIPS`, or `MIRROR` for the first two alone.
         turns: those of the transposed picture too.
+        multilabel: each channel of several is a sigmoid, too.
 
     Returns:
         (N, K, h, w): logits whose sigmoid or softmax is the mean of the views'.
@@ -44,10 +50,12 @@ def average_symmetries(
         views = _transpose(batch, turned)
         logits = forward(torch.cat([views.flip(dims) for dims in flips]))
         answers = [_transpose(part.flip(dims), turned) for part, dims in zip(logits.chunk(len(flips)), flips)]
-        sums.append(_log_probabilities(torch.stack(answers)).logsumexp(dim=0))
-    log_sum = torch.stack(sums).logsumexp(dim=0)  # (N, 2, h, w) for one sigmoid: of foreground and of background
-    if logits.shape[1] == 1:
-        return log_sum[:, :1] - log_sum[:, 1:]
+        sigmoid = multilabel or logits.shape[1] == 1
+        sums.append(_log_probabilities(torch.stack(answers), sigmoid).logsumexp(dim=0))
+    log_sum = torch.stack(sums).logsumexp(dim=0)
+    if sigmoid:
+        foreground, background = log_sum.chunk(2, dim=1)
+        return foreground - background
     return log_sum - math.log(len(flips) * len(sums))
 
 
@@ -55,8 +63,8 @@ def _transpose(maps: Tensor, turned: bool) -> Tensor:
     return maps.transpose(-2, -1) if turned else maps
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    """Along the channels, dimension 2 of (views, N, K, h, w)."""
-    if logits.shape[2] == 1:
+def _log_probabilities(logits: Tensor, sigmoid: bool) -> Tensor:
+    """Along the channels, dimension 2 of (views, N, K, h, w): K classes', or K sigmoids' and then those of their opposites."""
+    if sigmoid:
         return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=2)
     return F.log_softmax(logits, dim=2)

@@ -33,7 +33,8 @@ class UNet(nn.Module):
 
     Args:
         in_channels: channels of the input picture, 3 for RGB.
-        out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
+        out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included, or a
+            sigmoid for each class, as losses, metrics and `Preprocessing` are told (`multilabel=True`).
         features: width of each level, the full-size level first; any length, any widths. Each level halves height and width.
         bottleneck: width of the deepest block; None takes twice the last of `features`.
         norm: "batch", "instance", "group" or "none".
