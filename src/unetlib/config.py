@@ -70,7 +70,8 @@ class UNetConfig(_JSONConfig):
 
     Args:
         in_channels: channels of the input picture, 3 for RGB.
-        out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included.
+        out_channels: channels of the logits: 1 is one sigmoid (binary), 2 and more is a softmax, background included, or a
+            sigmoid for each class (`Preprocessing.multilabel`).
         features: width of each encoder level, the full-size level first; its length is the network's depth.
         bottleneck: width of the deepest block; None takes twice the last of `features`.
         norm: "batch", "instance" (affine), "group" (half as many groups as the largest power of two, up to 64, that divides

@@ -130,7 +130,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         """The same data set with the pairs at `indices` only, and a `transform` of its own to replace.
 
         Raises:
-            TypeError: for yes and no in the place of numbers.
+            TypeError: for booleans instead of numbers.
 
         Example:
             >>> dataset.subset(range(100))  # doctest: +SKIP

@@ -207,8 +207,8 @@ def evaluate(
         tta: as in `predict`.
         batch_size: pictures in one forward pass, as in `predict`.
         progress: show a progress bar.
-        metrics: what counts, if not `SegmentationMetrics` as the model needs it: one with other options, or one that goes on
-            counting; it may be merged with those of other processes afterwards.
+        metrics: the `SegmentationMetrics` that count, to give them other options, to go on counting, or to merge them with
+            those of other processes afterwards; None makes what the model needs.
 
     Returns:
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...

@@ -1,4 +1,4 @@
-"""Batches for training: the order of the pictures, and the chance in their augmentation, from a seed alone.
+"""Batches for training: the order of the pictures, and the random numbers of their augmentation, from a seed alone.
 
 Both are the same on any number of processes and loader workers, and from any step on: a run that goes on from a checkpoint,
 or on more machines, sees what an unbroken run on one would have seen.
@@ -111,7 +111,7 @@ class Draw(NamedTuple):
 
 
 class ShuffledBatches(Sampler[list[Draw]]):
-    """Batches of a data set in an order of chance that differs between epochs; the incomplete last one is left out.
+    """Batches of a data set in a random order that differs between epochs; the incomplete last one is left out.
 
     Set `epoch` before each pass, and `first` to go on in the middle of one. With several processes each takes its share of
     every batch.

@@ -281,7 +281,7 @@ class Mirrored(torch.nn.Module):
 
 
 class PerPicture(torch.nn.Module):
-    """Run a transform on each picture of a batch, so that chance falls anew for each, on whatever device the batch is.
+    """Run a transform on each picture of a batch, with new random numbers for each, on whatever device the batch is.
 
     torchvision's transforms draw once a call: a whole batch would be turned by the same angle. With this, pictures go to the
     GPU as uint8, a quarter of the bytes of float32, and the presets below run there.

@@ -54,7 +54,7 @@ class UNet(nn.Module):
         a larger picture, or several.
 
     Raises:
-        TypeError: for an option that there is none of.
+        TypeError: for an unknown option.
         ValueError: for one that `UNetConfig` refuses.
 
     Example:
@@ -289,7 +289,7 @@ class UNet(nn.Module):
         Args:
             images: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W), uint8 or float in [0, 1];
                 or a list of these, of any sizes. Arrays may lie on disk, and be larger than memory.
-            threshold: probability above which a pixel is foreground; None takes the model's own. For one output channel only.
+            threshold: probability above which a pixel is foreground; None takes the model's own. Not for a softmax.
             tile: side, or (height, width), of what the network sees at a time; None: the whole picture where memory suffices.
             overlap: pixels that a tile sees beyond what it keeps; None: as many as it takes for the whole picture's result.
             tta: average over the picture turned and mirrored; "mirror": over it and its mirror image, left to right, alone.
@@ -300,8 +300,9 @@ class UNet(nn.Module):
 
         Returns:
             For each picture, at its own height and width: a uint8 array (H, W) of class indices, int32 beyond 256 classes; or,
-            with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. One array for one picture, a
-            list for a list. With `out` its path.
+            with `probabilities`, float32 (H, W) for one output channel and (C, H, W) for several. Where the `preprocessing`
+            says `multilabel`, masks are uint8 (C, H, W), 0 and 1 for each class. One array for one picture, a list for a list.
+            With `out` its path.
 
         Example:
             >>> import numpy as np
