@@ -185,6 +185,14 @@ def test_patches_of_the_size_that_there_is_change_nothing():
     torch.testing.assert_close(grow(model, features=(6, 9), patch_size=2)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_larger_network_keeps_preprocessing_and_type():
+    model = UNet(features=(4, 8)).double().eval()
+    model.preprocessing = Preprocessing(size=(16, 24), mean=(0.5,), threshold=0.4)
+    grown, x = grow(model, features=(6, 9)), torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    assert grown.preprocessing == model.preprocessing
+    torch.testing.assert_close(grown(x), model(x))
+
+
 def test_every_weight_of_a_larger_network_learns():
     model = UNet(features=(4, 6))
     grown = grow(model, features=(6, 9), bottleneck=15, patch_size=2)

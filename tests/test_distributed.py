@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 
 from unetlib.distributed import joined_processes, shared
@@ -70,3 +71,16 @@ def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
     for name, gradient in one["gradients"].items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rank_is_that_of_all_machines_and_the_group_is_left_on_an_error(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: calls.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("left"))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with joined_processes("cpu") as process:
+        calls.append((process.rank, process.world_size))
+    with pytest.raises(ValueError, match="invalid literal"), joined_processes("cpu"):
+        int("no number")
+    assert calls == ["gloo", (3, 4), "left", "gloo", "left"]

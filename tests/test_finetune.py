@@ -231,6 +231,21 @@ def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tm
     assert evaluate(model, val)["dice"] == pytest.approx(entry["dice"], abs=1e-3)
 
 
+def test_scenes_come_to_an_end(example):
+    assert len(list(zip(example("evaluate").Scenes(2, (32, 48)), range(9)))) == 2
+
+
+@pytest.mark.parametrize(("threshold", "recall"), [(0.4, 1), (0.6, 0)])
+def test_evaluation_takes_the_models_threshold(example, tmp_path, capsys, threshold, recall):
+    write(tmp_path, count=2)
+    model = UNet(features=(8,))
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    model.preprocessing = Preprocessing(threshold=threshold)
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    example("evaluate").main(["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["recall"] == recall
+
+
 def test_a_fitting_head_is_kept_and_so_is_what_the_weights_expect(example, tmp_path, monkeypatch):
     old = UNet(features=(8,))
     old.preprocessing = Preprocessing(scale=0.5, mean=(0.4, 0.5, 0.6), std=(0.2,), threshold=0.8)

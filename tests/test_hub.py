@@ -388,6 +388,14 @@ def test_a_folder_of_that_name_is_pointed_to_and_never_taken(unreachable, cache,
 # --- model_info
 
 
+def test_what_was_closed_is_not_taken_from_the_cache(server, repository, cache):
+    UNet.from_pretrained("owner/name", cache_dir=cache)
+    for change, error in (("private", FileNotFoundError), ("gated", PermissionError)):
+        repository.private, repository.gated = change == "private", change == "gated"
+        with pytest.raises(error, match="'owner/name'"):
+            UNet.from_pretrained("owner/name", cache_dir=cache)
+
+
 def test_info_fetches_no_tensor(server, repository, cache, model, tmp_path):
     info = model_info("owner/name", cache_dir=cache)
     assert info == model_info(tmp_path / "saved").__class__(**{**vars(model_info(tmp_path / "saved")), "name": "owner/name"})
@@ -400,6 +408,20 @@ def test_info_fetches_no_tensor(server, repository, cache, model, tmp_path):
     server.requests.clear()
     assert model_info("owner/name", cache_dir=cache, local_files_only=True) == info
     assert server.requests == []
+
+
+def test_info_of_a_revision(server, repository, cache, tmp_path):
+    first = repository.branches["main"]
+    repository.commit(files(UNet(features=(5,)), tmp_path / "other"))
+    assert model_info("owner/name", revision=first, cache_dir=cache).config.features == (4, 8)
+    assert model_info("owner/name", cache_dir=cache).config.features == (5,)
+
+
+def test_info_of_a_private_repository_wants_its_token(server, repository, cache):
+    repository.private = True
+    assert model_info("owner/name", cache_dir=cache, token=TOKEN).config.features == (4, 8)
+    with pytest.raises(FileNotFoundError, match="or it is private"):
+        model_info("owner/name", cache_dir=cache)
 
 
 def test_info_of_a_repository_without_card(server, repository, cache):
@@ -461,6 +483,13 @@ def test_push_as_pull_request(server, repository, cache, tmp_path):
     assert address == f"{server.url}/owner/name/discussions/1"
     assert repository.branches["main"] == before
     assert UNet.from_pretrained("owner/name", revision="refs/pr/1", cache_dir=cache).config.features == (5,)
+
+
+def test_push_goes_to_the_branch_that_is_named(server, repository, model):
+    before = repository.branches["dev"] = repository.branches["main"]
+    model.push_to_hub("owner/name", token=TOKEN, revision="dev")
+    assert repository.branches["main"] == before
+    assert repository.branches["dev"] != before
 
 
 def test_push_is_one_commit(server, repository, model):

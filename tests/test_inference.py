@@ -188,6 +188,20 @@ def test_training_modes_are_left_as_they_were(model, picture):
     assert [module.training for module in model.modules()] == before
 
 
+def test_a_pass_that_fails_leaves_modes_and_memory_as_they_were(model, picture, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    freed = []
+    monkeypatch.setattr(inference, "free_memory", freed.append)
+    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    model.train().head.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.predict(picture)
+    assert all(module.training for module in model.modules())
+    assert freed == [model]
+
+
 def test_training_goes_on_after_a_prediction(model, picture):
     model.predict(picture)
     model(torch.rand(1, 3, 16, 16)).sum().backward()
@@ -394,6 +408,15 @@ def test_memory_decides_how_many_pictures_go_together_and_which_in_tiles(model, 
     assert all(shape[0] == 1 and shape[2] * shape[3] <= 72 * 72 for shape in shapes)
 
 
+def test_views_of_a_picture_count_against_the_memory(model, picture, monkeypatch):
+    shapes = shapes_seen(model)
+    few_pixels(monkeypatch, 4 * 37 * 50)
+    for tta, views, most in ((True, 4, 1), ("mirror", 2, 2)):
+        shapes.clear()
+        model.predict([picture] * 4, tta=tta)
+        assert {shape[0] for shape in shapes} == {views * most}
+
+
 def test_networks_that_need_the_whole_picture_say_so(wide, monkeypatch):
     torch.manual_seed(0)
     model = UNet(features=(4, 8), norm="group").eval()
@@ -466,6 +489,16 @@ def test_tta_in_tiles_is_tta_of_the_whole_picture(model, wide):
         model.predict(padded, probabilities=True, tta=True)[:85, :131],
         atol=1e-6,
     )
+
+
+def test_evaluate_passes_sizes_of_batches_and_tiles_on(model, picture, wide):
+    shapes = shapes_seen(model)
+    evaluate(model, [(picture, picture[..., 0] > 127)] * 5, batch_size=3)
+    assert [shape[0] for shape in shapes] == [3, 2]
+    shapes.clear()
+    with pytest.warns(UserWarning, match="overlap=8 is less than the 24"):
+        evaluate(model, [(wide, wide[..., 0] > 127)], tile=48, overlap=8)
+    assert max(max(shape[2:]) for shape in shapes) <= 48
 
 
 def test_evaluate_takes_the_same_options(model, wide):
@@ -642,6 +675,20 @@ def test_a_suffix_may_be_in_capitals(model, picture, tmp_path):
 def test_out_is_for_one_picture(model, picture):
     with pytest.raises(ValueError, match="out is for one picture, got a list of 2"):
         model.predict([picture, picture], out="mask.npy")
+
+
+def test_out_does_not_replace_the_picture(model, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("slide.npy", picture)
+    tifffile.imwrite("slide.tif", picture, photometric="rgb")
+    for name in ("slide.npy", "slide.tif"):
+        before = (tmp_path / name).read_bytes()
+        for source in (name, rasters.open_raster(name)):
+            with pytest.raises(ValueError, match=rf"^out='.*{name}' is the picture itself, .*; name another file"):
+                model.predict(source, out=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    (tmp_path / "mask.npy").write_bytes(b"an older one")
+    assert np.load(model.predict("slide.npy", out="mask.npy")).shape == (37, 50)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -39,6 +39,7 @@ from unetlib.losses import (
     soft_cldice_loss,
     tversky_loss,
 )
+from unetlib.terms import border_map
 
 KINDS = ("binary", "multiclass", "multilabel")
 SHAPES = ((24,), (5, 6), (3, 4, 5))
@@ -1027,3 +1028,13 @@ def test_cuda_equals_cpu_without_a_synchronisation(name: str, kind: str) -> None
     with torch.autocast("cuda", torch.float16):
         half = loss(logits.cuda().half(), mask, **options, **extra)
     torch.testing.assert_close(half, loss(logits.cuda().half().float(), mask, **options, **extra))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_less_than_one_percent_is_no_border(flip: bool) -> None:
+    target = torch.zeros(1, 1, 21, 21)
+    target[0, 0, 10, 9:12] = 1  # 3 of 441 pixels around the middle
+    target = 1 - target if flip else target
+    border = border_map(targets.read(torch.zeros(1, 1, 21, 21), target, soft=True), 21)
+    assert not border[0, 0, 10, 10]
+    assert border[0, 0, 0, 10]

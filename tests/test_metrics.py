@@ -494,6 +494,13 @@ def test_memory_is_constant_unless_pictures_are_kept() -> None:
         assert tensors(metrics) - before == growth
 
 
+def test_a_call_returns_the_batchs_own_scores() -> None:
+    metrics, mask = SegmentationMetrics(), torch.ones(1, 4, 4)
+    assert metrics(as_logits(mask)[:, None], mask)["dice"] == 1
+    assert metrics(as_logits(1 - mask)[:, None], mask)["dice"] == 0
+    assert metrics.compute()["dice"] == 0.5
+
+
 def test_reset_and_empty_accumulators() -> None:
     metrics = SegmentationMetrics(3)
     assert all(math.isnan(value) for value in metrics.compute().values())

@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 from unetlib import rasters
-from unetlib.rasters import Raster, check_output, is_huge_tiff, open_raster, write_raster
+from unetlib.rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
 
 
 @pytest.fixture
@@ -259,3 +259,43 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch):
     without(monkeypatch, "tifffile")
     with pytest.raises(ImportError, match=r"pip install 'unetlib\[tiff\]'"):
         check_output(tmp_path / "mask.tif")
+
+
+def test_the_file_that_a_picture_is_read_from_is_known(picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", picture)
+    np.save("b.npy", picture)
+    tifffile.imwrite("a.tif", picture, photometric="rgb")
+    mapped = open_raster("a.npy")
+    for source in ("a.npy", Path("a.npy"), tmp_path / "a.npy", mapped, mapped[10:20]):
+        assert is_read_from(source, "a.npy")
+        assert is_read_from(source, tmp_path / "a.npy")
+    for source in ("a.tif", open_raster("a.tif"), Image.open("a.tif")):
+        assert is_read_from(source, "a.tif")
+    for source in ("b.npy", "nowhere.npy", open_raster("b.npy"), picture, Image.fromarray(picture)):
+        assert not is_read_from(source, "a.npy")
+    assert not is_read_from("a.npy", "nowhere.npy")
+
+
+def test_a_mapped_array_cannot_be_written_to(picture, tmp_path):
+    np.save(tmp_path / "a.npy", picture)
+    assert not open_raster(tmp_path / "a.npy").flags.writeable
+
+
+def test_bigtiff_begins_at_4_gib(tmp_path, monkeypatch):
+    asked, writer = [], tifffile.TiffWriter
+    monkeypatch.setattr(tifffile, "TiffWriter", lambda path, bigtiff: asked.append(bigtiff) or writer(path, bigtiff=bigtiff))
+
+    def stopped():
+        yield np.zeros((1, 2**16), np.int32)
+        raise InterruptedError
+
+    for height in (2**14, 2**13):
+        with pytest.raises(InterruptedError):
+            write_raster(tmp_path / "a.tif", (height, 2**16), stopped())
+    assert asked == [True, False]
+
+
+def test_bands_of_npy_files_may_lie_in_any_order_in_memory(tmp_path):
+    band = np.arange(12).reshape(4, 3).T
+    np.testing.assert_array_equal(np.load(write_raster(tmp_path / "a.npy", (3, 4), [band])), band)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from unetlib.cache import CachedDataset
 from unetlib.checkpoints import load_checkpoint, save_checkpoint
 from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
+from unetlib.transforms import train_transform
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_carvana.py"
 TINY = shlex.split(
@@ -287,6 +289,44 @@ def test_shares_of_a_batch_give_the_step_of_the_whole(script, data, tmp_path):
         torch.testing.assert_close(second["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_are_clipped(script, data, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(optimizer, *args, **options):
+        gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        return step(optimizer, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--clip", "0.001"])
+    assert norms == pytest.approx([0.001] * 2, rel=0.01)
+
+
+def test_weight_decay_is_what_was_asked_for(script, data, tmp_path):
+    options = ["--epochs", "1", "--weight-decay", "0.5", "--lr", "0.25"]
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    (group,) = load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+
+def test_the_average_counts_the_steps_of_the_run(script, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "follow", lambda *_, steps: seen.append(steps))
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY])
+    assert seen == [0, 1, 2, 3]  # two epochs of two steps
+
+
+def test_the_last_epoch_is_always_scored(script, data, tmp_path):
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "3", "--validate-every", "2"])
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert ["dice" in entry for entry in history["epochs"]] == [False, True, True]
+
+
+def test_every_option_of_the_augmentation_is_passed_on(training_options):
+    options = {*inspect.signature(train_transform).parameters} - {"size", "mean", "std"}
+    assert {*training_options.AUGMENTATION} == options
+
+
 def test_augmented_on_the_device_pictures_are_what_workers_make_of_them(script, data, tmp_path):
     options = ["--data", str(data), *TINY, "--epochs", "1", "--rotation", "20", "--low-resolution", "0.5", "--noise", "0.1"]
     places = {"workers": "workers", "device": "device", "sent": "device --cache-gib 0 --workers 1"}  # decoded again each time
@@ -317,6 +357,22 @@ def test_training_starts_from_given_weights(script, data, tmp_path):
     script.main(["--data", str(data), "--out", str(tmp_path / "next"), *TINY, *options])
     before, after = UNet.from_pretrained(tmp_path / "start").state_dict(), weights(tmp_path / "next")
     np.testing.assert_allclose(after["head.weight"], before["head.weight"], atol=1e-3)  # stored in half precision
+
+
+def test_statistics_of_given_weights_move_too(script, data, tmp_path):
+    UNet(features=(8, 16)).save_pretrained(tmp_path / "start")
+    options = ["--init", str(tmp_path / "start"), "--lr", "1e-9", "--ema", "0", "--epochs", "1"]
+    script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY, *options])
+    assert weights(tmp_path / "run")["encoder.0.norm1.num_batches_tracked"] == 2
+
+
+def test_scale_and_threshold_of_given_weights_go(script, data, tmp_path):
+    model = UNet(features=(8, 16))
+    model.preprocessing = Preprocessing(scale=0.5, threshold=0.8)
+    options = ["--epochs", "1", "--init", str(model.save_pretrained(tmp_path / "start"))]
+    script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY, *options])
+    found = UNet.from_pretrained(tmp_path / "run" / "model").preprocessing
+    assert found == Preprocessing(size=(32, 48), class_names=("background", "car"))
 
 
 def test_weights_of_other_pictures_and_classes_get_other_ends(script, data, tmp_path):
@@ -400,6 +456,19 @@ def test_training_on_cuda(script, data, tmp_path, precision):
     script.main(["--data", str(data), "--out", str(tmp_path), *options])
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rates_of_the_other_schedules(script, training_options, schedule):
+    args = script.parse_args(["--data", "carvana", "--schedule", schedule, "--warmup", "0.5", "--lr", "1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plan, rates = training_options.make_schedule(args, optimizer, 8), []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        plan.step()
+    rise, fall = [0.01 + 0.99 * k / 4 for k in range(4)], [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx([1] * 8 if schedule == "constant" else rise + fall)
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 10), (0.5, 2), (0.25, 4), (1.0, 1), (0.1, 1), (0.0, 3), (1.0, 7)])

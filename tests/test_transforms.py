@@ -582,3 +582,24 @@ def test_colour_can_be_lost_and_light_become_dark():
     negative, same = train_transform(None, invert=1.0, **options)(image, mask)
     torch.testing.assert_close(negative, 1 - image.as_subclass(torch.Tensor) / 255)
     assert torch.equal(same, mask.as_subclass(torch.Tensor))
+
+
+def test_color_jitter_changes_contrast_and_saturation():
+    torch.manual_seed(0)
+    pixels = torch.tensor([(40, 40, 40), (120, 120, 120), (100, 80, 60)], dtype=torch.uint8)
+    image, contrasts, saturations = tv_tensors.Image(pixels.T[:, None].contiguous()), [], []
+    transform = train_transform(None, **PLAIN, color_jitter=0.2)
+    for _ in range(20):
+        dark, light, colour = transform(image, tv_tensors.Mask(torch.ones(1, 3)))[0][:, 0].T
+        contrasts.append((light / dark)[0].item() / 3)
+        saturations.append(((colour[0] - colour[2]) / 40 / ((light - dark)[0] / 80)).item())
+    assert min(contrasts) < 0.9 < 1.1 < max(contrasts)
+    assert 0.79 < min(saturations) < 0.95 < 1.05 < max(saturations) < 1.21
+
+
+def test_a_zoom_in_needs_no_mirror_image():
+    results = []
+    for reflect in (True, False):
+        torch.manual_seed(0)
+        results.append(train_transform(None, **PLAIN, scale=(1.5, 2.0), reflect=reflect)(*pair(40, 60)))
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
