@@ -99,6 +99,20 @@ def test_a_new_head_is_as_a_fresh_convolutions(model):
         assert new.std().item() == pytest.approx(reference.std().item(), rel=0.1)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_new_head_is_drawn_as_a_convolutions_is_on_the_cpu_whatever_the_default(patch_size):
+    model = UNet(features=(4, 8), patch_size=patch_size).double()
+    torch.manual_seed(0)
+    fresh = torch.nn.Conv2d(4, 3 * patch_size**2, 1).state_dict(prefix="head.")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        _, tensors, _ = adapt(model.config, model.state_dict(), model.preprocessing, out_channels=3)
+    assert list(tensors) == list(model.state_dict())
+    for name, expected in fresh.items():
+        assert (tensors[name].device.type, tensors[name].requires_grad) == ("cpu", False)
+        torch.testing.assert_close(tensors[name], expected, rtol=0, atol=0)  # of the same type too
+
+
 def test_class_names_go_with_the_head(folder, caplog):
     assert UNet.from_pretrained(folder, out_channels=4).preprocessing.class_names is None
     assert UNet.from_pretrained(folder, in_channels=1).preprocessing.class_names == ("a", "b")

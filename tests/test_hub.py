@@ -18,7 +18,7 @@ import torch
 from hub_server import TOKEN, HubServer, Repository, status
 from study import StudyUNet, randomize
 
-from unetlib import Preprocessing, UNet, hub, list_pretrained
+from unetlib import Preprocessing, UNet, hub, list_pretrained, pretrained
 from unetlib.pretrained import CARD, CONFIG, WEIGHTS, model_info
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -513,6 +513,17 @@ def test_a_push_that_fails_commits_nothing(server, repository, model, options, f
         model.push_to_hub("owner/name", **options)
     assert type(error.value) is kind
     assert repository.branches == before
+
+
+def test_push_refuses_an_unknown_option(server, model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        pretrained.push_to_hub(model, "owner/new", token=TOKEN, colour="red")
+    assert server.requests == []
+
+
+def test_push_has_a_title_of_its_own(server, tmp_path, model):
+    hub.push(model.save_pretrained(tmp_path / "saved"), "owner/new", token=TOKEN)
+    assert server.repositories["owner/new"].messages[-1] == "Upload a U-Net with unetlib"
 
 
 @pytest.mark.parametrize("name", ["name", "../x", "a/b/c", "./owner/name", ""])

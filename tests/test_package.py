@@ -73,6 +73,10 @@ def test_the_version_is_that_of_the_installed_package():
     assert unetlib.__version__ == importlib.metadata.version("unetlib")
 
 
+def test_the_version_is_told_without_loading_pytorch():
+    assert run("import sys, unetlib; unetlib.__version__; print('torch' in sys.modules)").stdout == "False\n"
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'unetlib' has no attribute 'Unet'"):
         unetlib.Unet  # noqa: B018
@@ -139,13 +143,14 @@ def test_config_imports_the_standard_library_alone():
         ("config", set()),
         ("arguments", set()),
         ("files", set()),
+        ("version", set()),
         ("blocks", {"arguments", "config"}),
         ("unet", {"arguments", "blocks", "config"}),
         ("convert", {"config"}),
-        ("trust", {"config"}),
+        ("trust", {"config", "version"}),
         ("adapt", {"config"}),
-        ("cards", {"trust"}),
-        ("hub", {"files", "trust"}),
+        ("cards", {"trust", "version"}),
+        ("hub", {"files", "trust", "version"}),
         ("tiling", {"config"}),
         ("memory", {"config"}),
         ("symmetries", set()),

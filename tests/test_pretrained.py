@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from study import StudyUNet, randomize
 from torch.nn.utils import prune
 
-from unetlib import Preprocessing, UNet, export_state_dict, hub, list_pretrained, pretrained, trust
+from unetlib import Preprocessing, UNet, export_state_dict, hub, list_pretrained, pretrained
 from unetlib.pretrained import model_info
 
 FILES = ["README.md", "config.json", "model.safetensors"]
@@ -377,6 +377,12 @@ def test_only_a_repository_has_a_revision(zoo, no_network, name):
         UNet.from_pretrained(name, revision="main")
 
 
+@pytest.mark.parametrize("name", ["carvana", "./mine", "owner/name"])
+def test_an_unknown_option_is_refused_whatever_the_name_stands_for(zoo, no_network, name):
+    with pytest.raises(TypeError, match=r"hub\.fetch has no option colour; it has cache_dir, .*, force_download$"):
+        pretrained.from_pretrained(UNet, name, colour="red")
+
+
 def test_home_is_expanded(no_network, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -434,7 +440,7 @@ def test_saving_works_where_the_package_is_not_installed(tmp_path, monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(trust, "version", missing)
+    monkeypatch.setattr("unetlib.version.version", missing)
     folder = UNet(features=(2,)).save_pretrained(tmp_path / "saved")
     assert json.loads((folder / "config.json").read_text())["unetlib"] == "unknown"
     assert UNet.from_pretrained(folder).config.features == (2,)

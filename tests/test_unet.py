@@ -111,6 +111,13 @@ def test_a_config_builds_the_network_that_has_it(config):
     assert model(x).shape == (2, config.out_channels, 16, 16)
 
 
+def test_numbers_of_numpy_become_plain_ones():
+    model = UNet(np.int64(3), np.int32(2), (4,), norm=np.str_("batch"), activation=np.str_("gelu"), dropout=np.float32(0.25))
+    channels = [model.encoder[0].conv1.in_channels, model.head.out_channels, model.encoder[0].norm1.num_features]
+    assert [type(number) for number in channels] == [int, int, int]
+    assert type(model.encoder[0].dropout.p) is float
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="norm must be one of"):
         UNet(norm="layer")

@@ -107,7 +107,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES or name in _NAMES:
         return importlib.import_module(f".{name}", __name__)
     if name == "__version__":
-        return importlib.import_module(".trust", __name__).installed_version()
+        return importlib.import_module(".version", __name__).installed_version()
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -72,7 +72,9 @@ def adapt(
         )
     if out_channels is not None and out_channels != before.out_channels:
         config = dataclasses.replace(config, out_channels=out_channels)
-        tensors.update(_new_head(tensors, out_channels * before.patch_size**2))
+        width, channels = before.decoder_features[0], out_channels * before.patch_size**2
+        head = torch.nn.Conv2d(width, channels, kernel_size=1, device="cpu", dtype=torch.float32)  # whatever the defaults are
+        tensors |= head.state_dict(prefix=f"{HEAD}.")
         multilabel = preprocessing.multilabel and out_channels > 1
         preprocessing = dataclasses.replace(preprocessing, class_names=None, multilabel=multilabel)
         logger.warning(
@@ -204,15 +206,3 @@ def _adapt_statistics(values: tuple[float, ...], channels: int) -> tuple[float, 
     if channels == 1:
         return (math.fsum(values) / len(values),)
     return tuple(values[channel % len(values)] for channel in range(channels))
-
-
-def _new_head(tensors: Mapping[str, Tensor], out_channels: int) -> dict[str, Tensor]:
-    """Weights as a fresh convolution has them."""
-    old = tensors[f"{HEAD}.weight"]
-    weight = torch.empty(out_channels, *old.shape[1:], dtype=torch.float32)
-    torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    new = {f"{HEAD}.weight": weight}
-    if f"{HEAD}.bias" in tensors:
-        bound = 1 / math.sqrt(weight[0].numel())
-        new[f"{HEAD}.bias"] = torch.empty(out_channels, dtype=torch.float32).uniform_(-bound, bound)
-    return new

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .trust import installed_version, read_small
+from .trust import read_small
+from .version import installed_version
 
 if TYPE_CHECKING:
     from .unet import UNet

@@ -551,5 +551,5 @@ def _upsamplings(family: Family) -> str:
     return " or ".join([*names, *filter(None, [family.weightless.get("upsample")])])
 
 
-def _list(names: list[str], most: int = 3) -> str:
-    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

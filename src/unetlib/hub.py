@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import whole_file
-from .trust import Weights, installed_version, on_meta
+from .trust import Weights, on_meta
+from .version import installed_version
 
 logger = logging.getLogger("unetlib")
 
@@ -68,7 +69,7 @@ def fetch(
         ConnectionError: for a Hub that cannot be reached, or goes away in the middle.
         OSError: for other answers, and for a file that is not what the Hub said it is.
     """
-    revision = _check(repo, revision)
+    revision = _checked_revision(repo, revision)
     if force_download and local_files_only:
         raise ValueError("force_download=True needs the network that local_files_only=True forbids; give one of them")
     cached = _Cache(repo, cache_dir)
@@ -114,7 +115,7 @@ def push(
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
-    commit_message: str,
+    commit_message: str = "Upload a U-Net with unetlib",
     token: str | bool | None = None,
     keep: Sequence[str] = (),
 ) -> str:
@@ -139,7 +140,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    target = _check(repo, revision)
+    target = _checked_revision(repo, revision)
     api = HfApi(token=token, library_name="unetlib", library_version=installed_version())
     _call(lambda: api.create_repo(repo, private=private, exist_ok=True), repo, target)
     kept = [name for name in keep if _call(partial(api.file_exists, repo, name, revision=revision), repo, target)]
@@ -179,7 +180,7 @@ class _Cache:
             written.write_text(commit, encoding="utf-8")
 
 
-def _check(repo: str, revision: str | None) -> str:
+def _checked_revision(repo: str, revision: str | None) -> str:
     if not is_repository(repo):
         raise ValueError(f"expected a repository 'owner/name' on the Hugging Face Hub, got {repo!r}")
     if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):

@@ -24,11 +24,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import hub, trust
-from .adapt import adapt
-from .arguments import not_a_unet
+from .adapt import FIRST, adapt
+from .arguments import check_options, not_a_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
+from .version import installed_version
 
 if TYPE_CHECKING:
     from .unet import UNet
@@ -104,8 +105,8 @@ def model_info(
         local_files_only: do not use the network.
 
     Raises:
-        OSError: as `load_pretrained`.
-        ValueError: as `load_pretrained`.
+        OSError: as `from_pretrained`.
+        ValueError: as `from_pretrained`.
 
     Example:
         >>> info = model_info("carvana")
@@ -144,54 +145,11 @@ def model_info(
     )
 
 
-def load_pretrained(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Pretrained:
-    """Find and read a model; `from_pretrained` builds the network from it.
-
-    The form of `name` decides where it is looked for, never what lies in the working directory: a bare word is a zoo name;
-    `owner/name` is a repository on the Hugging Face Hub; a path object is a path, and so is a string that starts with `./`,
-    `../`, `~` or `/`, ends with `/` or the suffix of a weights file, or has more than one separator.
-
-    Args:
-        name: zoo name, path or Hub repository.
-        revision: branch, tag or commit, for a Hub repository only.
-        cache_dir: folder of the Hub's cache.
-        token: Hub token; None takes the one that is logged in.
-        local_files_only: do not use the network.
-        force_download: download again what the cache has.
-
-    Raises:
-        FileNotFoundError: for a path, repository or revision that does not exist.
-        PermissionError: for a Hub repository that wants another token.
-        ConnectionError: for a Hub that cannot be reached.
-        OSError: for what the Hub sends if it is not what it said.
-        ValueError: for an unknown name, a `revision` of something that has none, or a file that is not a U-Net's weights.
-    """
-    where = _locate(name, revision)
-    if not isinstance(where, Path):
-        where = _fetch(
-            where,
-            (WEIGHTS, CONFIG),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-    return _read(where)[0]
-
-
 def from_pretrained(
     cls: type[Model],
     name: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     device: str | torch.device = "cpu",
     in_channels: int | None = None,
     out_channels: int | None = None,
@@ -200,20 +158,35 @@ def from_pretrained(
 ) -> Model:
     """Build a network of `cls` with the weights that `name` stands for; see `UNet.from_pretrained`.
 
+    The form of `name` decides where it is looked for, never what lies in the working directory: a bare word is a zoo name;
+    `owner/name` is a repository on the Hugging Face Hub; a path object is a path, and so is a string that starts with `./`,
+    `../`, `~` or `/`, ends with `/` or the suffix of a weights file, or has more than one separator.
+
     Args:
         cls: `UNet`, or a class with its `from_config`.
-        name: as for `load_pretrained`.
+        name: zoo name, path or Hub repository.
+        revision: branch, tag or commit, for a Hub repository only.
         device: where the weights go.
         in_channels: another number of input channels, see `unetlib.adapt`.
         out_channels: another number of output channels, see `unetlib.adapt`.
         allow_nonfinite: load weights that hold NaN or infinity.
-        options: as for `load_pretrained`.
+        options: as for `unetlib.hub.fetch`.
 
     Raises:
-        ValueError: for weights that do not fit their config, or are not finite; and as `load_pretrained`.
-        OSError: as `load_pretrained`.
+        FileNotFoundError: for a path, repository or revision that does not exist.
+        PermissionError: for a Hub repository that wants another token.
+        ConnectionError: for a Hub that cannot be reached.
+        OSError: for what the Hub sends if it is not what it said.
+        TypeError: for an unknown option.
+        ValueError: for an unknown name, a `revision` of something that has none, a file that is not a U-Net's weights, or
+            weights that do not fit their config or are not finite.
     """
-    found = load_pretrained(name, **options)
+    # Here, since a path has no use for them.
+    check_options("hub.fetch", options, ("cache_dir", "token", "local_files_only", "force_download"))
+    where = _locate(name, revision)
+    if not isinstance(where, Path):
+        where = _fetch(where, (WEIGHTS, CONFIG), revision=revision, **options)
+    found, _ = _read(where)
     model = _skeleton(cls, found.config, str(name))
     trust.check_fit(model.state_dict(), found.state_dict, str(name))
     if in_channels is not None or out_channels is not None:
@@ -262,7 +235,7 @@ def save_pretrained(
         raise ValueError(f"dtype must be a floating point type such as torch.float16, got {dtype!r}")
     tensors = _stored(model, dtype)
     config = {
-        "unetlib": trust.installed_version(),
+        "unetlib": installed_version(),
         "model": model.config.to_dict(),
         "preprocessing": model.preprocessing.to_dict(),
     }
@@ -285,51 +258,23 @@ def save_pretrained(
     return folder
 
 
-def push_to_hub(
-    model: UNet,
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload a U-Net with unetlib",
-    token: str | bool | None = None,
-    dtype: torch.dtype | None = None,
-    card: str | None = None,
-) -> str:
+def push_to_hub(model: UNet, repo_id: str, *, dtype: torch.dtype | None = None, card: str | None = None, **options: Any) -> str:
     """Upload a model to the Hugging Face Hub in one commit, and make the repository where there is none.
 
     Args:
         model: the network.
         repo_id: `owner/name`.
-        revision: branch to commit to; None is "main".
-        private: whether a new repository is private; None takes the owner's default.
-        create_pr: open a pull request instead of committing.
-        commit_message: title of the commit.
-        token: Hub token with the right to write; None takes the one that is logged in.
         dtype: type in which convolution weights are stored, as in `save_pretrained`.
         card: text of the model card; None writes a short one, unless the repository has a card already.
+        options: as for `unetlib.hub.push`, which has the errors too.
 
     Returns:
         The address of the commit or pull request.
-
-    Raises:
-        ValueError: for a `repo_id` that is not `owner/name`.
-        PermissionError: for a token that may not write there.
-        OSError: for other answers of the Hub, or none.
     """
     with tempfile.TemporaryDirectory() as folder:
         text = model_card(model, repo_id.rpartition("/")[2], repo_id) if card is None else card
-        return hub.push(
-            save_pretrained(model, folder, dtype=dtype, card=text),
-            repo_id,
-            revision=revision,
-            private=private,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            token=token,
-            keep=(CARD,) if card is None else (),
-        )
+        keep = (CARD,) if card is None else ()
+        return hub.push(save_pretrained(model, folder, dtype=dtype, card=text), repo_id, keep=keep, **options)
 
 
 def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
@@ -402,9 +347,9 @@ def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) 
     tensors, text = weights.tensors, weights.metadata.get("unetlib")
     try:
         values = trust.read_json(trust.read_small(config)) if config else trust.read_json(text) if text is not None else {}
-        if "model" not in values and "encoder.0.conv1.weight" in tensors:  # a mixin's: the constructor's arguments
+        if values and "model" not in values and FIRST in tensors:  # a mixin's: the constructor's arguments
             known = {field.name for field in dataclasses.fields(UNetConfig)}
-            values = {"model": {name: value for name, value in values.items() if name in known}} if values else values
+            values = {"model": {name: value for name, value in values.items() if name in known}}
         if "model" in values:
             network, preprocessing = trust.read_config(values)
             return Pretrained(network, tensors, preprocessing)
@@ -432,8 +377,8 @@ def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
         raise not_a_unet(model)
     # A subclass may have more layers, or a constructor of another kind, of which a UNet reads what it has in common.
     base = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
-    problems = [problem for cls in dict.fromkeys((type(model), base)) if (problem := _misfit(cls, model.config, tensors))]
-    if len(problems) == len({type(model), base}):
+    problems = [_misfit(cls, model.config, tensors) for cls in dict.fromkeys((type(model), base))]
+    if all(problems):
         raise ValueError(
             f"{problems[-1]}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
             "out_channels=5, or undo that before saving"

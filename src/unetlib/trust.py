@@ -12,7 +12,6 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import Preprocessing, UNetConfig
+from .version import installed_version
 
 TEXT_LIMIT = 2**20  # bytes of a config, a card or a safetensors header; those of a U-Net have some thousands
 DEPTH_LIMIT = 30  # levels: such a network needs pictures of 2**30 pixels a side
@@ -48,14 +48,6 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-
-
-def installed_version() -> str:
-    """The version of unetlib that runs, "unknown" for a source tree that is not installed."""
-    try:
-        return version("unetlib")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def read_small(path: Path) -> bytes:

@@ -91,16 +91,16 @@ class UNet(nn.Module):
         config, widths = self.config, self.config.features
         patch = config.patch_size**2  # pixels
         layers: dict[str, Any] = {
-            "norm": norm,
-            "activation": activation,
+            "norm": config.norm,
+            "activation": config.activation,
             "bias": config.conv_bias,
             "affine": config.affine,
             "negative_slope": config.negative_slope,
-            "dropout": dropout,
+            "dropout": config.dropout,
         }
         self.encoder = nn.ModuleList(
             DoubleConv(before, width, first_norm=config.first_norm or level > 0, **layers)
-            for level, (before, width) in enumerate(pairwise((patch * in_channels, *widths)))
+            for level, (before, width) in enumerate(pairwise((patch * config.in_channels, *widths)))
         )
         self.bottleneck = DoubleConv(widths[-1], config.bottleneck, **layers)
         deeper = (*config.decoder_features[1:], config.bottleneck)
@@ -119,7 +119,7 @@ class UNet(nn.Module):
             )
             for level in reversed(range(config.depth))
         )
-        self.head = nn.Conv2d(config.decoder_features[0], patch * out_channels, kernel_size=1)
+        self.head = nn.Conv2d(config.decoder_features[0], patch * config.out_channels, kernel_size=1)
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> UNet:
