@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, parse_options, set_aside, starting_model, without_traceback
+from training_options import IGNORED, check_new, only_run, parse_options, set_aside, starting_model, typed, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.distributed import joined_processes
@@ -33,6 +33,7 @@ MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or so
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_new(args)
     with joined_processes(args.device) as process:
         say = print if process.rank == 0 else lambda _: None
         with without_traceback(f"--data {args.data}: "):
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             model = make_model(args, class_names, say)
         classes, folder = f"{', '.join(class_names[:-1])} and {class_names[-1]}", args.data.resolve().name
         about = f"Tells {classes} apart in pictures like those of `{folder}`."
-        train(args, process, model, [train_set], val_set, args.out.resolve().name, about)
+        with only_run(args, process, model):
+            train(args, process, model, [train_set], val_set, args.out.resolve().name, about)
 
 
 def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list[str], ImageMaskDataset, ImageMaskDataset]:
@@ -54,8 +56,8 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         if missing := [folder.name for folder in folders if not folder.is_dir()]:
             raise FileNotFoundError(f"there is no folder {missing[0]}/; --help has the layout")
         sets.append(ImageMaskDataset(*folders, mode="L" if args.grey else "RGB", mask_suffix=args.mask_suffix))
-    if own_val and args.val_last:
-        raise ValueError(f"--val-last {args.val_last} holds out pictures of train/, but there is a val/; leave one out")
+    if own_val and (given := [typed(name, getattr(args, name)) for name in ("val_last", "val_share") if getattr(args, name)]):
+        raise ValueError(f"{given[0]} holds out pictures of train/, but there is a val/; leave one out")
 
     listed = args.data / "classes.txt"
     try:  # Windows marks the order of bytes
@@ -88,7 +90,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         dataset.check()
     if own_val:
         return names, *sets
-    val = held_out(sets[0].images, args.val_last, args.val_share)
+    val = held_out(sets[0].images, args.val_last, args.val_share or 0.1)
     say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
     return names, sets[0].subset(i for i in range(len(sets[0])) if i not in val), sets[0].subset(val)
 
@@ -192,14 +194,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder as above")
     add("--val-last", type=int, default=0, metavar="N", help="hold out the last N pictures by name: slices, frames")
-    add("--val-share", type=float, default=0.1, help="hold out such a part at random")
+    add("--val-share", type=float, metavar="SHARE", help="hold out such a part at random (0.1)")
     add("--mask-suffix", default="", help="what a mask's name has after its picture's: _mask")
     add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
     add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
     add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
     args = parse_options(parser, argv, out=Path("runs/finetuned"))
-    if not 0 < args.val_share < 1:
+    if args.val_share is not None and args.val_last:
+        parser.error(f"--val-last {args.val_last} and --val-share {args.val_share} both hold out pictures; give one of the two")
+    if args.val_share is not None and not 0 < args.val_share < 1:
         parser.error(f"--val-share must be above 0 and below 1, such as 0.1, not {args.val_share}")
     return args
 

@@ -35,15 +35,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from training_options import (
+    ADVICE,
+    CHECKPOINT,
     PRESETS,
-    check_same,
+    check_new,
     ignored,
+    load_run,
     make_augment,
     make_loss,
     make_schedule,
+    only_run,
     out_of_memory_explained,
     parse_options,
     readable,
+    room_asked_for,
     settings_of,
     starting_model,
     without_traceback,
@@ -52,7 +57,7 @@ from training_options import (
 from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet, dice_score, split_by_car
 from unetlib.averaging import follow
 from unetlib.cards import training_card
-from unetlib.checkpoints import check_space, load_checkpoint, random_state, save_checkpoint, set_random_state
+from unetlib.checkpoints import check_space, random_state, save_checkpoint, set_random_state
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
 from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches
@@ -64,6 +69,7 @@ from unetlib.visualize import comparison, learning_curves
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_new(args)
     with joined_processes(args.device) as process:
         torch.manual_seed(args.seed)
         with without_traceback():
@@ -72,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
         class_names = ("background", "car")
         model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
-        train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
+        with only_run(args, process, model):
+            train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
 
 @out_of_memory_explained()
@@ -93,8 +100,6 @@ def train(
     with without_traceback(f"--batch-size {args.batch_size}: "):
         batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
     with without_traceback():
-        # Two checkpoints of weights, average and moments; weights; pictures.
-        check_space(args.out, needed=100 * sum(tensor.numel() for tensor in model.parameters()))
         loader = AugmentedBatches(
             train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
             size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,
@@ -116,8 +121,8 @@ def train(
     loss_fn = make_loss(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = make_schedule(args, optimizer, steps=args.epochs * len(batches))
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[args.precision]
+    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     # Where the run stands: all that a checkpoint holds.
@@ -126,11 +131,12 @@ def train(
     history: dict[str, Any] = {"loss": [], "epochs": []}
     epoch = step = 0  # `step` counts within the epoch
     best: dict[str, float] = {"dice": -1.0}
-    checkpoint = args.out / "checkpoint.pt"
+    checkpoint = args.out / CHECKPOINT
     command = f"python {shlex.join(word for word in sys.argv if word != '--resume')}"
-    settings = settings_of(args, model)
+    settings = settings_of(args, model, names, val_set.images)
     say = print if rank == 0 else lambda *_: None
 
+    @room_asked_for(args.out)
     def save() -> None:
         states = shared(random_state())
         if rank == 0:
@@ -139,11 +145,7 @@ def train(
             save_checkpoint(state, checkpoint)
 
     if args.resume:
-        try:
-            state = load_checkpoint(checkpoint, map_location=device)
-        except (FileNotFoundError, ValueError) as error:
-            raise SystemExit(f"{error}; leave out --resume, or give --out of an earlier run") from error
-        check_same(checkpoint, state, settings)
+        state = load_run(checkpoint, settings, device)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
@@ -166,9 +168,14 @@ def train(
             if not math.isfinite(history["loss"][-1]):
                 raise SystemExit(
                     f"the loss is {history['loss'][-1]} in step {len(history['loss'])}, pictures "
-                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or try a smaller --lr, --clip 1 or "
-                    "--precision fp32; the last checkpoint is from before"
+                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or {ADVICE}"
                 )
+
+    def check_finite() -> None:
+        read_losses()
+        stored = (tensor.half() if tensor.dim() > 1 else tensor for tensor in model.state_dict().values())  # as in model/
+        if not all(tensor.isfinite().all() for tensor in stored):
+            raise SystemExit(f"after step {len(history['loss'])} the weights are not finite in half precision; {ADVICE}")
 
     while epoch < args.epochs:
         model.train()
@@ -178,7 +185,7 @@ def train(
             unit="picture", mininterval=args.log_every, disable=rank > 0,
         )  # fmt: skip
         started = time.perf_counter()
-        for images, masks, draws in readable(loader):
+        for images, masks, draws in readable(loader, bar):
             optimizer.zero_grad(set_to_none=True)
             shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
             total = torch.zeros((), device=device)
@@ -207,10 +214,10 @@ def train(
                 dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
                 bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
             if args.checkpoint_every and step % args.checkpoint_every == 0:
-                read_losses()
+                check_finite()
                 save()
         bar.close()
-        read_losses()
+        check_finite()
         epoch, step = epoch + 1, 0
 
         entry: dict[str, float] = {
@@ -229,24 +236,27 @@ def train(
                 best = entry
                 if rank == 0:
                     card = training_card(judged, name, description, best, command, (len(names), len(val_set)))
-                    judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
+                    with room_asked_for(args.out):
+                        judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)
         for key, value in entry.items() if writer else ():
             writer.add_scalar(key, value, epoch)
         save()
 
     if rank == 0:
-        (args.out / "history.json").write_text(json.dumps(history, indent=1))
-        if importlib.util.find_spec("matplotlib"):
-            learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
-        else:
-            say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
+        with room_asked_for(args.out):
+            (args.out / "history.json").write_text(json.dumps(history, indent=1))
+            if importlib.util.find_spec("matplotlib"):
+                learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
+            else:
+                say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
         images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
         predicted = UNet.from_pretrained(args.out / "model", device=device).predict(images)
         if args.ignore is not None:  # what does not count is shown as background
             masks = [mask * (mask != ignored(args)) for mask in masks]
         sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
-        Image.fromarray(sheet).save(args.out / "predictions.png")
+        with room_asked_for(args.out):
+            Image.fromarray(sheet).save(args.out / "predictions.png")
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
     release_freed()
     return best

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
+import json
+import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +18,15 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from unetlib import BCEDiceLoss, CrossEntropyLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
 from unetlib.arguments import at_least, check_device, height_and_width, whole
+from unetlib.checkpoints import check_space, load_checkpoint
 from unetlib.config import MATCHES
+from unetlib.distributed import Process, shared
+from unetlib.files import only_writer
 from unetlib.imaging import image_size
 from unetlib.transforms import train_transform
 
@@ -48,6 +56,13 @@ AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least
 FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
 
 IGNORED = 255  # the class of pixels that do not count
+
+CHECKPOINT = "checkpoint.pt"  # in `--out`
+
+ANEW = "give another --out without --resume"  # where a run cannot go on
+
+# What to try where numbers are no longer finite.
+ADVICE = "try a smaller --lr, --clip 1 or --precision fp32; the last checkpoint is from before"
 
 # The least that whole numbers may be.
 LEAST = {"features": 1, "bottleneck": 1, "patch_size": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1}
@@ -133,6 +148,8 @@ def check(args: argparse.Namespace) -> None:
     whole("--seed", args.seed, -(2**63), 2**64 - 1)  # what PyTorch takes
     for name in ("lr", "weight_decay", "clip", "border_weight", "cache_gib"):
         at_least(typed(name), getattr(args, name), 0)
+    if args.lr == math.inf:
+        raise ValueError("--lr must be finite, such as 0.001, not inf")
     at_least("--warmup", args.warmup, 0, 1)
     height_and_width(args.size, "--size")
     if not 0 <= args.ema < 1:
@@ -171,13 +188,55 @@ def without_traceback(about: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{about}{error}") from error
+        said = re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()  # in a worker of a loader, at the end of its traceback
+        raise SystemExit(f"{about}{said}") from error
 
 
-def readable(batches: Iterable[Any]) -> Iterator[Any]:
+def readable(batches: Iterable[Any], bar: tqdm[Any]) -> Iterator[Any]:
     """The batches, whose files are read on the way; the errors of what is done with them stay as they are."""
     with without_traceback():
-        yield from batches
+        try:
+            yield from batches
+        except (ValueError, OSError):
+            bar.close()  # what is wrong gets a line of its own
+            raise
+
+
+def earlier_run(out: Path) -> bool:
+    return any((out / name).is_file() for name in (CHECKPOINT, f"{CHECKPOINT}.previous"))
+
+
+def check_new(args: argparse.Namespace) -> None:
+    """End where a run would start over in the place of an earlier one."""
+    if earlier_run(args.out) and not args.resume:
+        raise SystemExit(f"{args.out / CHECKPOINT} is of an earlier run; add --resume to go on with it, or give another --out")
+
+
+@contextlib.contextmanager
+def only_run(args: argparse.Namespace, process: Process, model: UNet) -> Iterator[None]:
+    """Keep other runs out of `--out`, which is made where missing, and see that it has room for this one."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if process.rank == 0:  # which alone writes
+            try:
+                # Two checkpoints of weights, average and moments; weights; pictures.
+                check_space(args.out, needed=100 * sum(tensor.numel() for tensor in model.parameters()))
+                stack.enter_context(only_writer(args.out))
+            except OSError as error:
+                problem = str(error)
+        if problem := shared(problem)[0]:
+            raise SystemExit(problem)
+        yield
+
+
+@contextlib.contextmanager
+def room_asked_for(out: Path) -> Iterator[None]:
+    """End with what to do where something could not be written, mostly for want of space."""
+    try:
+        yield
+    except OSError as error:
+        again = "with --resume goes on" if earlier_run(out) else "starts anew"
+        raise SystemExit(f"{error}; make room in {out}, then the same command {again}") from error
 
 
 def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:
@@ -194,24 +253,43 @@ def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> 
                 )
 
 
-def settings_of(args: argparse.Namespace, model: UNet) -> dict[str, Any]:
-    """All that decides where a run ends, in plain values for its checkpoint; `network` is what `--init` gave."""
+def settings_of(args: argparse.Namespace, model: UNet, train: Sequence[str], val: Sequence[str]) -> dict[str, Any]:
+    """All that decides where a run ends, in plain values for its checkpoint, with the names of the pictures on each side.
+
+    `network` is what `--init` gave.
+    """
     statistics = {name: getattr(model.preprocessing, name) for name in ("mean", "std")}
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    return settings | {"network": model.config.to_dict() | statistics}
+    pictures = hashlib.sha256(json.dumps([train, val]).encode()).hexdigest()[:16]
+    found = {"pictures": pictures, "classes": list(model.preprocessing.class_names or ())}
+    return settings | found | {"network": model.config.to_dict() | statistics}
+
+
+def load_run(checkpoint: Path, now: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The state of the run to go on with, where its settings are still these."""
+    try:
+        state = load_checkpoint(checkpoint, map_location=device)
+    except FileNotFoundError as error:
+        raise SystemExit(f"{error}; leave out --resume, or give --out of an earlier run") from error
+    except ValueError as error:
+        raise SystemExit(f"{error}; {ANEW}") from error
+    check_same(checkpoint, state, now)
+    return state
 
 
 def check_same(checkpoint: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """End where a run would go on with other settings; weights to start from may have moved, and count by what they gave."""
     if "settings" not in state:
-        raise SystemExit(f"{checkpoint} is not from this script; leave out --resume, or give --out of an earlier run")
+        raise SystemExit(f"{checkpoint} is not from this script; {ANEW}")
     was = state["settings"]
-    changed = [name for name in now if now[name] != was.get(name)]
+    data = ("pictures", "classes")
+    changed = [name for name in now if now[name] != was.get(name) and name not in data]
     if changed not in ([], ["init"]):
         words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
-        raise SystemExit(
-            f"{checkpoint} is from a run with other options: {', '.join(words)}; resume with those, or leave out --resume"
-        )
+        raise SystemExit(f"{checkpoint} is from a run with other options: {', '.join(words)}; resume with those, or {ANEW}")
+    for name in data:
+        if was.get(name, now[name]) != now[name]:
+            raise SystemExit(f"{checkpoint}: the {name} of --data are no longer those of the run; bring those back, or {ANEW}")
 
 
 def typed(name: str, value: Any = True) -> str:

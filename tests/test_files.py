@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from unetlib.files import whole_file
+from unetlib.files import only_writer, whole_file
+
+if sys.platform != "win32":
+    import fcntl
+
+locks = pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
 
 
 def names(folder):
@@ -40,3 +49,68 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         other.write_text("other")
     assert (tmp_path / "a.txt").read_text() == "one"  # the last to be whole
     assert names(tmp_path) == ["a.txt"]
+
+
+@locks
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with only_writer(folder):
+        with pytest.raises(BlockingIOError) as caught, only_writer(folder):
+            pass
+        assert str(caught.value) == f"another run is writing to {folder}; wait for it, or give another folder"
+        with only_writer(tmp_path):
+            pass
+        assert names(folder) == [".unetlib-lock"]
+    assert names(folder) == []
+    with only_writer(folder):
+        pass
+
+
+@locks
+def test_who_opened_the_file_that_the_last_writer_removes_does_not_write(tmp_path, monkeypatch):
+    lock = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / ".unetlib-lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BlockingIOError), only_writer(tmp_path):
+        pass
+
+
+@locks
+def test_where_a_file_system_has_no_locks_all_may_write(tmp_path, monkeypatch):
+    def without(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with only_writer(tmp_path), only_writer(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from unetlib.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@locks
+def test_a_killed_writer_leaves_no_lock_though_a_worker_lives_on(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    worker = int(run.stdout.readline())
+    run.wait()
+    try:
+        with only_writer(tmp_path):
+            pass
+    finally:
+        os.kill(worker, 9)

@@ -26,6 +26,7 @@ from torchvision import tv_tensors
 from unetlib import CarvanaDataset, Preprocessing, UNet, UNetConfig
 from unetlib.cache import CachedDataset
 from unetlib.checkpoints import load_checkpoint, save_checkpoint
+from unetlib.files import only_writer
 from unetlib.inference import evaluate
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import train_transform
@@ -195,8 +196,53 @@ def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script,
 
 def test_a_checkpoint_of_another_script_is_not_gone_on_from(script, data, tmp_path):
     save_checkpoint({"model": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt is not from this script; leave out --resume"):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is not from this script; give another --out without --resume"):
         script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--resume"])
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.pt.previous"])
+def test_a_run_does_not_start_over_in_the_place_of_an_earlier_one(script, data, tmp_path, name):
+    (tmp_path / name).write_bytes(b"an earlier run")
+    expected = f"{tmp_path / 'checkpoint.pt'} is of an earlier run; add --resume to go on with it, or give another --out"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        script.main(["--synthetic", "8", "--out", str(tmp_path), *TINY])
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"an earlier run")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_two_runs_do_not_write_into_one_folder(script, data, tmp_path):
+    with only_writer(tmp_path), pytest.raises(SystemExit, match=f"another run is writing to {re.escape(str(tmp_path))}; wait"):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_a_run_does_not_go_on_with_other_pictures_and_folders_may_move(script, data, tmp_path, side):
+    shutil.copytree(data, tmp_path / "data")
+    options = ["--out", str(tmp_path / "run"), *TINY, "--epochs", "1"]
+    script.main(["--data", str(tmp_path / "data"), *options])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    script.main(["--data", str(tmp_path / "moved"), *options, "--resume"])
+    picture = min((tmp_path / "moved" / side).iterdir())
+    picture.unlink()
+    (tmp_path / "moved" / f"{side}_masks" / f"{picture.stem}_mask.gif").unlink()
+    with pytest.raises(SystemExit, match=r"the pictures of --data are no longer those of the run; bring those back, or give"):
+        script.main(["--data", str(tmp_path / "moved"), *options, "--resume"])
+
+
+@pytest.mark.parametrize("module", ["save_checkpoint", "UNet.save_pretrained"])
+def test_a_disk_that_fills_up_is_one_clear_error(script, data, tmp_path, monkeypatch, module):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"]
+    monkeypatch.setattr(f"train_carvana.{module}", full)
+    expected = f"[Errno 28] No space left on device; make room in {tmp_path}, then the same command"
+    with pytest.raises(SystemExit, match=re.escape(f"{expected} starts anew")):
+        script.main(options)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(SystemExit, match=re.escape(f"{expected} with --resume goes on")), script.room_asked_for(tmp_path):
+        full()
 
 
 def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(script, data, tmp_path):
@@ -399,6 +445,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(scr
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e30])  # the latter is too large for half precision
+@pytest.mark.parametrize("options", ["--checkpoint-every 1", ""])
+def test_weights_that_are_not_finite_are_not_saved(script, data, tmp_path, monkeypatch, options, value):
+    step = torch.optim.AdamW.step
+
+    def diverged(optimizer, *args, **options):
+        step(optimizer, *args, **options)
+        torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], value)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
+    options = ["--batch-size", "8", *shlex.split(options)]  # one step in an epoch, whose loss is finite
+    with pytest.raises(SystemExit, match=r"after step 1 the weights are not finite in half precision; try a smaller --lr"):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_and_an_unwritable_folder_are_found_before_training(script, data, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for source in (["--data", str(data)], ["--synthetic", "8"]):
@@ -495,6 +557,7 @@ def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmu
         ("--validate-every 0", "--validate-every=0 must be 1 or more"),
         ("--workers -1", "--workers=-1 must be 0 or more"),
         ("--lr nan", "--lr must be 0 or more, not nan"),
+        ("--lr inf", "--lr must be finite, such as 0.001, not inf"),
         ("--warmup 1.5", "--warmup must be from 0 to 1, not 1.5"),
         ("--ema 1", "--ema must be 0 or more and below 1, such as 0.99, not 1.0"),
         ("--size 0 48", "--size=0 must be 1 or more"),
@@ -541,8 +604,9 @@ def test_a_picture_that_cannot_be_read_is_named(script, data, tmp_path, place, o
     shutil.copytree(data, tmp_path / "data")
     broken = min((tmp_path / "data" / place).iterdir())
     broken.write_bytes(broken.read_bytes()[:-500])
-    with pytest.raises(SystemExit, match=rf"{re.escape(str(broken))} cannot be read as a picture"):
+    with pytest.raises(SystemExit, match=rf"{re.escape(str(broken))} cannot be read as a picture") as caught:
         script.main([*TINY, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *shlex.split(options)])
+    assert "Traceback" not in str(caught.value)
 
 
 def test_a_picture_without_a_mask_is_named(script, data, tmp_path):

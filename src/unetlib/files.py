@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders with one writer."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +31,44 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to `folder`, which is made where missing; where there are no locks, as on Windows, nothing.
+
+    The lock is the system's, on a hidden file: a killed run leaves none.
+
+    Raises:
+        BlockingIOError: another run is writing there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with only_writer(Path(folder)):
+        ...         (Path(folder) / "a.txt").touch()
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['a.txt']
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    path = folder / ".unetlib-lock"
+    with open(path, "ab") as file:
+        os.register_at_fork(after_in_child=file.close)  # a worker that outlives its killed run would keep the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.fstat(file.fileno()).st_nlink > 0  # 0: the other run, which ends just now, has removed it
+        except BlockingIOError:
+            alone = False
+        except OSError:  # a file system without locks
+            alone = True
+        if not alone:
+            raise BlockingIOError(f"another run is writing to {folder}; wait for it, or give another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
