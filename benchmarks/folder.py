@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import carvana_folder, check, command, machine, write_json
+from harness import carvana_folder, check, command, machine, without_traceback, write_json
 from PIL import Image
 
 from unetlib import UNet
@@ -79,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    with without_traceback():
+        model = UNet.from_pretrained(args.model, device=args.device)
     about = machine(args.device, ("pillow",))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -91,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not names:
             sys.exit(f"there is no picture in {args.pictures}")
         names = names[: args.files]
-        model = UNet.from_pretrained(args.model, device=args.device)
         measure(model, names[:1], args, folder)  # warms up
         rounds = [measure(model, names, args, folder) for _ in range(args.rounds)]
     ratios = [seconds["loop"] / seconds["predict_folder.py"] for seconds in rounds]

@@ -41,6 +41,7 @@ from harness import (
     time_turns,
     traffic,
     unsupported,
+    without_traceback,
     write_json,
 )
 from peers import OTHER_FUNCTION, OURS, PEERS, STUDY, Case, Forward, Network, NotHere, example, load_network
@@ -215,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         peer, folder = args.peak_of
         print(resident_peak_of(peer, Path(folder), cases[0]))
         return
+    with without_traceback():  # before the first is measured, which takes minutes
+        for name in args.networks:
+            load_network(name)
     torch.backends.cudnn.benchmark = True
     skipped = {precision: reason for precision in args.precisions if (reason := unsupported(precision, args.device))}
     usable = [precision for precision in args.precisions if precision not in skipped]

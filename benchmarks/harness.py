@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from unetlib.files import whole_file
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -278,6 +281,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
 
 
+@contextmanager
+def without_traceback() -> Iterator[None]:
+    """End with what the library says is wrong with a model's name or its files."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def command(arguments: Sequence[str] | None = None) -> str:
     """The command that runs this, to stand beside its figures."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(sys.argv[1:] if arguments is None else arguments)])
@@ -307,12 +319,8 @@ def mebibytes(count: int | None) -> str:
 def write_json(path: Path | None, results: dict[str, Any]) -> None:
     """Replace the file whole, or leave it as it was; nothing for None."""
     if path is not None:
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)  # what a full disk left of it
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def new_plot(x: str, y: str, panels: Sequence[str]) -> tuple[Any, list[Any]]:

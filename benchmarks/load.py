@@ -23,7 +23,7 @@ from harness import check, command, in_fresh_process, machine, ratios, resident,
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 
-from unetlib import UNet, UNetConfig
+from unetlib import UNet, UNetConfig, list_pretrained
 from unetlib.pretrained import ZOO
 
 STUDY = "study"
@@ -37,13 +37,18 @@ class MixinUNet(PyTorchModelHubMixin, UNet):
         super().__init__(**options)
 
 
+def folder_of(model: str) -> Path:
+    """Of a model in the zoo, or else the folder itself."""
+    return ZOO / model if (ZOO / model).is_dir() else Path(model)
+
+
 def prepare(model: str, folder: Path) -> None:
     """Write a model's weights for each contestant, in the types in which they are stored."""
     if model == STUDY:
         torch.manual_seed(0)
         source = UNet().save_pretrained(folder / "unetlib")
     else:
-        source = ZOO / model if (ZOO / model).is_dir() else Path(model)
+        source = folder_of(model)
         (folder / "unetlib").symlink_to(source.resolve())
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))["model"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -157,6 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure_peak(loader, Path(warm), Path(folder))))
         return
     check(parser, args)
+    for model in args.models:
+        if model != STUDY and not (folder_of(model) / "config.json").is_file():
+            parser.error(f"--models must be {', '.join(list_pretrained())}, {STUDY} or a model's folder, not {model!r}")
     about = machine("cpu", ("huggingface-hub",))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n| model | loader | ms | times as long | peak MiB | times as much | private MiB | times as much |")

@@ -21,7 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import carvana_folder, check, command, machine, print_row, ratios, spread, time_turns, wait, write_json
+from harness import (
+    carvana_folder,
+    check,
+    command,
+    machine,
+    print_row,
+    ratios,
+    spread,
+    time_turns,
+    wait,
+    without_traceback,
+    write_json,
+)
 from peers import Network, NotHere, load_network, milesial_module
 from PIL import Image, ImageFile
 from torch import nn
@@ -151,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args(argv)
     check(parser, args)
-    network = load_network(args.model)
+    with without_traceback():
+        network = load_network(args.model)
     preparation = network.ours.preprocessing
     if preparation.size is None or any(preparation.mean) or any(std != 1 for std in preparation.std):
         parser.error(

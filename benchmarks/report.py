@@ -10,7 +10,9 @@ replaced.
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import plots
 from harness import mebibytes, sizes, spread
 from plots import PLOTS, RESULTS, Row, in_order, median, pixels, read_scores
 from predict import STAGES
+
+from unetlib.files import whole_file
 
 PAGE = plots.HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- begin: written by benchmarks/report.py -->", "<!-- end -->"
@@ -139,17 +143,25 @@ def write_page(results: Path, page: Path) -> None:
     kinds = {"forward": forward_section, "predict": predict_section, "precisions": precisions_section}
     for kind, section in kinds.items():
         for file in sorted(results.glob(f"{kind}-*.json")):
-            sections.append(section(json.loads(file.read_text(encoding="utf-8")), file.stem))
+            try:
+                sections.append(section(json.loads(file.read_text(encoding="utf-8")), file.stem))
+            except (ValueError, LookupError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise SystemExit(f"{file}: not a result of {kind}.py ({reason}); run it again with --json") from error
+    if len(sections) == 1:
+        raise SystemExit(f"there are no results in {results}; {', '.join(f'{kind}.py' for kind in kinds)} write them by --json")
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
         raise SystemExit(f"{page} must have the marks {BEGIN} and {END}")
-    page.write_text("\n\n".join([before + BEGIN, *sections, END + after]), encoding="utf-8")
+    with whole_file(page) as partial:
+        partial.write_text("\n\n".join([before + BEGIN, *sections, END + after]), encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    write_page(RESULTS, PAGE)  # first, since it says which file is no result
     plots.draw_all(RESULTS, PLOTS)
-    write_page(RESULTS, PAGE)
 
 
 if __name__ == "__main__":

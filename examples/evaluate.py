@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from training_options import ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
-from unetlib.arguments import check_device, whole
+from unetlib.arguments import check_device, height_and_width, whole
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
@@ -72,12 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
+    if args.synthetic and (args.images or args.masks):
+        parser.error("--synthetic scores rendered scenes and --images photographs; give one, not both")
     if args.nonzero and args.mask_values:
         parser.error("--nonzero is for masks of two classes and --mask-values names each class; give one, not both")
     if args.ignore is not None and not args.mask_values:
         parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1")
     try:
         whole("--synthetic", args.synthetic, 0)
+        height_and_width(args.size, "--size")
         check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
@@ -112,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
     if model.config.out_channels > 1:
         names = model.preprocessing.class_names or map(str, range(model.config.out_channels))
-        scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
+        dice = (None if math.isnan(score) else score for score in metrics.per_class()["dice"])  # JSON has no NaN
+        scores["dice of each class"] = dict(zip(names, dice))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
         scores |= score_objects(model, dataset, tta, ignored=ignored(args))

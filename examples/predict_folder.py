@@ -50,7 +50,10 @@ BATCHES = 16  # in a block, the piece of work for a Ray actor: many hide its ove
 def main(argv: list[str] | None = None) -> int:
     """Write the masks that are missing; 0 where every picture has one now, 1 where some failed."""
     args = parse_args(argv)
-    model = UNet.from_pretrained(args.model)
+    try:
+        model = UNet.from_pretrained(args.model)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
     if model.config.in_channels not in (1, 3):
         sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
     if model.preprocessing.multilabel:

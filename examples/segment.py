@@ -8,6 +8,7 @@ python examples/segment.py --model runs/carvana/model photo.jpg
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ SAMPLE = Path(__file__).parent / "car.jpg"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack the letters of a picture's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         segment(args)
     except (ValueError, OSError) as error:  # what the library says is wrong with a file or an option
@@ -36,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 def segment(args: argparse.Namespace) -> None:
     """Write the masks and overlays of all pictures."""
     pictures = find_pictures(args.pictures)
+    if args.out.resolve() in {picture.parent.resolve() for picture in pictures}:
+        raise ValueError(f"--out {args.out} is the folder of the pictures, whose files it could replace; name another")
     model = UNet.from_pretrained(args.model, device=args.device)
     if model.preprocessing.multilabel:
         raise ValueError(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
@@ -61,12 +66,11 @@ def find_pictures(paths: list[Path]) -> list[Path]:
         if not inside:
             sys.exit(f"no picture in {path}")
         found += inside
-    stems = [path.stem for path in found]
-    twice = next((path for path in found if stems.count(path.stem) > 1), None)
-    if twice is not None:
-        sys.exit(
-            f"two pictures are called {twice.stem!r} and would share a mask file; segment them apart, each with its own --out"
-        )
+    by_mask: dict[str, Path] = {}
+    for path in found:
+        first = by_mask.setdefault(path.stem.casefold(), path)  # X.png is x.png on Windows and macOS
+        if first is not path:
+            sys.exit(f"{first} and {path} would share a mask file; segment them apart, each with its own --out")
     return found
 
 

@@ -55,6 +55,11 @@ def test_rendered_scenes_where_there_is_no_data(options, monkeypatch, tmp_path):
     assert len(rendered) == 2
 
 
+def test_a_model_that_is_not_there_is_one_clear_error(options):
+    with pytest.raises(SystemExit, match="Did you mean 'carvana'"):
+        folder.main([*options, "--model", "carvanna"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,7 +57,14 @@ def test_memory_of_a_process_of_its_own(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--rounds", "0"], "--rounds must be at least 1, got 0"), (["--json", "no/such/a.json"], "there is no folder 'no/such'")],
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--json", "no/such/a.json"], "there is no folder 'no/such'"),
+        (
+            ["--models", "carvana", "carvanna"],
+            "--models must be carvana, em, nuclei, study or a model's folder, not 'carvanna'",
+        ),
+    ],
 )
 def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):

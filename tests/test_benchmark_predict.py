@@ -119,3 +119,5 @@ def test_a_model_without_a_size_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         predict.main(["--device", "cpu", "--model", str(folder)])
     assert "needs a model with a size" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="Did you mean 'carvana'"):
+        predict.main(["--device", "cpu", "--model", "carvanna"])

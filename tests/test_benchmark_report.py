@@ -85,19 +85,71 @@ def test_the_page_shows_what_was_measured(results, tmp_path):
     assert page.read_text() == text  # again is the same
 
 
-def test_a_page_without_results_has_published_scores_alone(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"{report.BEGIN}{report.END}")
-    report.write_page(tmp_path, page)
-    assert re.findall("^### .*", page.read_text(), re.MULTILINE) == ["### Quality against cost"]
-
-
-def test_a_page_without_marks_is_left_alone(tmp_path):
+def test_a_page_without_marks_is_left_alone(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text")
     with pytest.raises(SystemExit, match="must have the marks"):
-        report.write_page(tmp_path, page)
+        report.write_page(results, page)
     assert page.read_text() == "text"
+
+
+@pytest.fixture
+def written(results, tmp_path, monkeypatch):
+    """What `main` would replace: a page, and no plots."""
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "page.md").write_text(f"{report.BEGIN}old figures{report.END}")
+    for name, path in (("RESULTS", "results"), ("PLOTS", "plots"), ("PAGE", "page.md")):
+        monkeypatch.setattr(report, name, tmp_path / path)
+
+    def written():
+        assert not list(tmp_path.glob(".*"))  # no temporary file stays
+        return (tmp_path / "page.md").read_text(), sorted(path.name for path in (tmp_path / "plots").iterdir())
+
+    return written
+
+
+def test_the_page_and_its_plots_are_written_together(written):
+    report.main([])
+    page, drawn = written()
+    assert re.findall("^### .*", page, re.MULTILINE)[1:] == ["### forward-cpu", "### predict-cpu", "### precisions-cpu"]
+    assert drawn == ["forward-cpu-study-roofline.svg", "forward-cpu-study-time.svg", "scores.svg"]
+
+
+@pytest.mark.parametrize("option", ["--help", "--json"])
+def test_a_wrong_option_and_a_question_write_nothing(written, option):
+    with pytest.raises(SystemExit):
+        report.main([option])
+    assert written() == (f"{report.BEGIN}old figures{report.END}", [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("forward", '{"rows": [', "JSONDecodeError: Expecting"),
+        ("predict", "{}", "KeyError: 'rows'"),
+        ("precisions", "[]", "Type"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(results, written, kind, text, reason):
+    (results / f"{kind}-broken.json").write_text(text)
+    with pytest.raises(SystemExit, match=rf"{kind}-broken\.json: not a result of {kind}\.py \({reason}.*again with --json"):
+        report.main([])
+    assert written() == (f"{report.BEGIN}old figures{report.END}", [])
+
+
+def test_without_results_the_page_keeps_its_figures(results, written):
+    for file in results.iterdir():
+        file.unlink()
+    with pytest.raises(SystemExit, match=r"there are no results in \S+results; forward\.py, "):
+        report.main([])
+    assert written() == (f"{report.BEGIN}old figures{report.END}", [])
+
+
+def test_a_page_that_cannot_be_written_whole_stays(written, monkeypatch):
+    monkeypatch.setattr(report.Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        report.main([])
+    assert written() == (f"{report.BEGIN}old figures{report.END}", [])
 
 
 def test_the_documentation_is_what_the_script_writes(tmp_path):

@@ -299,6 +299,12 @@ def test_bad_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_network_that_is_not_there_is_said_before_the_first_is_measured(small, monkeypatch):
+    monkeypatch.setattr(forward, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="Did you mean 'carvana'"):
+        run("--networks", "study", "carvanna")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_of_a_process_of_its_own(tmp_path):
     folder = UNet(features=(32,)).save_pretrained(tmp_path / "model")

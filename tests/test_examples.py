@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import albumentations as A
@@ -61,12 +64,45 @@ def test_segmenting_a_folder_takes_pictures_alone_and_tiffs_of_any_size(tmp_path
     np.testing.assert_array_equal(np.asarray(Image.open(out / "huge_mask.png")), expected)
 
 
-def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("L", (4, 4)).save(tmp_path / folder / "x.png")
-    with pytest.raises(SystemExit, match="two pictures are called 'x'"):
+@pytest.mark.parametrize("other", ["x.png", "X.jpg"])
+def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path, other):
+    for name in ("a/x.png", f"b/{other}"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    with pytest.raises(SystemExit, match=rf"a/x\.png and \S+/b/{other} would share a mask file"):
         example("segment").main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+
+
+def test_segmenting_into_the_folder_of_the_pictures_would_replace_their_masks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_carvana(tmp_path, cars=1, views=[1], size=(40, 60))
+    (picture,) = (tmp_path / "train").iterdir()
+    mine = picture.with_name(f"{picture.stem}_mask.png")
+    mine.write_bytes(b"drawn by hand")
+    for given in (str(picture), "train"):
+        with pytest.raises(SystemExit, match=r"^--out train/\.\./train is the folder of the pictures"):
+            example("segment").main([given, "--out", "train/../train", "--device", "cpu"])
+    assert mine.read_bytes() == b"drawn by hand"
+    assert sorted((tmp_path / "train").iterdir()) == sorted([picture, mine])
+
+
+def test_segmenting_says_names_that_the_output_has_no_letters_for(tmp_path):
+    model = UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    Image.new("L", (30, 20)).save(tmp_path / "\u8f66.png")
+    command = [sys.executable, str(ROOT / "examples" / "segment.py"), str(tmp_path / "\u8f66.png"), "--model", str(model)]
+    options = {"stdout": subprocess.PIPE, "check": True, "env": {**os.environ, "PYTHONIOENCODING": "cp1252"}}
+    done = subprocess.run([*command, "--out", str(tmp_path / "out"), "--device", "cpu"], **options)
+    assert b"\\u8f66_mask.png" in done.stdout
+    assert (tmp_path / "out" / "\u8f66_overlay.png").is_file()
+
+
+def test_segmenting_several_classes(tmp_path):
+    model = UNet(features=(8,), out_channels=3)
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.constant_(model.head.bias[-1:], 1.0)
+    folder, out = model.save_pretrained(tmp_path / "model"), tmp_path / "out"
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    example("segment").main([str(tmp_path / "a.png"), "--model", str(folder), "--out", str(out), "--device", "cpu"])
+    assert (np.asarray(Image.open(out / "a_mask.png")) == 255).all()
 
 
 def test_what_cannot_be_segmented_is_one_clear_error(tmp_path):

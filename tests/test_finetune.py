@@ -231,6 +231,19 @@ def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tm
     assert evaluate(model, val)["dice"] == pytest.approx(entry["dice"], abs=1e-3)
 
 
+def test_a_class_that_is_nowhere_has_no_score(example, tmp_path, capsys):
+    model = UNet(features=(8,), out_channels=3)
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    options = ["--model", str(model.save_pretrained(tmp_path / "model")), "--device", "cpu", "--size", "32", "48"]
+    example("evaluate").main([*options, "--synthetic", "1"])
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["dice of each class"]["2"] is None
+    for wrong, message in ((["--images", "a", "--masks", "b"], "give one, not both"), (["--size", "0", "9"], "--size=0")):
+        with pytest.raises(SystemExit):
+            example("evaluate").main([*options, "--synthetic", "1", *wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_scenes_come_to_an_end(example):
     assert len(list(zip(example("evaluate").Scenes(2, (32, 48)), range(9)))) == 2
 
@@ -502,10 +515,33 @@ def test_some_pictures_must_be_left_to_train_on(example, tmp_path):
         loaded(example, "--data", tmp_path, "--val-last", "4")
 
 
-def test_pictures_are_held_out_or_there_is_a_folder_of_them(example, tmp_path):
+@pytest.mark.parametrize("option", ["--val-last 2", "--val-share 0.2"])
+def test_pictures_are_held_out_or_there_is_a_folder_of_them(example, tmp_path, option):
     write(write(tmp_path), split="val")
-    with pytest.raises(ValueError, match="--val-last 2 holds out pictures of train/, but there is a val/"):
-        loaded(example, "--data", tmp_path, "--val-last", "2")
+    with pytest.raises(ValueError, match=f"{option} holds out pictures of train/, but there is a val/"):
+        loaded(example, "--data", tmp_path, *option.split())
+
+
+def test_pictures_are_held_out_in_one_way(example, capsys):
+    with pytest.raises(SystemExit):
+        example("finetune").parse_args(["--data", "mine", "--val-last", "2", "--val-share", "0.2"])
+    assert "--val-last 2 and --val-share 0.2 both hold out pictures; give one of the two" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_pictures_and_classes_that_it_had(example, tmp_path):
+    data = write(tmp_path / "mine", count=8)
+    options = ["--data", str(data), "--out", str(tmp_path / "out"), *TINY]
+    example("finetune").main(options)
+    with pytest.raises(SystemExit, match="is of an earlier run; add --resume to go on with it, or give another --out"):
+        example("finetune").main(options)
+    (data / "classes.txt").write_text("ground\ncell\n")
+    with pytest.raises(SystemExit, match="the classes of --data are no longer those of the run; bring those back, or give"):
+        example("finetune").main([*options, "--resume"])
+    (data / "classes.txt").unlink()
+    for folder in ("train", "train_masks"):
+        (data / folder / "7.png").rename(data / folder / "8.png")
+    with pytest.raises(SystemExit, match="the pictures of --data are no longer those of the run; bring those back, or give"):
+        example("finetune").main([*options, "--resume"])
 
 
 # ---- the two data sets --------------------------------------------------------------------------------------------------

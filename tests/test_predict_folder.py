@@ -394,6 +394,8 @@ def test_a_folder_without_pictures_and_a_model_for_other_channels(script, pictur
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"there are no pictures \(\.jpg, .*empty"):
         script.main([str(tmp_path / "empty"), str(tmp_path / "masks"), "--model", model])
+    with pytest.raises(SystemExit, match="Did you mean 'carvana'"):
+        script.main([str(pictures), str(tmp_path / "masks"), "--model", "carvanna"])
     five = str(UNet(in_channels=5, features=(4,)).save_pretrained(tmp_path / "five"))
     with pytest.raises(SystemExit, match="takes 5 channels, but a picture has 1"):
         script.main([str(pictures), str(tmp_path / "masks"), "--model", five])

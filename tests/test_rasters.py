@@ -159,7 +159,10 @@ def test_other_suffixes_are_named(tmp_path):
 
 def test_12_bits_reach_white(tmp_path):
     levels = np.array([[0, 2048, 4095, 4095]], np.uint16)
-    tifffile.imwrite(tmp_path / "a.tif", levels, bitspersample=12)
+    try:
+        tifffile.imwrite(tmp_path / "a.tif", levels, bitspersample=12)
+    except (ValueError, RuntimeError) as error:  # the latter of older ones
+        pytest.skip(f"imagecodecs here does not write 12 bits: {error}")
     assert open_raster(tmp_path / "a.tif")[0:1, 0:4].tolist() == [[0, 128, 255, 255]]
 
 

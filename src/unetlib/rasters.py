@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -114,6 +115,13 @@ def check_output(path: str | PathLike[str]) -> Path:
     if path.suffix.lower() in _TIFF:
         _needed("tifffile")
     return path
+
+
+def is_read_from(picture: object, path: str | PathLike[str]) -> bool:
+    """Whether a picture is this file: its path, or mapped from it, or opened by `open_raster` or Pillow."""
+    named = isinstance(picture, (str, PathLike))
+    source: Any = picture if named else getattr(picture, "_path", None) or getattr(picture, "filename", None)
+    return bool(source) and os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path)
 
 
 def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterable[NDArray[Any]]) -> Path:
@@ -242,7 +250,7 @@ def _write_npy(path: Path, first: NDArray[Any], shape: tuple[int, ...], bands: I
 def _write_tiff(path: Path, first: NDArray[Any], shape: tuple[int, ...], bands: Iterable[NDArray[Any]]) -> None:
     if first.ndim != 2:
         raise ValueError(f"a TIFF takes one value a pixel, got bands of shape {first.shape}; write a .npy file")
-    size = int(np.prod(shape)) * first.itemsize
+    size = math.prod(shape) * first.itemsize
     with _needed("tifffile").TiffWriter(path, bigtiff=size >= 2**32 - 2**25) as file:
         file.write(
             _tiles(bands), shape=shape, dtype=first.dtype, tile=(_TILE, _TILE), compression="zlib", photometric="minisblack",
