@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretended_mps import OnMps
 from study import randomize
 from torch import nn
 
@@ -294,6 +295,12 @@ def test_an_odd_skip_is_matched_by_bilinear_resizing(size):
     matched = match_size(x, torch.empty(1, 3, *size))
     pillow = Image.fromarray(x[0, 0].numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
     np.testing.assert_allclose(matched[0, 0].numpy(), np.array(pillow), atol=1e-6)
+
+
+def test_on_mps_it_is_resized_without_what_torch_2_6_lacks_there():
+    x = torch.rand(1, 2, 4, 6, generator=torch.Generator().manual_seed(4))
+    skip = torch.empty(1, 3, 5, 7)
+    torch.testing.assert_close(match_size(x.as_subclass(OnMps), skip).cpu(), match_size(x, skip))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -41,6 +41,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, caplog, left)
         load_checkpoint(path)
 
 
+def test_a_damaged_checkpoint_does_not_replace_the_whole_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1}, path)
+    save_checkpoint({"step": 2}, path)
+    path.write_bytes(path.read_bytes()[:-10])
+    replace = os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(load_checkpoint(path) | {"step": 3}, path)
+    assert load_checkpoint(path)["step"] == 3
+    assert load_checkpoint(tmp_path / "checkpoint.pt.previous")["step"] == 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_checkpoint_of_which_bytes_changed_is_passed_over(tmp_path, seed):
     path, generator = tmp_path / "checkpoint.pt", random.Random(seed)
@@ -136,7 +154,7 @@ def test_a_real_full_disk_is_an_os_error(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     (tmp_path / "checkpoint.pt.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match=r"checkpoint\.pt could not be written: \[Errno 28\] No space left on device$"):
         save_checkpoint({"weight": torch.zeros(10**6)}, tmp_path / "checkpoint.pt")
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -189,3 +207,20 @@ def test_random_states_come_back_through_a_file(tmp_path):
     assert drawn() != expected
     set_random_state(load_checkpoint(tmp_path / "random.pt"))
     assert drawn() == expected
+
+
+def test_the_random_state_of_mps_comes_back_where_it_is(monkeypatch):
+    without = random_state()
+    given, state = [], torch.arange(5, dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", given.append)
+    kept = random_state()
+    set_random_state(kept)
+    assert torch.equal(torch.stack(given), state[None])
+    set_random_state(without)
+    set_random_state({name: value for name, value in without.items() if name != "mps"})
+    assert len(given) == 1
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    set_random_state(kept)
+    assert len(given) == 1

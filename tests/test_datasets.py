@@ -118,6 +118,16 @@ def test_the_general_dataset_takes_any_format_and_any_suffix(tmp_path):
         np.testing.assert_array_equal(mask, shape(seed))
 
 
+def test_names_pair_however_their_accents_are_written(tmp_path):
+    apart, whole = "cafe\u0301", "caf\u00e9"
+    Image.fromarray(picture(0)).save(tmp_path / f"{apart}.png")
+    Image.fromarray(shape(0)).save(tmp_path / f"{whole}_{apart}.png")
+    for suffix in (f"_{apart}", f"_{whole}"):
+        dataset = ImageMaskDataset(tmp_path, tmp_path, mask_suffix=suffix)
+        assert (dataset.images, dataset.masks) == ([f"{apart}.png"], [f"{whole}_{apart}.png"])
+        assert len(dataset[0]) == 2
+
+
 def test_grey_pictures_and_class_masks(tmp_path):
     (tmp_path / "i").mkdir()
     (tmp_path / "m").mkdir()

@@ -8,11 +8,13 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from needs import needs_halves, needs_native, needs_nnpack
+from pretended_mps import OnMps
 from torch import nn
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
@@ -503,10 +505,11 @@ def test_types_that_the_cpu_is_slow_in_are_refused(monkeypatch):
         def __getattr__(self, name):
             return lambda: False
 
-    monkeypatch.setattr(torch.ops, "mkldnn", NoUnits())
-    for dtype in (torch.bfloat16, torch.float16):
-        with pytest.raises(ValueError, match=f"this CPU has no fast convolutions in {dtype}; leave dtype out"):
-            optimize_for_inference(trained(), dtype=dtype)
+    for operations in (NoUnits(), SimpleNamespace()):  # the latter where PyTorch is built without oneDNN
+        monkeypatch.setattr(torch.ops, "mkldnn", operations)
+        for dtype in (torch.bfloat16, torch.float16):
+            with pytest.raises(ValueError, match=f"this CPU has no fast convolutions in {dtype}; leave dtype out"):
+                optimize_for_inference(trained(), dtype=dtype)
 
 
 def test_without_onednn_there_is_the_plain_way(monkeypatch):
@@ -595,6 +598,18 @@ def test_folded_weights_are_the_formula():
         torch.testing.assert_close(folded.weight[channel], block.conv1.weight[channel] * scale, rtol=1e-6, atol=1e-6)
         shift = float(norm.bias[channel]) - float(norm.running_mean[channel]) * scale
         assert float(folded.bias[channel]) == pytest.approx(shift, rel=1e-5, abs=1e-6)
+
+
+def test_what_is_on_mps_is_folded_on_the_cpu():
+    block = DoubleConv(3, 8)
+    expected = layers(block)[0]
+    for module in (block.conv1, block.norm1):
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            delattr(module, name)
+            setattr(module, name, value.detach().as_subclass(OnMps))
+    folded = layers(nn.Sequential(block.conv1, block.norm1))[0]
+    assert torch.equal(folded.weight.cpu(), expected.weight)
+    assert torch.equal(folded.bias.cpu(), expected.bias)
 
 
 def test_what_cannot_be_folded_is_left():

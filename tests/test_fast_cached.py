@@ -295,3 +295,23 @@ def test_memory_for_maps_is_given_back_after_predict():
     predict(network, picture())
     assert not fast._memory.pool._free
     free_memory(UNet(features=(2,)))  # without a copy there is nothing to do
+
+
+def test_hooks_on_all_modules_are_seen():
+    model, picture = UNet(features=(8, 16)).eval(), torch.rand(3, 32, 48)
+    before = model.predict(picture, probabilities=True)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, result: result + 0.1)
+    try:
+        after = model.predict(picture, probabilities=True)
+    finally:
+        hook.remove()
+    assert np.abs(after - before).min() > 1e-3
+
+
+def test_weights_that_are_not_finite_are_not_hidden():
+    model = UNet(features=(8, 16)).eval()
+    with torch.no_grad():
+        model.encoder[0].conv1.weight[0, 0, 0, 0] = torch.nan
+    assert np.isnan(model.predict(torch.rand(3, 32, 48), probabilities=True)).all()
+    with pytest.raises(ValueError, match=r"encoder\.0\.conv1\.weight holds NaN or infinity"):
+        optimize_for_inference(model)

@@ -85,7 +85,10 @@ def test_one_bit_and_cmyk(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    if suffix == "pgm":  # Pillow 10.1 reads it, and does not write it
+        (tmp_path / "deep.pgm").write_bytes(b"P5 256 256 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
     expected = np.round(levels / 65535 * 255)
     np.testing.assert_array_equal(read_image(tmp_path / f"deep.{suffix}", "L")[..., 0], expected)
     np.testing.assert_array_equal(read_image(tmp_path / f"deep.{suffix}"), np.repeat(expected[..., None], 3, axis=2))
@@ -447,8 +450,9 @@ def test_bands_beside_colour_and_alpha_are_not_dropped(tmp_path, bands, photomet
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, bands), np.uint8)
     kinds = {"photometric": photometric, "planarconfig": "contig"}
     tifffile.imwrite(tmp_path / "x.tif", pixels, extrasamples=["unspecified"] * (bands - (3 if bands > 3 else 1)), **kinds)
+    reason = rf"has {bands} bands, of which not all would be read" + (bands == 2) * "|cannot be read"  # by Pillow 10.1
     for read in (read_image, read_mask):
-        with pytest.raises(ValueError, match=rf"x\.tif has {bands} bands, of which not all would be read"):
+        with pytest.raises(ValueError, match=rf"x\.tif ({reason})"):
             read(tmp_path / "x.tif")
     if bands == 4:
         tifffile.imwrite(tmp_path / "x.tif", pixels, extrasamples=["unassalpha"], **kinds)
@@ -486,3 +490,25 @@ def test_binary_values_have_no_classes():
 def test_impossible_mask_values(mask_values, error, message):
     with pytest.raises(error, match=message):
         class_of_value(mask_values)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_open_tiff_is_turned_as_its_file_is(tmp_path, mode, orientation):
+    pixels = np.arange(6, dtype=np.uint16 if mode == "I;16" else np.uint8).reshape(2, 3) * 40
+    pixels = np.stack([pixels] * 3 + [np.full_like(pixels, 255)], axis=-1) if mode == "RGBA" else pixels
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={274: orientation})
+    with Image.open(tmp_path / "a.tif") as image:
+        np.testing.assert_array_equal(read_image(image), read_image(tmp_path / "a.tif"))
+        assert image.filename == str(tmp_path / "a.tif")
+
+
+def test_sixteen_bits_that_pillow_reads_wrongly_are_mended_or_refused(tmp_path):
+    grey, colour = np.arange(6, dtype=np.uint16).reshape(2, 3) * 9000, np.ones((3, 2, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "white.tif", grey, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "planes.tif", colour, photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_mask(tmp_path / "white.tif", mask_values=range(65536)), 65535 - grey.astype(int))
+    assert read_image(tmp_path / "white.tif", "L")[0, 0, 0] == 255
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=r"planes\.tif has 16-bit colour"):
+            read(tmp_path / "planes.tif")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
 from unetlib import Preprocessing, UNet, inference, rasters
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
+from unetlib.metrics import SegmentationMetrics
 from unetlib.tiling import plan_tiles
 
 
@@ -200,6 +204,31 @@ def test_a_pass_that_fails_leaves_modes_and_memory_as_they_were(model, picture, 
         model.predict(picture)
     assert all(module.training for module in model.modules())
     assert freed == [model]
+
+
+def test_threads_share_a_network_in_training(model, picture):
+    expected = model.predict(picture, probabilities=True)
+    model.train()
+    inside, both, first_is_over = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_for_the_other(*_):
+        if inside.is_set():
+            both.set()
+            first_is_over.wait()
+        inside.set()
+        both.wait(0.2)  # in here the second thread could take these modes for the network's own
+
+    model.encoder[0].register_forward_pre_hook(wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(model.predict, picture, probabilities=True)
+        inside.wait()
+        second = pool.submit(model.predict, picture, probabilities=True)
+        first.add_done_callback(lambda _: first_is_over.set())
+        results = first.result(), second.result()
+    for result in results:
+        np.testing.assert_allclose(result, expected, atol=1e-6)
+    assert all(module.training for module in model.modules())
+    assert model.encoder[0].norm1.num_batches_tracked == 0
 
 
 def test_training_goes_on_after_a_prediction(model, picture):
@@ -623,6 +652,29 @@ def test_evaluate_takes_masks_of_any_form(model, picture, form):
     found = model.predict(picture)
     scores = evaluate(model, [(picture, form(mask))])
     assert scores["accuracy"] == pytest.approx((found == mask).mean(), abs=1e-9)
+
+
+def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):
+    counted = []
+    monkeypatch.setattr(SegmentationMetrics, "update", lambda self, logits, mask: counted.append(mask))
+    mask = picture[..., 0] / 255
+    for form in (mask, torch.from_numpy(mask), mask.tolist()):
+        evaluate(model, [(picture, form)])
+        assert counted[-1].dtype == torch.float32
+        np.testing.assert_array_equal(counted[-1][0], mask.astype(np.float32))
+
+
+def test_on_mps_it_is_resized_on_the_cpu_and_sent_back(monkeypatch):
+    x, to = torch.rand(1, 8, 6), torch.Tensor.to
+    expected = inference._resize(x, (4, 9))
+    mps = x.as_subclass(OnMps)
+    back = {mps.device: lambda resized: resized.as_subclass(OnMps)}
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda part, *args, **kw: back[args[0]](part) if args[0] in back else to(part, *args, **kw)
+    )
+    resized = inference._resize(mps, (4, 9))
+    assert isinstance(resized, OnMps)
+    assert torch.equal(resized.cpu(), expected)
 
 
 @pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, AveragedModel])

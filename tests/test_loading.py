@@ -230,6 +230,24 @@ def test_pictures_stay_on_the_device_where_they_fit_into_half_of_its_free_memory
 
 
 @pytest.mark.parametrize("place", ["workers", "device"])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_only_cuda_is_sent_batches_without_a_wait(scenes, place, device, monkeypatch):
+    batches = batches_of(scenes, augment_on=place, cache_gib=0)
+    batches.device = torch.device(device)
+    asked, to = set(), torch.Tensor.to
+
+    def spy(part, *args, **options):
+        if args[:1] != (batches.device,):
+            return to(part, *args, **options)
+        asked.add(options["non_blocking"])
+        return part
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    assert len([*batches]) == 3
+    assert asked == {device == "cuda"}
+
+
+@pytest.mark.parametrize("place", ["workers", "device"])
 def test_batches_take_nothing_from_the_chance_outside_and_their_workers_stay(scenes, place):
     batches = batches_of(scenes, augment_on=place, workers=1, cache_gib=0)
     state = torch.get_rng_state()

@@ -774,6 +774,15 @@ def test_hard_predictions_give_the_index_itself(seed: int) -> None:
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(2)}, r"shape \(1,\), got \(2,\)"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": 2.0}, r"weight must .* shape \(1,\), got \(\)"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(1).to("meta")}, "weight is on meta, .* on cpu"),
+        *(
+            (
+                torch.zeros(2, 2, 4, 4),
+                torch.zeros(2, 4, 4),
+                {"weight": torch.tensor([0.0, factor])},
+                f"above 0, found {factor:g};",
+            )
+            for factor in (0, -1, math.nan, math.inf)
+        ),
     ],
 )
 def test_bad_input_is_named(logits: torch.Tensor, target: torch.Tensor, options: dict[str, Any], message: str) -> None:
@@ -802,6 +811,9 @@ def test_bad_types_and_options_are_named() -> None:
         dice_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 1 + 1e-6))
     with pytest.raises(ValueError, match="target on meta"):
         dice_loss(logits, target.to("meta"))
+    for value in ("255", 0.5, True):
+        with pytest.raises(TypeError, match=f"ignore_index={value!r} must be an integer, such as ignore_index=255, or None"):
+            dice_loss(logits, target, ignore_index=value)
 
 
 @pytest.mark.parametrize(
@@ -1038,3 +1050,9 @@ def test_less_than_one_percent_is_no_border(flip: bool) -> None:
     border = border_map(targets.read(torch.zeros(1, 1, 21, 21), target, soft=True), 21)
     assert not border[0, 0, 10, 10]
     assert border[0, 0, 0, 10]
+
+
+def test_mcc_stays_double_beside_ignored_pixels() -> None:
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 1, 5, 6, dtype=torch.float64), torch.randint(2, (2, 5, 6))
+    torch.testing.assert_close(mcc_loss(logits, mask, ignore_index=255), mcc_loss(logits, mask), rtol=1e-14, atol=0)

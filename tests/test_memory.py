@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,24 @@ def test_what_linux_calls_available_counts(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:  64 kB\nMemFree:  1 kB\nMemAvailable:   48 kB\n")
     assert memory._system_memory(tmp_path / "meminfo") == 48 * 1024
     assert memory._system_memory(tmp_path / "nowhere") > 2**20  # asked of the system instead
+
+
+def test_windows_says_what_is_available(tmp_path, monkeypatch):
+    class Kernel:
+        works = 1
+
+        def GlobalMemoryStatusEx(self, status):
+            fields = np.frombuffer(status._obj, np.uint32)
+            assert fields[:2].tolist() == [fields.nbytes, 0] == [64, 0]
+            fields.view(np.uint64)[1:3] = 64 * 2**30, 48 * 2**30
+            return self.works
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(memory.ctypes, "windll", SimpleNamespace(kernel32=Kernel()), raising=False)
+    monkeypatch.delattr(memory.os, "sysconf", raising=False)
+    assert memory._system_memory(tmp_path / "nowhere") == 48 * 2**30
+    Kernel.works = 0
+    assert memory._system_memory(tmp_path / "nowhere") == 4 * 2**30
 
 
 def test_the_limit_of_a_container_less_what_is_used(tmp_path):

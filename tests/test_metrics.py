@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from pretended_mps import OnMps
 from test_losses import OneDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -394,6 +396,22 @@ def test_calibration_of_nan_is_nan() -> None:
     assert calibration_error(torch.cat([logits, -logits], 1), torch.tensor([[1, 0]])).isnan()
 
 
+# Other devices
+
+
+@pytest.mark.parametrize("score", [calibration_error, boundary_iou, dice_score])
+def test_mps_has_no_float64(score: Any) -> None:
+    logits, target, _ = case("binary", (20, 20))
+    assert score(logits.as_subclass(OnMps), target.as_subclass(OnMps)) == score(logits, target)
+
+
+def test_distances_are_on_the_cpu_whatever_the_default_device() -> None:
+    logits, target, _ = case("binary", (20, 20))
+    expected = hausdorff_distance(logits, target)
+    with torch.device("meta"):
+        assert hausdorff_distance(logits, target).item() == expected.item()
+
+
 # Keywords
 
 
@@ -647,3 +665,23 @@ def test_cuda_counts_equal_cpu_counts(kind: str) -> None:
     assert cuda.compute() == cpu.compute()
     cpu.merge(cuda)
     assert cpu.pictures == 6
+
+
+def test_one_hot_masks_may_be_bools() -> None:
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    one_hot = F.one_hot(mask, 3).movedim(-1, 1).bool()
+    torch.testing.assert_close(dice_score(logits, one_hot), dice_score(logits, mask))
+
+
+@pytest.mark.parametrize("empty", [math.inf, -0.5, 1e12])
+def test_the_score_of_an_absent_class_is_nan_or_a_share(empty: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"nan, or from 0 to 1, got {empty!r}")):
+        SegmentationMetrics(empty=empty)
+    with pytest.raises(ValueError, match=re.escape(f"nan, or from 0 to 1, got {empty!r}")):
+        dice_score(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4), empty=empty)
+
+
+def test_options_that_scores_of_edges_do_not_have_are_named() -> None:
+    with pytest.raises(TypeError, match="a score of edges has no option bach"):
+        hausdorff_distance(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4), bach=True)

@@ -392,6 +392,17 @@ def test_seeding_for_a_picture_on_the_cpu_leaves_gpus_alone(monkeypatch):
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
+def test_chance_on_mps_comes_from_the_seed_and_is_given_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: "before")
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: calls.append(state))
+    monkeypatch.setattr(torch.mps, "manual_seed", calls.append)
+    with seeded(7, torch.device("mps")):
+        assert calls == [7]
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert calls == [7, "before"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_chance_on_a_gpu_comes_from_the_seed_and_is_given_back():
     states = torch.get_rng_state(), torch.cuda.get_rng_state()

@@ -118,7 +118,7 @@ def test_tensors_that_are_not_plain_are_refused(tmp_path):
 
 @pytest.mark.parametrize("version", ["0.2.0", "1.0", "1.0.0rc1", "99.0.0", "0.10.0"])
 def test_a_newer_version_is_refused(folder, monkeypatch, version):
-    monkeypatch.setattr(trust, "version", lambda name: "0.1.5")
+    monkeypatch.setattr("unetlib.version.version", lambda name: "0.1.5")
     with pytest.raises(
         ValueError, match=rf"unetlib {version} wrote it, and this is 0\.1\.5; upgrade with `pip install -U unetlib`"
     ):
@@ -127,7 +127,7 @@ def test_a_newer_version_is_refused(folder, monkeypatch, version):
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.1.9", "0.0.1", "unknown"])
 def test_the_same_and_older_versions_load(folder, monkeypatch, version):
-    monkeypatch.setattr(trust, "version", lambda name: "0.1.5")
+    monkeypatch.setattr("unetlib.version.version", lambda name: "0.1.5")
     assert UNet.from_pretrained(rewrite(folder, unetlib=version)).config.features == (2,)
 
 
@@ -181,13 +181,16 @@ ONE = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
             safetensors_bytes('{"a": {"dtype": "F32", "shape": [1], "shape": [1], "data_offsets": [0, 4]}}', bytes(4)),
             "'shape' occurs",
         ),
-        (safetensors_bytes("{" + ONE + "}", bytes(2)), "not fully covered"),
-        (safetensors_bytes("{" + ONE + "}", bytes(8)), "not fully covered"),
+        (safetensors_bytes("{" + ONE + "}", bytes(2)), "(not fully covered|MetadataIncompleteBuffer)"),
+        (safetensors_bytes("{" + ONE + "}", bytes(8)), "(not fully covered|MetadataIncompleteBuffer)"),
         (
             safetensors_bytes('{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}', bytes(4)),
-            "invalid shape",
+            "(invalid shape|TensorInvalidInfo)",
         ),
-        (safetensors_bytes('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)), "invalid JSON"),
+        (
+            safetensors_bytes('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)),
+            "(invalid JSON|InvalidHeaderDeserialization)",
+        ),
         (
             safetensors_bytes('{"a": {"dtype": "CODE", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)),
             "type CODE are not known",

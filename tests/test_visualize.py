@@ -11,6 +11,8 @@ from torchvision.utils import make_grid
 
 from unetlib.visualize import PALETTE, comparison, grid, learning_curves, mask_to_image, overlay
 
+PAIR = np.zeros((2, 2, 3), np.uint8), np.ones((2, 2), np.uint8)
+
 
 def test_mask_to_image_spreads_the_classes_over_the_greys():
     mask = np.array([[0, 1], [2, 3]], np.uint8)
@@ -19,21 +21,27 @@ def test_mask_to_image_spreads_the_classes_over_the_greys():
     assert mask_to_image(np.array([[0, 150, 299]]), classes=300).tolist() == [[0, 127, 255]]
 
 
-def test_overlay_mixes_the_class_colour_and_leaves_the_background():
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    mask = np.zeros((5, 7), np.int64)
-    mask[1, 2], mask[3, 4] = 1, 2
-    painted = overlay(image, mask, alpha=0.25)
-    expected = image.astype(float)
-    for (row, column), color in (((1, 2), PALETTE[0]), ((3, 4), PALETTE[1])):
-        expected[row, column] = 0.75 * image[row, column] + 0.25 * np.array(color)
-    assert np.abs(painted - expected).max() < 1.0
-    assert (painted[mask == 0] == image[mask == 0]).all()
+@pytest.mark.parametrize("alpha", [0, 0.1, 0.25, 0.5, 1])
+@pytest.mark.parametrize("shape", [(9, 11, 3), (9, 11)])
+def test_overlay_mixes_the_class_colour_and_leaves_the_background(shape, alpha):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    mask = np.random.default_rng(1).integers(0, 10, (9, 11))
+    painted = overlay(image, mask, alpha=alpha)
+    expected = np.empty((9, 11, 3))
+    for place, index in np.ndenumerate(mask):
+        color = np.array(PALETTE[(index - 1) % len(PALETTE)])
+        expected[place] = (1 - alpha) * image[place] + alpha * color if index else image[place]
+    assert painted.dtype == np.uint8
+    assert np.abs(painted - expected).max() < 1.001
+    assert (painted[mask == 0] == expected[mask == 0]).all()
 
 
-def test_overlay_of_an_empty_mask_is_the_picture_and_grey_pictures_are_taken():
-    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    assert (overlay(image, np.zeros((3, 4), np.uint8)) == image[..., None]).all()
+@pytest.mark.parametrize("shape", [(3, 4, 3), (3, 4)])
+def test_overlay_of_an_empty_mask_is_a_copy_of_the_picture(shape):
+    image = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    painted = overlay(image, np.zeros((3, 4), np.uint8))
+    assert (painted == image.reshape(3, 4, -1)).all()
+    assert not np.shares_memory(painted, image)
 
 
 def test_overlay_takes_colours_from_the_start_again():
@@ -75,6 +83,11 @@ def test_a_comparison_has_masks_below_their_pictures():
         (lambda: mask_to_image(np.array([[0]]), classes=1), "classes=1 must be 2 or more"),
         (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), np.uint8)), r"\(2, 2\) and its mask \(2, 3\)"),
         (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),
+        (lambda: overlay(*PAIR, alpha=1.5), "alpha must be from 0 to 1, not 1.5"),
+        (lambda: overlay(*PAIR, colors=[]), r"colors must be one or more \(red, green, blue\).*, not \[\]"),
+        (lambda: overlay(*PAIR, colors=["red"]), r"such as \[\(255, 0, 0\)\], not \['red'\]"),
+        (lambda: overlay(*PAIR, colors=(255, 0, 0)), r"not \(255, 0, 0\)"),
+        (lambda: overlay(*PAIR, colors=[(1, 2, 256)]), r"each 0 to 255.*256"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], [np.zeros((2, 2))], []), "1 pictures, 1 masks and 0 predicted"),
         (lambda: comparison([], [], []), "got 0 pictures"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.full((2, 2), 0.9)]] * 2), "fractions"),

@@ -156,7 +156,8 @@ def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
         return x
     if match == "resize":
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on the CPU, torch cannot do this in half precision
-        return F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
+        smooth = x.device.type != "mps"  # where torch 2.6 cannot; a map that grows differs by rounding alone
+        return F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=smooth).to(x.dtype)
     missing = [0, skip.shape[-1] - x.shape[-1], 0, skip.shape[-2] - x.shape[-2]]  # left, right, top, bottom
     return F.pad(x, missing, mode="constant" if match == "zeros" else "replicate")
 

@@ -20,7 +20,7 @@ import torch
 
 from .trust import code_asked_for
 
-_log = logging.getLogger("unetlib")
+logger = logging.getLogger("unetlib")
 
 
 def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None:
@@ -52,11 +52,13 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
             raise pickle.PicklingError(f"it needs {', '.join(code)} to be read")
-        if path.exists():
+        if zipfile.is_zipfile(path):  # one cut off would take the place of the whole one that the run went on from
             os.replace(path, _previous(path))
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"the checkpoint {path} could not be written: {error}; the one before it is kept") from error
+    except (OSError, RuntimeError) as error:  # torch hides what the system says behind a RuntimeError of its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        kept = "; the one before it is kept" if path.exists() or _previous(path).exists() else ""
+        raise OSError(f"the checkpoint {path} could not be written: {cause}{kept}") from error
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # the latter two of what pickle cannot take
         raise TypeError(
             f"the state for {path} holds more than plain values ({error}); expected tensors, numbers, strings, and lists, "
@@ -97,7 +99,7 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
             problems.append(f"{candidate} " + (f"asks for the code {code}" if code else f"cannot be read: {reason}"))
             continue
         if problems:
-            _log.warning("%s; going on from %s", problems[0], candidate)
+            logger.warning("%s; going on from %s", problems[0], candidate)
         return state
     raise ValueError(f"no checkpoint can be read ({'; '.join(problems)}); expected a file that save_checkpoint wrote")
 
@@ -161,6 +163,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -170,11 +173,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the generators back to what `random_state` gave.
 
     Args:
-        state: from `random_state`. States of CUDA devices that this machine lacks are passed over.
+        state: from `random_state`. States of devices that this machine lacks are passed over.
     """
     torch.set_rng_state(state["torch"].cpu())
     for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(device_state.cpu(), device)
+    for device_state in state.get("mps", []) if torch.backends.mps.is_available() else []:  # older checkpoints have none
+        torch.mps.set_rng_state(device_state.cpu())
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, internal, gauss = state["python"]

@@ -35,7 +35,7 @@ def confusion(reading: Reading, threshold: float) -> Tensor:
         cell = (true * channels + predicted).flatten(1)
         ones = cell.new_ones(1).expand_as(cell) if reading.valid is None else reading.valid.flatten(1).long()
         table = cell.new_zeros(n, channels**2).scatter_add_(1, cell, ones).view(n, channels, channels)
-    return table.cpu() if table.device.type == "mps" else table  # MPS has no float64 to divide in
+    return off_mps(table)
 
 
 def one_against_rest(table: Tensor, sigmoid: bool) -> Cells:
@@ -56,8 +56,8 @@ def pixel_cells(reading: Reading, threshold: float) -> Cells:
 def band_cells(reading: Reading, threshold: float, *, width: int) -> Cells:
     """Cells of the masks' inner bands, (N, C); TN, of no use to an IoU, is one."""
     predicted, true = (inner_band(mask, width) for mask in reading.masks(threshold))
-    tp = count(predicted & true)
-    return Cells(tp, count(predicted) - tp, count(true) - tp, torch.ones_like(tp))
+    tp, p, t = off_mps(torch.stack([count(predicted & true), count(predicted), count(true)]))
+    return Cells(tp, p - tp, t - tp, torch.ones_like(tp))
 
 
 def count(mask: Tensor) -> Tensor:
@@ -65,6 +65,11 @@ def count(mask: Tensor) -> Tensor:
     flat = mask.flatten(2)
     blocks = F.pad(flat, (0, -flat.shape[-1] % 128)).view(torch.uint8).reshape(*flat.shape[:2], -1, 128)
     return blocks.sum(-1, dtype=torch.uint8).sum(-1)
+
+
+def off_mps(x: Tensor) -> Tensor:
+    """The tensor, on the CPU if it is on MPS, which has no float64 to divide in."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def _divide(numerator: Tensor, denominator: Tensor, cells: Cells, empty: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -385,11 +386,12 @@ def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
 def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
     """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
     image_files, mask_files = _list_folder(image_dir), _list_folder(mask_dir)
+    mask_suffix = unicodedata.normalize("NFC", mask_suffix)
     if image_dir.resolve() == mask_dir.resolve():
         if not mask_suffix:
             raise ValueError(f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar")
-        image_files = [path for path in image_files if not path.stem.endswith(mask_suffix)]
-        mask_files = [path for path in mask_files if path.stem.endswith(mask_suffix)]
+        image_files = [path for path in image_files if not _stem(path).endswith(mask_suffix)]
+        mask_files = [path for path in mask_files if _stem(path).endswith(mask_suffix)]
     images, other_images = _by_stem(image_files, IMAGE_SUFFIXES)
     masks, other_masks = _by_stem(mask_files, MASK_SUFFIXES)
     lossy = [path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()]
@@ -428,10 +430,14 @@ def _by_stem(paths: Iterable[Path], suffixes: Sequence[str]) -> tuple[dict[str, 
     rest: list[Path] = []
     for path in sorted(paths):
         if path.suffix.lower() in suffixes and path.is_file():
-            found.setdefault(path.stem, []).append(path)
+            found.setdefault(_stem(path), []).append(path)
         else:
             rest.append(path)
     return found, rest
+
+
+def _stem(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.stem)  # names that come from a Mac may have their accents apart
 
 
 def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:

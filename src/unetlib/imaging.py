@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from .arguments import height_and_width
@@ -27,7 +28,8 @@ MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | 
 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
-_ORIENTATION, _WIDTH, _BITS, _SAMPLES, _EXTRA = 0x0112, 256, 258, 277, 338  # tags of EXIF and of TIFF
+# Tags of EXIF and of TIFF.
+_ORIENTATION, _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA = 0x0112, 256, 258, 259, 262, 277, 284, 338
 
 
 def read_image(
@@ -50,8 +52,8 @@ def read_image(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, or holds 32-bit
-            numbers, whose range is unknown.
+        ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, 16-bit colour in
+            planes, or 32-bit numbers, whose range is unknown.
         MemoryError: There is too little memory for it.
         TypeError: `min_size` is no pair of integers.
 
@@ -65,7 +67,7 @@ def read_image(
         raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
     image, file_format = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
-        bits = getattr(source if isinstance(source, Image.Image) else image, "tag_v2", {}).get(_BITS, (16,))[0]
+        bits = _tags(source if isinstance(source, Image.Image) else image).get(_BITS, (16,))[0]
         image = Image.fromarray(to_bytes(np.asarray(image), bits))
     elif image.mode in ("I", "F"):
         kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
@@ -302,20 +304,43 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
                 image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
-            if image is not source and image.format == "TIFF":
-                image.filename = ""  # type: ignore[attr-defined]  # what Pillow maps by name it turns wrongly where it is grey
+            if isinstance(image, TiffImageFile):
+                _load_unmapped(image)
+            upright = image
             if image is source:  # the caller's, which stays as it is
-                return ImageOps.exif_transpose(image), image.format
-            ImageOps.exif_transpose(image, in_place=True)  # without a copy
-            return image, image.format
+                upright = ImageOps.exif_transpose(image)
+            else:
+                ImageOps.exif_transpose(image, in_place=True)  # without a copy
+            if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
+                upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
+            return upright, image.format
     raise ValueError(f"{_name(source)} {refusal}")
+
+
+def _load_unmapped(image: TiffImageFile) -> None:
+    """Decode without a map of the file, which Pillow makes by its name and then turns wrongly."""
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """A TIFF's tags; none of another format."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags
 
 
 def _refusal(image: Image.Image, exact: bool) -> str | None:
     """Why a picture is not read, though Pillow would give something."""
-    if exact and len(image.getbands()) > 1 and any(";16" in str(part) for part in getattr(image, "tile", ())):
-        return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
-    tags = getattr(image, "tag_v2", {})
+    tags = _tags(image)
+    deep = tags.get(_BITS, (8,))[0] == 16 or any(";16" in str(part) for part in getattr(image, "tile", ()))
+    if len(image.getbands()) > 1 and deep:
+        if exact:
+            return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
+        if tags.get(_PLANAR) == 2 and tags.get(_COMPRESSION, 1) == 1:
+            return "has 16-bit colour in planes, which Pillow mixes up. Save it with the colours of each pixel together."
     if 0 in tags.get(_EXTRA, ()):  # neither of the two kinds of alpha: a band of its own, which Pillow drops
         return f"has {tags.get(_SAMPLES)} bands, of which not all would be read. Save it as grey or RGB."
     return None
@@ -323,7 +348,7 @@ def _refusal(image: Image.Image, exact: bool) -> str | None:
 
 def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether the size that Pillow gives is the other way round; newer versions give that of a TIFF as it will be turned."""
-    if image.format == "TIFF" and image.size[0] != getattr(image, "tag_v2", {}).get(_WIDTH, image.size[0]):
+    if image.format == "TIFF" and image.size[0] != _tags(image).get(_WIDTH, image.size[0]):
         return False
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
-from .rasters import Raster, check_output, is_huge_tiff, open_raster, write_raster
+from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
 
@@ -74,7 +75,7 @@ def predict(
             at most a million pixels, or one picture.
         progress: show a progress bar of pictures, and one of the tiles of each.
         out: file to write the result of a single picture to instead of returning it: `.npy`, or for masks `.tif`, tiled. It
-            appears when it is whole.
+            appears when it is whole. It cannot be the picture's own.
 
     Returns:
         For each picture, at its own height and width: its mask, uint8 (H, W) of class indices (0 and 1 for one output channel),
@@ -112,6 +113,8 @@ def predict(
         if check_output(out).suffix.lower() != ".npy" and (probabilities or multilabel):
             what = "probabilities" if probabilities else "masks that may overlap"
             raise ValueError(f"a TIFF holds one class for each pixel; give a .npy file for {what} instead of {str(out)!r}")
+        if is_read_from(images, out):
+            raise ValueError(f"out={str(out)!r} is the picture itself, which the result would replace; name another file")
     predictions = _predictions(model, pictures, batch_size, tile, overlap, tta, progress)
     decide = _probabilities if probabilities else _classes
     results: list[Any] = []
@@ -239,6 +242,8 @@ def evaluate(
         mask = masks.popleft()
         if not isinstance(mask, Tensor):  # PIL's are read-only, mirrored ones have steps that torch does not take
             mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))
+        if mask.dtype == torch.float64:  # which MPS does not take
+            mask = mask.float()
         metrics.update(picture_logits[None], mask[None].to(picture_logits.device))
     return metrics.compute()
 
@@ -246,6 +251,7 @@ def evaluate(
 _ALL = slice(None)
 _ROUNDING = 1e-3  # by which floats may lie beside [0, 1], as resizing leaves them
 _MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
+_modes_lent = threading.RLock()  # held while a network in training is in evaluation mode, which all threads see
 
 
 class _Source(NamedTuple):
@@ -496,8 +502,9 @@ def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:
         return picture
     from torchvision.transforms.v2.functional import resize_image
 
-    resized: Tensor = resize_image(picture, list(size), antialias=True)
-    return resized
+    source = picture.cpu() if picture.device.type == "mps" else picture  # torch 2.6 cannot do this on MPS
+    resized: Tensor = resize_image(source, list(size), antialias=True)
+    return resized.to(picture.device)
 
 
 @torch.inference_mode()
@@ -529,13 +536,17 @@ def _normalized(model: UNet, batch: Tensor) -> Tensor:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; each module's own mode again outside, frozen ones included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with _modes_lent:
+        modes = [(module, module.training) for module in model.modules()]
+        if any(training for _, training in modes):
+            model.eval()
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+            return
+    yield
 
 
 def _probabilities(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:

@@ -96,11 +96,12 @@ class AugmentedBatches:
         """The batches of `ShuffledBatches`, from its `first` on."""
         images: Any
         masks: Any
+        soon = self.device.type == "cuda"  # MPS may read a batch before it is there (PyTorch issue 189690)
         for images, masks, draws in self.loader:
             if self.augment:
-                images, masks = ([part.to(self.device, non_blocking=True) for part in parts] for parts in (images, masks))
+                images, masks = ([part.to(self.device, non_blocking=soon) for part in parts] for parts in (images, masks))
                 images, masks = self.augment(images, masks, [draw.seed for draw in draws])
-            yield images.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True), draws
+            yield images.to(self.device, non_blocking=soon), masks.to(self.device, non_blocking=soon), draws
 
 
 class Draw(NamedTuple):

@@ -131,6 +131,10 @@ def _system_memory(meminfo: Path) -> int:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         if "MemAvailable" in fields:
             return 1024 * int(fields["MemAvailable"].split()[0])
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX: its length in bytes, all memory, what is free, ...
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return status[2]
     try:  # macOS: all there is, since it does not say what is free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

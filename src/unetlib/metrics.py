@@ -397,7 +397,7 @@ def calibration_error(
         confidence, right = confidence.amax(dim=1, keepdim=True), (predicted == true).unsqueeze(1)
     if reading.valid is not None:
         confidence, right = confidence[reading.valid], right[reading.valid]
-    confidence, right = confidence.flatten().double(), right.flatten().double()
+    confidence, right = (counts.off_mps(part.flatten()).double() for part in (confidence, right))
     box = (confidence * bins).long().clamp(0, bins - 1)  # nan, which makes the result nan, is no number of a bin
     gap = confidence.new_zeros(bins).scatter_add_(0, box, confidence - right)
     return gap.abs().sum() / confidence.numel()
@@ -446,7 +446,7 @@ class SegmentationMetrics:
         self.num_classes = whole("num_classes", num_classes, 1)
         self.threshold = threshold
         self.include_background = include_background
-        self.empty = empty
+        self.empty = _checked_empty(empty)
         self.keep_pictures = keep_pictures
         self.ignore_index = ignore_index
         self.multilabel = multilabel
@@ -674,7 +674,7 @@ def _score(
     counted = cells(reading, threshold)
     if batch:
         counted = Cells(*(cell.sum(0) for cell in counted))
-    return _mean(score(counted, empty), reading.sigmoid or include_background, reduction)
+    return _mean(score(counted, _checked_empty(empty)), reading.sigmoid or include_background, reduction)
 
 
 def _mean_distance(
@@ -690,8 +690,10 @@ def _mean_distance(
     ignore_index: int | None = None,
     multilabel: bool = False,
     reduction: str = "mean",
+    **others: Any,
 ) -> Tensor:
     """A score made of edge distances, `alone` where only one of the masks has an edge, under `PictureOptions`."""
+    check_options("a score of edges", others, PictureOptions.__annotations__)
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
     axes = len(reading.spatial)
     if spacing is not None and not (np.shape(spacing) == (axes,) and np.greater(spacing, 0).all()):
@@ -701,8 +703,14 @@ def _mean_distance(
         score(*edge_distances(p, t, spacing)) if p.any() and t.any() else alone if p.any() or t.any() else empty
         for p, t in zip(predicted, true, strict=True)
     ]
-    table = torch.tensor(scores, dtype=torch.float64).view(reading.logits.shape[:2])
+    table = torch.tensor(scores, dtype=torch.float64, device="cpu").view(reading.logits.shape[:2])
     return _mean(table, reading.sigmoid or include_background, reduction)
+
+
+def _checked_empty(empty: float) -> float:
+    if not (math.isnan(empty) or 0 <= empty <= 1):
+        raise ValueError(f"empty is the score of a class that is absent: nan, or from 0 to 1, got {empty!r}")
+    return empty
 
 
 def _mean(scores: Tensor, include_background: bool, reduction: str) -> Tensor:

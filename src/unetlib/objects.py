@@ -193,7 +193,6 @@ class ObjectMetrics:
         Raises:
             ValueError: as `object_counts`.
         """
-        predicted, true = label_objects(predicted), label_objects(true)
         counts = object_counts(predicted, true)
         self._counts += counts
         self._precisions.append(_precision(counts))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,10 @@ class Reading(NamedTuple):
         """The same with a hard mask: bool for sigmoids, soft ones cut at 0.5; class indices, of the largest class."""
         if self.sigmoid:
             return self._replace(target=self.target > 0.5 if self.target.is_floating_point() else self.target.bool())
-        return self if self.has_indices() else self._replace(target=self.target.argmax(dim=1))
+        if self.has_indices():
+            return self
+        shares = self.target.byte() if self.target.dtype == torch.bool else self.target  # there is no argmax of bools
+        return self._replace(target=shares.argmax(dim=1))
 
     def decisions(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """What is predicted and what is true, soft masks cut at 0.5 or by their largest class.
@@ -107,7 +111,7 @@ def read(
         soft: bring a mask that does not hold class indices to the type of the logits.
 
     Raises:
-        TypeError: if an argument is no tensor, or of a type that cannot hold what it should.
+        TypeError: if an argument is no tensor, or of a type that cannot hold what it should, or `ignore_index` no integer.
         ValueError: for shapes that do not fit each other, and for values that no mask holds.
 
     Example:
@@ -117,6 +121,8 @@ def read(
         ([[[0, 1], [2, 0]]], [[[[True, True], [True, False]]]])
     """
     _check_form(logits, target, multilabel)
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral)):
+        raise TypeError(f"ignore_index={ignore_index!r} must be an integer, such as ignore_index=255, or None")
     target = target.detach()
     channels = logits.shape[1]
     if logits.dtype != torch.float64:
@@ -187,7 +193,8 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, hint: str,
     if target.dtype != torch.bool:
         low, high = (value if _waits(value) else value.item() for value in target.aminmax())  # one NaN makes both NaN
         slack = 0 if indices else _ROUNDING
-        _require(
+        require(
+            "target",
             (low >= -slack) & (high <= highest + slack),
             f"{'class indices' if indices else 'values'} from 0 to {highest}",
             lambda: high if low >= -slack else low,
@@ -195,12 +202,13 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, hint: str,
         )
     if indices and target.is_floating_point():
         whole = target == target.round()
-        _require(whole.all(), "whole class indices", lambda: target[~whole][0], "round it, or resize masks by nearest")
+        require("target", whole.all(), "whole class indices", lambda: target[~whole][0], "round it, or resize masks by nearest")
     if shares:
         excess = target.float().sum(dim=1, keepdim=True) - 1
         if valid is not None:
             excess = excess * valid
-        _require(
+        require(
+            "target",
             excess.abs().amax() < 0.01,
             "class probabilities that sum to 1 at every pixel",
             lambda: 1 + excess.flatten()[excess.abs().argmax()],
@@ -213,8 +221,9 @@ def _waits(value: Tensor) -> bool:
     return value.is_cuda or torch.compiler.is_compiling()
 
 
-def _require(good: Tensor | bool, expected: str, found: Callable[[], Tensor | float], fix: str) -> None:
+def require(name: str, good: Tensor | bool, expected: str, found: Callable[[], Tensor | float], fix: str) -> None:
+    """Refuse values of a tensor, without waiting for its device."""
     if isinstance(good, Tensor) and _waits(good):
-        torch._assert_async(good, f"target must hold {expected}; {fix}")
+        torch._assert_async(good, f"{name} must hold {expected}; {fix}")
     elif not good:
-        raise ValueError(f"target must hold {expected}, found {float(found()):.10g}; {fix}")
+        raise ValueError(f"{name} must hold {expected}, found {float(found()):.10g}; {fix}")

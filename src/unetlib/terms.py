@@ -11,7 +11,7 @@ from torch import Tensor
 from .arguments import at_least
 from .boundary import window_sums
 from .gradients import RegionSums
-from .targets import Reading
+from .targets import Reading, require
 
 EPS = 1e-7
 
@@ -93,7 +93,7 @@ def rare_sums(reading: Reading, batch: bool) -> tuple[Tensor, Tensor, Tensor, Te
     fn, rest = fn + (tp.detach() - tp), rest + (pred.detach() - pred)  # adds 0, and the derivatives without a pass
     pixels: Tensor | int = p.numel() // pred.numel()
     if reading.valid is not None:
-        pixels = reading.valid.sum([0, *reading.spatial] if batch else reading.spatial).clamp_min(1)
+        pixels = reading.valid.sum([0, *reading.spatial] if batch else reading.spatial).clamp_min(1).to(p.dtype)
     most = true > pixels / 2
     tp, pred = torch.where(most, rest - fn, tp), torch.where(most, rest, pred)
     return tp, pred, torch.where(most, pixels - true, true), pixels
@@ -165,6 +165,14 @@ def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | No
         raise ValueError(f"{name} must hold a factor for each channel, shape ({channels},), got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, logits on {device}; use {name}.to(logits.device)")
+    low, high = value.detach().aminmax()  # one NaN makes both NaN
+    require(
+        name,
+        (low >= 0) & (high > 0) & (high < torch.inf),
+        "finite factors of 0 or more, and one above 0",
+        lambda: high if low >= 0 else low,
+        "a class that weighs nothing has 0; leave the factors out where all weigh the same",
+    )
     return value
 
 

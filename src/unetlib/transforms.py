@@ -147,9 +147,9 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
 class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
     """Turn and zoom a picture and its mask about the middle, interpolated once for both; what comes from outside is black.
 
-    It draws the same numbers as torchvision's `RandomAffine` and gives the same, in a third to a half of the time on a CPU:
-    the places that pixels come from are found once for picture and mask, without a matrix product, and a pixel's channels
-    lie side by side when they are read.
+    It draws the same numbers as torchvision's `RandomAffine(fill=None)` and gives the same, in a third to a half of its time
+    on a CPU: the places that pixels come from are found once for picture and mask, without a matrix product, and a pixel's
+    channels lie side by side when they are read.
 
     Args:
         rotation: Largest angle either way, in degrees.
@@ -362,7 +362,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
     Args:
         seed: 0 to 2**63 - 1.
-        device: A CUDA device that transforms draw on too; None or a CPU: none.
+        device: A GPU, of CUDA or MPS, that transforms draw on too; None or a CPU: none.
 
     Example:
         >>> with seeded(7):
@@ -371,11 +371,13 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         ...     torch.equal(torch.rand(1), first)
         True
     """
-    on_cuda = device is not None and device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+    gpu = device if device is not None and device.type in ("cuda", "mps") else None
+    with torch.random.fork_rng(devices=[gpu] if gpu else [], device_type=gpu.type if gpu else "cuda"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would change every GPU's state, which none gives back
-        if on_cuda:
-            with torch.cuda.device(device):
+        if gpu and gpu.type == "mps":
+            torch.mps.manual_seed(seed)
+        elif gpu:
+            with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
 
@@ -472,7 +474,7 @@ def train_transform(
         steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0)))
     if noise:
         steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
-    return v2.Compose([*steps, *_to_pure_tensor(mean, std)])
+    return v2.Compose([*steps, *_last_steps(mean, std)])
 
 
 def eval_transform(
@@ -499,7 +501,7 @@ def eval_transform(
         (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
     """
     steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), *_to_pure_tensor(mean, std)])
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
 
 
 def _warps(rotation: float, scale: Sequence[float] | None, elastic: float) -> list[torch.nn.Module]:
@@ -546,7 +548,7 @@ def _sample(inpt: torch.Tensor, grid: torch.Tensor) -> Any:
     return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)
 
 
-def _to_pure_tensor(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
+def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
     if mean is not None and std is not None:

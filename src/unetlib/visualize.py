@@ -7,13 +7,10 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.utils import draw_segmentation_masks
 
-from .arguments import needed, whole
-from .imaging import to_tensor
+from .arguments import at_least, needed, whole
 
 # The "bright" scheme of Paul Tol, which colour-blind people tell apart too; class 1 is the first.
 PALETTE = ((238, 102, 119), (68, 119, 170), (34, 136, 51), (204, 187, 68), (102, 204, 238), (170, 51, 119), (187, 187, 187))
@@ -62,7 +59,7 @@ def overlay(
         uint8 (H, W, 3).
 
     Raises:
-        ValueError: where picture and mask differ in size, or `image` is no uint8 picture.
+        ValueError: where picture and mask differ in size, or `image` is no uint8 picture; for `alpha` or `colors` out of range.
 
     Example:
         >>> overlay(np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.uint8), alpha=1.0)[0, 0].tolist()
@@ -72,13 +69,11 @@ def overlay(
     _check_picture(image)
     if image.shape[:2] != mask.shape:
         raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
-    pixels = to_tensor(image).expand(3, -1, -1)
-    classes = [index for index in np.unique(mask).tolist() if index]
-    if not classes:
-        return _to_array(pixels)
-    layers = torch.from_numpy(np.stack([mask == index for index in classes]))
-    painted = draw_segmentation_masks(pixels, layers, alpha=alpha, colors=[colors[(i - 1) % len(colors)] for i in classes])
-    return _to_array(painted)
+    at_least("alpha", alpha, 0, 1)
+    pixels = image if image.ndim == 3 else image[..., None]
+    tones = _tones(colors)[(mask.astype(np.int64) - 1) % len(colors)]
+    mixed = (1 - alpha) * pixels.astype(np.float32) + alpha * tones
+    return np.where(mask[..., None] > 0, mixed, pixels).astype(np.uint8)
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 4) -> NDArray[np.uint8]:
@@ -208,9 +203,14 @@ def _whole(mask: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
-def _to_array(picture: torch.Tensor) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = picture.permute(1, 2, 0).contiguous().numpy()
-    return array
+def _tones(colors: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
+    try:
+        tones = np.array(colors, np.float32)
+    except (TypeError, ValueError):
+        tones = np.empty(0, np.float32)
+    if not tones.size or tones.shape[1:] != (3,) or not ((tones >= 0) & (tones <= 255)).all():
+        raise ValueError(f"colors must be one or more (red, green, blue), each 0 to 255, such as [(255, 0, 0)], not {colors!r}")
+    return tones
 
 
 def _check_mask(mask: NDArray[Any]) -> NDArray[Any]:

@@ -40,7 +40,7 @@ def fast_copy(model: UNet, *, look_closely: bool = False) -> FastUNet | None:
         return kept.copy
     try:
         copy = optimize_for_inference(model)
-    except ValueError:  # a type that this device has no fast convolutions for
+    except ValueError:  # a type that this device has no fast convolutions for, or weights that are not finite
         return None
     _copies[model] = _Kept(copy, state, _contents(model))
     return copy

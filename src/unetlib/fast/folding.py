@@ -121,7 +121,11 @@ def _layer(conv: nn.Module, *after: nn.Module) -> Layer:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         after = after[1:]
-        scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-        wide = (bias.double() - norm.running_mean.double()) * scale + norm.bias.detach().double()
-        weight, bias = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), wide.to(bias.dtype)
+        scale = _wide(norm.weight) / (_wide(norm.running_var) + norm.eps).sqrt()
+        shift = (_wide(bias) - _wide(norm.running_mean)) * scale + _wide(norm.bias)
+        weight, bias = (_wide(weight) * scale.view(-1, 1, 1, 1)).to(weight), shift.to(bias)
     return Layer(weight.clone(), bias.clone(), tuple(copy.deepcopy(module).eval().requires_grad_(False) for module in after))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().cpu().double()  # on the CPU, as MPS has no float64

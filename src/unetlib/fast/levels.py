@@ -251,8 +251,8 @@ def _transposed(module: nn.ConvTranspose2d) -> Callable[[Tensor, Tensor, str], N
         doubled = place if fits else empty(len(x), channels, 2 * height, 2 * width)
         for picture, result in zip(x, doubled):
             product = torch.mm(weight, picture.flatten(1), out=empty(4 * channels, height * width))
-            product = product.view(2, 2, channels, height, width).add_(bias)
-            result.view(channels, height, 2, width, 2).copy_(product.permute(2, 3, 0, 4, 1))
+            windows = product.view(2, 2, channels, height, width).add_(bias)
+            result.view(channels, height, 2, width, 2).copy_(windows.permute(2, 3, 0, 4, 1))
         if not fits:
             place.copy_(matched(doubled, place, match))
 

@@ -51,7 +51,7 @@ _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
     (1 / 6, -_ROOT / 6, 1 / 3),
     (0, 0, 1),
 )
-_log = logging.getLogger("unetlib")
+logger = logging.getLogger("unetlib")
 _local = threading.local()
 
 
@@ -211,7 +211,7 @@ def available() -> bool:
         with torch.device("cpu"):
             return _agrees()
     except (OSError, AttributeError, KeyError, subprocess.SubprocessError) as reason:
-        _log.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
+        logger.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
         return False
 
 

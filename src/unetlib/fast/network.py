@@ -75,8 +75,8 @@ def optimize_for_inference(
         ImportError: for a backend whose extra is not installed.
         TypeError: for something else than a `UNet`.
         ValueError: for a network that is not what its config says: with modules, settings, hooks or a `forward` of somebody's;
-            for a type that the device, or the backend, has no fast convolutions for; for an unknown backend, or one beside
-            `compile`; for int8 without calibration, and calibration without int8.
+            for weights that are not finite; for a type that the device, or the backend, has no fast convolutions for; for an
+            unknown backend, or one beside `compile`; for int8 without calibration, and calibration without int8.
 
     Example:
         >>> from unetlib import UNet
@@ -88,6 +88,9 @@ def optimize_for_inference(
         raise not_a_unet(model)
     if otherwise := difference(model):
         raise ValueError(f"a fast copy would compute something else: {otherwise}; unetlib.inference.predict runs it as it is")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():  # of NaN a convolution with a ReLU in it makes 0
+            raise ValueError(f"{name} holds NaN or infinity, which a fast copy may hide; load weights that are finite")
     if backend not in (None, "openvino"):
         raise ValueError(f"backend must be 'openvino' or None, got {backend!r}")
     if backend and compile:
@@ -254,7 +257,7 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         hint = "; torch.int8 is for backend='openvino'" if dtype == torch.int8 else ""
         raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}{hint}")
     query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query)():
+    if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query, lambda: False)():
         raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
 
 

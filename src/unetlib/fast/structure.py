@@ -37,6 +37,8 @@ def difference(model: UNet) -> str | None:
     """
     if type(model).forward is not UNet.forward:
         return f"{type(model).__name__} has a forward of its own"
+    if any(getattr(nn.modules.module, hooks, None) for hooks in ("_global_forward_hooks", "_global_forward_pre_hooks")):
+        return "there are hooks for all modules"
     for named, part in zip_longest(model.named_modules(), _parts(model.config)):
         name, module = named or (part.name, None)
         if module is None or part is None or not _is_like(module, part) or name != part.name:
