@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
 from unetlib.datasets import IMAGE_SUFFIXES
+from unetlib.files import only_writer
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
 from unetlib.rasters import Raster, is_huge_tiff, open_raster
@@ -63,18 +64,21 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = predict_with_ray if args.ray else predict_files
     written = 0
     try:
-        names, present, failed = find_pictures(args.pictures, args.masks, args.overwrite)
-        if not (names or present or failed):
-            sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
-        write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
-        if names and not args.ray:  # Ray's actors do that themselves
-            model = prepared(model, names, args)
-        for name, reason in tqdm(outcomes(model, names, args), total=len(names), unit=" pictures"):
-            if reason:
-                failed[name] = reason
-            else:
-                written += 1
-        write_failed(args.masks, failed)
+        with only_writer(args.masks):  # another run would take what this one is writing for what was left of a killed one
+            names, present, failed = find_pictures(args.pictures, args.masks, args.overwrite)
+            if not (names or present or failed):
+                sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
+            write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
+            if names and not args.ray:  # Ray's actors do that themselves
+                model = prepared(model, names, args)
+            for name, reason in tqdm(outcomes(model, names, args), total=len(names), unit=" pictures"):
+                if reason:
+                    failed[name] = reason
+                else:
+                    written += 1
+            write_failed(args.masks, failed)
+    except BlockingIOError as error:
+        sys.exit(str(error))
     except Unprepared as error:
         sys.exit(f"--precision {args.precision}: {error}")
     except OSError as error:

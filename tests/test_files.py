@@ -61,7 +61,7 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
         with only_writer(tmp_path):
             pass
         assert names(folder) == [".unetlib-lock"]
-    assert names(folder) == []
+    assert not folder.exists()
     with only_writer(folder):
         pass
 
@@ -114,3 +114,13 @@ def test_a_killed_writer_leaves_no_lock_though_a_worker_lives_on(tmp_path):
             pass
     finally:
         os.kill(worker, 9)
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path):
+    with only_writer(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with only_writer(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()

@@ -23,6 +23,7 @@ from PIL import Image
 from unetlib import UNet, inference, rasters
 from unetlib.fast import FastUNet, network
 from unetlib.fast.levels import PrepackedLevel
+from unetlib.files import only_writer
 from unetlib.imaging import read_image
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "predict_folder.py"
@@ -226,6 +227,17 @@ def test_a_killed_run_leaves_only_whole_masks_and_the_next_one_writes_the_rest(s
 
 
 # ---- what fails --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_leaves_the_first_alone(script, pictures, model, tmp_path):
+    partial = tmp_path / "masks" / f"{script.PARTIAL}of-the-first"
+    with only_writer(tmp_path / "masks"):
+        partial.touch()
+        with pytest.raises(SystemExit, match=r"another run is writing to .*masks; wait for it, or give another folder"):
+            script.main([str(pictures), str(tmp_path / "masks"), "--model", model])
+        assert partial.exists()
+    script.main([str(pictures), str(tmp_path / "masks"), "--model", model])
+    assert not partial.exists()
 
 
 def test_bad_pictures_are_reported_and_do_not_stop_the_run(script, pictures, model, tmp_path, capsys):

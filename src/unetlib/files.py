@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,7 +35,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other runs from writing to `folder`, which is made where missing; where there are no locks, as on Windows, nothing.
+    """Keep other runs from writing to `folder`; where there are no locks, as on Windows, nothing.
+
+    The folder is made where it is missing, and then removed if nothing was written to it.
 
     The lock is the system's, on a hidden file: a killed run leaves none.
 
@@ -50,6 +52,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['a.txt']
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
@@ -72,3 +75,6 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # something was written
+                    folder.rmdir()
