@@ -217,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(resident_peak_of(peer, Path(folder), cases[0]))
         return
     with without_traceback():  # before the first is measured, which takes minutes
-        for name in args.networks:
-            load_network(name)
+        networks = {name: load_network(name) for name in args.networks}
     torch.backends.cudnn.benchmark = True
     skipped = {precision: reason for precision in args.precisions if (reason := unsupported(precision, args.device))}
     usable = [precision for precision in args.precisions if precision not in skipped]
@@ -230,22 +229,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"roof, copy: {results['roofs']['bytes_per_second'] / 1e9:.2f} GB/s")
     print_row("", *COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
-        for name, group in itertools.groupby(cases, key=lambda case: case.network):
-            network = load_network(name)
-            for case in group:
-                if case.precision in skipped:
-                    continue
-                rows = measure(network, case, args, Path(folder), skipped)
-                free(args.device)
-                print(" ".join(case), flush=True)
-                for row in rows:
-                    show(row, results["roofs"])
-                if best := best_against_best(rows):
-                    results["best"].append(best)
-                    ratio = "{:.3f} ({:.3f} to {:.3f})".format(*spread(best["ratio"]))
-                    print(f"  {best['ours']} runs {ratio} times as fast as {best['peer']}, the best peer")
-                results["rows"] += rows
-                write_json(args.json, results)  # after each case, so that an interrupted run keeps what it has
+        for case in cases:
+            if case.precision in skipped:
+                continue
+            rows = measure(networks[case.network], case, args, Path(folder), skipped)
+            free(args.device)
+            print(" ".join(case), flush=True)
+            for row in rows:
+                show(row, results["roofs"])
+            if best := best_against_best(rows):
+                results["best"].append(best)
+                ratio = "{:.3f} ({:.3f} to {:.3f})".format(*spread(best["ratio"]))
+                print(f"  {best['ours']} runs {ratio} times as fast as {best['peer']}, the best peer")
+            results["rows"] += rows
+            write_json(args.json, results)  # after each case, so that an interrupted run keeps what it has
     for what, reason in skipped.items():
         print(f"skipped {what}: {reason}")
     write_json(args.json, results)

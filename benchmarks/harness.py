@@ -283,10 +283,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
-    """End with what the library says is wrong with a model's name or its files."""
+    """End with what the library says is wrong with a model's name, its files or an option, or lacks."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import resident
+from harness import resident, without_traceback
 
 from unetlib import UNet
 
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     height, width = map(int, args.size.split("x"))
     torch.manual_seed(0)
-    model = UNet(features=args.features).eval().to(args.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with without_traceback():
+        model = UNet(features=args.features).eval().to(args.device)
+    with without_traceback(), tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.npy"
         write_noise(picture, height, width)
         # Pages of mapped files are not counted: the system drops them where memory is short.

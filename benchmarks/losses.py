@@ -106,7 +106,11 @@ def compare(args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     shape = (args.size, args.size)
     rows: list[dict[str, object]] = []
-    for (name, kind), entries in contestants().items():
+    table = contestants()
+    names = sorted({name for name, _ in table})
+    if unknown := sorted({*(args.only or ())}.difference(names)):
+        raise SystemExit(f"there is no loss {unknown[0]!r}; there are {', '.join(names)}")
+    for (name, kind), entries in table.items():
         if args.only and name not in args.only:
             continue
         channels = 1 if kind == "binary" else args.classes
@@ -136,15 +140,18 @@ def line(row: dict[str, object]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=256, help="side of the square pictures")
     parser.add_argument("--classes", type=int, default=8, help="channels of the multiclass losses")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--only", nargs="*", help="names of losses, such as dice")
+    parser.add_argument("--only", nargs="+", help="names of losses, such as dice")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
     check(parser, args)
+    for option, least in (("batch", 1), ("size", 1), ("classes", 2)):
+        if getattr(args, option) < least:
+            parser.error(f"--{option} must be at least {least}, got {getattr(args, option)}")
     torch.manual_seed(0)
 
     about = machine(args.device, ("segmentation-models-pytorch", "monai"))

@@ -20,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import carvana_folder, check, command, machine, print_row, ratios, spread, time_turns, unsupported, write_json
+from harness import (
+    carvana_folder,
+    check,
+    command,
+    machine,
+    print_row,
+    ratios,
+    spread,
+    time_turns,
+    unsupported,
+    without_traceback,
+    write_json,
+)
 
 from unetlib import CarvanaDataset, UNet
 from unetlib.inference import evaluate, network_inputs, optimize_for_inference
@@ -63,7 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     about = machine("cpu", ("openvino", "nncf"))
-    model = UNet.from_pretrained(args.model)
+    with without_traceback():
+        model = UNet.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = carvana_folder(args.data)
         if folder is None:
@@ -73,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, val = (CarvanaDataset(folder / part, folder / f"{part}_masks") for part in ("train", "val"))
         val = val.subset(range(0, len(val), args.every))
         calibration = list(network_inputs(model, [image for image, _ in spaced(train, args.calibrate)]))
-        copies = contestants(model, calibration)
+        with without_traceback():
+            copies = contestants(model, calibration)
         [x] = network_inputs(model, [val[0][0]])
         print(", ".join(f"{name} {value}" for name, value in about.items()))
         height, width = x.shape[2:]

@@ -40,6 +40,7 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from unetlib.fast.cached import fast_copy
+from unetlib.imaging import read_image
 from unetlib.synthetic import render_scene
 
 Way = Callable[[Path], np.ndarray]
@@ -174,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     with tempfile.TemporaryDirectory() as temporary:
         path = find_picture(args.picture, Path(temporary))
-        size = Image.open(path).size
+        with without_traceback():
+            size = read_image(path).shape[1::-1]
         print(f"{path.name}, {size[0]}x{size[1]}, {path.stat().st_size / 1024:.0f} KiB, seen at {preparation.size}")
         rows = measure(ways(network, preparation.size, args.device), path, args.rounds, args.device)
     print_row("", "ms", "25%", "75%", *STAGES, "ratio", "25%", "75%", "unlike")

@@ -42,17 +42,15 @@ class Scenes:
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=self.seed)
 
 
-def score_objects(
-    model: UNet, dataset, tta: bool | str = False, tolerance: float = 2.0, ignored: int | None = None
-) -> dict[str, float]:
-    """Scores of the objects that are not background, and of their edges within `tolerance` pixels."""
+def score_objects(model: UNet, dataset, tta: bool | str = False, ignored: int | None = None) -> dict[str, float]:
+    """Scores of the objects that are not background, and of their edges."""
     objects, edges = ObjectMetrics(), []
     for image, mask in dataset:
         mask = torch.as_tensor(mask)
         counts = torch.ones_like(mask, dtype=torch.bool) if ignored is None else mask != ignored
         found, true = torch.from_numpy(model.predict(image, tta=tta) > 0) & counts, (mask > 0) & counts
         objects.update(found.numpy(), true.numpy())
-        edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None], tolerance=tolerance))
+        edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None]))
     return {**objects.compute(), "edge_f": torch.stack(edges).nanmean().item()}
 
 

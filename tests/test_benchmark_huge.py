@@ -31,6 +31,15 @@ def test_the_peak_is_that_of_the_block():
     assert 40 * 2**20 < peak[0] - before < 80 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--features", "0"), "features"), (("--tile", "8"), "give a larger tile="), (("--out", "mask.txt"), "mask.txt")],
+)
+def test_what_the_library_refuses_is_one_line(options, message):
+    with pytest.raises(SystemExit, match=message):
+        huge.main(["--size", "64x64", "--features", "2", "--device", "cpu", *options])
+
+
 def test_a_bad_size_is_named(capsys):
     with pytest.raises(SystemExit):
         huge.parse(["--size", "16384"])

@@ -22,7 +22,14 @@ def test_the_figures_have_the_machine_and_the_command(tmp_path, monkeypatch, cap
     assert f"| dice (binary) | {row['seconds']['unetlib'] * 1e3:.2f} |" in capsys.readouterr().out
 
 
-def test_bad_options(capsys):
+@pytest.mark.parametrize(("option", "least"), [("rounds", 1), ("batch", 1), ("size", 1), ("classes", 2)])
+def test_bad_options(option, least, capsys):
     with pytest.raises(SystemExit):
-        losses.main(["--rounds", "0"])
-    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+        losses.main([f"--{option}", "0"])
+    assert f"--{option} must be at least {least}, got 0" in capsys.readouterr().err
+
+
+def test_a_loss_that_there_is_none_of_is_named(monkeypatch):
+    monkeypatch.setattr(losses, "contestants", lambda: {("dice", "binary"): {"unetlib": DiceLoss(batch=True)}})
+    with pytest.raises(SystemExit, match="there is no loss 'dise'; there are dice"):
+        losses.main(["--device", "cpu", "--only", "dice", "dise"])

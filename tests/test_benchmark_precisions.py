@@ -54,6 +54,11 @@ def test_without_data_scenes_are_rendered(options, tmp_path, monkeypatch, capsys
     assert "8 pictures scored, 2 for the ranges of int8" in capsys.readouterr().out
 
 
+def test_a_model_that_is_not_there_is_one_line(options):
+    with pytest.raises(SystemExit, match="Did you mean 'carvana'"):
+        precisions.main([*options, "--model", "carvanna"])
+
+
 @pytest.mark.parametrize("option", ["--calibrate", "--every", "--rounds"])
 def test_bad_options(options, option, capsys):
     with pytest.raises(SystemExit):

@@ -88,6 +88,13 @@ def test_nothing_is_timed_when_masks_differ(picture, model, monkeypatch):
         predict.main(["--device", "cpu", "--model", model, "--picture", str(picture)])
 
 
+def test_a_picture_that_is_none_is_one_line(tmp_path, model):
+    (tmp_path / "notes.txt").write_text("none")
+    for name in "notes.txt", "none.jpg":
+        with pytest.raises(SystemExit, match=name):
+            predict.main(["--device", "cpu", "--model", model, "--picture", str(tmp_path / name)])
+
+
 def test_each_way_gives_a_mask_of_the_pictures_size(picture, model):
     for _, way in predict.ways(load_network(model), (16, 24), "cpu").values():
         mask = way(picture)

@@ -674,12 +674,22 @@ def test_one_hot_masks_may_be_bools() -> None:
     torch.testing.assert_close(dice_score(logits, one_hot), dice_score(logits, mask))
 
 
-@pytest.mark.parametrize("empty", [math.inf, -0.5, 1e12])
-def test_the_score_of_an_absent_class_is_nan_or_a_share(empty: float) -> None:
+@pytest.mark.parametrize("empty", [math.inf, -0.5, 1e12, "x"])
+def test_the_score_of_an_absent_class_is_nan_or_a_share(empty: Any) -> None:
+    nothing = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4)
     with pytest.raises(ValueError, match=re.escape(f"nan, or from 0 to 1, got {empty!r}")):
         SegmentationMetrics(empty=empty)
-    with pytest.raises(ValueError, match=re.escape(f"nan, or from 0 to 1, got {empty!r}")):
-        dice_score(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4), empty=empty)
+    for score in dice_score, boundary_f_score:
+        with pytest.raises(ValueError, match=re.escape(f"nan, or from 0 to 1, got {empty!r}")):
+            score(*nothing, empty=empty)
+
+
+def test_the_distance_of_an_absent_class_is_nan_or_any_number_from_0() -> None:
+    nothing = torch.full((1, 1, 4, 4), -9.0), torch.zeros(1, 4, 4)
+    assert hausdorff_distance(*nothing, empty=5.7) == 5.7
+    assert hausdorff_distance(*nothing, empty=math.inf) == math.inf
+    with pytest.raises(ValueError, match=re.escape("nan, or 0 or more, got -1")):
+        hausdorff_distance(*nothing, empty=-1)
 
 
 def test_options_that_scores_of_edges_do_not_have_are_named() -> None:

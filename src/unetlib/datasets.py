@@ -23,6 +23,7 @@ MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm"
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 IMAGE_SUFFIXES = _LOSSY_SUFFIXES + MASK_SUFFIXES
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+_NAMED = 3  # of each kind of problem
 
 DatasetT = TypeVar("DatasetT", bound="ImageMaskDataset")
 NameT = TypeVar("NameT", bound="str | PathLike[str]")
@@ -453,13 +454,13 @@ def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: 
     )
 
 
-def _raise_problems(problems: Mapping[str, list[str]], image_dir: Path, mask_dir: Path, first: int = 3) -> None:
+def _raise_problems(problems: Mapping[str, list[str]], image_dir: Path, mask_dir: Path) -> None:
     """Raise one error that counts each kind of problem and names the first few, if there is any."""
     lines = []
     for kind, found in problems.items():
         if found:
             lines.append(f"{len(found)} x {kind}:")
-            lines += [f"  {text}" for text in sorted(found)[:first]]
-            lines += [f"  ... and {len(found) - first} more"] * (len(found) > first)
+            lines += [f"  {text}" for text in sorted(found)[:_NAMED]]
+            lines += [f"  ... and {len(found) - _NAMED} more"] * (len(found) > _NAMED)
     if lines:
         raise ValueError("\n".join([f"pictures in {image_dir} and masks in {mask_dir}:", *lines]))

@@ -437,8 +437,8 @@ def _color_codes(rgb: Image.Image | NDArray[np.uint8] | Color) -> NDArray[np.int
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
 
 
-def _describe(values: NDArray[Any], are_colors: bool, first: int = 6) -> str:
+def _describe(values: NDArray[Any], are_colors: bool) -> str:
     found = np.unique(values).tolist()
-    names = [str((v >> 16, v >> 8 & 255, v & 255)) if are_colors else str(v) for v in found[:first]]
+    names = [str((v >> 16, v >> 8 & 255, v & 255)) if are_colors else str(v) for v in found[:6]]
     noun = ("colour" if are_colors else "value") + "s" * (len(found) > 1)
-    return f"the {noun} {', '.join(names)}" + f", ... ({len(found)} in all)" * (len(found) > first)
+    return f"the {noun} {', '.join(names)}" + f", ... ({len(found)} in all)" * (len(found) > 6)

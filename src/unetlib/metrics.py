@@ -15,7 +15,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
 import numpy as np
 import torch
@@ -698,6 +698,7 @@ def _mean_distance(
     axes = len(reading.spatial)
     if spacing is not None and not (np.shape(spacing) == (axes,) and np.greater(spacing, 0).all()):
         raise ValueError(f"spacing must hold the size of a pixel along each axis, {axes} numbers above 0, not {spacing!r}")
+    empty = _checked_empty(empty, most=max(alone, 1.0))  # a distance may be any number
     predicted, true = (mask.flatten(0, 1).cpu().numpy() for mask in reading.masks(threshold))
     scores = [
         score(*edge_distances(p, t, spacing)) if p.any() and t.any() else alone if p.any() or t.any() else empty
@@ -707,9 +708,10 @@ def _mean_distance(
     return _mean(table, reading.sigmoid or include_background, reduction)
 
 
-def _checked_empty(empty: float) -> float:
-    if not (math.isnan(empty) or 0 <= empty <= 1):
-        raise ValueError(f"empty is the score of a class that is absent: nan, or from 0 to 1, got {empty!r}")
+def _checked_empty(empty: float, most: float = 1.0) -> float:
+    if not isinstance(empty, SupportsFloat) or not (math.isnan(empty) or 0 <= empty <= most):
+        allowed = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+        raise ValueError(f"empty is the score of a class that is absent: nan, or {allowed}, got {empty!r}")
     return empty
 
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import join_patches, split_patches
+from ..files import whole_file
 from .pool import empty
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -379,10 +380,8 @@ def _built(flags: tuple[str, ...]) -> Path:
     folder, version = _folder(), hashlib.sha256(_SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
     library = folder / f"native-{version}.so"
     if not library.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as beside:  # two processes may compile at the same time
-            made = Path(beside, library.name)
-            subprocess.run([*command, "-o", made, _SOURCE], check=True, capture_output=True)
-            made.replace(library)
+        with whole_file(library) as partial:  # two processes may compile at the same time
+            subprocess.run([*command, "-o", partial, _SOURCE], check=True, capture_output=True)
     return library
 
 
