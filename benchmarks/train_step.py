@@ -5,7 +5,8 @@
 
 A step is everything between a batch on the host and updated weights: copy, forward, loss, backward, optimizer, and reading
 the loss. The contestants take turns of a few steps; the ratio is the study's time over theirs, in the same round. On a CPU
-one of them also keeps the memory that is freed, as train_carvana.py does.
+one of them also keeps the memory that is freed, as train_carvana.py does. The peak is what a step allocates beyond weights and
+the state of the optimizer, gradients included.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from unetlib.memory import keep_freed, release_freed
 Step = Callable[[Tensor, Tensor], float]
 TURN = 3  # steps in a row: memory kept by one of them counts from the second on
 KEPT = ", memory kept"
+AGAIN = ", maps computed again"  # gradient checkpointing
 
 
 def study_step(model: nn.Module, device: str) -> Step:
@@ -65,7 +67,7 @@ def study_step(model: nn.Module, device: str) -> Step:
     return step
 
 
-def our_step(model: nn.Module, device: str, precision: str, layout: str, compiled: bool, loss: str) -> Step:
+def our_step(model: UNet, device: str, precision: str, layout: str, compiled: bool, loss: str) -> Step:
     """The example's loop: a loss is read one step later, when the device has it."""
     model.to(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -107,6 +109,9 @@ def contestants(device: str, features: list[int], compiled: bool) -> dict[str, S
         table[f"{best} channels_last bce-dice{KEPT}"] = our_step(
             copy.deepcopy(ours), device, best, "channels_last", False, "bce-dice"
         )
+    again = copy.deepcopy(ours)
+    again.checkpoint_gradients = True
+    table[f"{best} channels_last bce-dice{AGAIN}"] = our_step(again, device, best, "channels_last", False, "bce-dice")
     if compiled:
         table[f"{best} channels_last compiled"] = our_step(copy.deepcopy(ours), device, best, "channels_last", True, "bce")
     return table
@@ -123,8 +128,7 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
     for name, step in table.items():  # warm-up, and the memory of a step
         losses = [step(images, masks) for _ in range(2 if is_cuda(device) else 1)]
         rows[name] = {"first_loss": next(loss for loss in [*losses, step(images, masks)] if loss == loss)}
-        if is_cuda(device):
-            rows[name]["peak_bytes"] = peak_allocated(lambda step=step: step(images, masks), device)
+        rows[name]["peak_bytes"] = peak_allocated(lambda step=step: step(images, masks), device)
 
     def turn(name: str) -> None:
         keep_freed() if name.endswith(KEPT) else release_freed()
@@ -157,12 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     about = machine(args.device)
     print(json.dumps(about))
     print(f"{args.shape}, features {args.features}, {args.rounds} rounds")
-    print(f"{'':34}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
+    print(f"{'':48}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
     for name, row in rows.items():
         middle, ratio = spread(row["seconds"]).median, spread(ratios(rows["study"]["seconds"], row["seconds"]))
         row["ratio"] = ratio.median
         figures = f"{1e3 * middle:10.1f}{shape[0] / middle:12.1f}{ratio.median:8.2f}{ratio.low:8.2f}{ratio.high:6.2f}"
-        print(f"{name:34}{figures}{mebibytes(row.get('peak_bytes')):>10}")
+        print(f"{name:48}{figures}{mebibytes(row['peak_bytes']):>10}")
     results = {"command": command(argv), "machine": about, "shape": args.shape, "features": args.features}
     write_json(args.json, results | {"rows": rows})
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from training_options import ignored, set_aside, without_traceback
+from training_options import as_json, ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
 from unetlib.arguments import check_device, height_and_width, whole
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--masks", type=Path)
     parser.add_argument("--mask-suffix", default="_mask", help="what a mask's name has after its picture's")
     parser.add_argument("--nonzero", action="store_true", help="masks: 0 is background, all else foreground")
-    parser.add_argument("--mask-values", type=int, nargs="+", help="of several classes, in their order")
+    parser.add_argument("--mask-values", type=int, nargs="+", help="one for each class, in their order")
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
@@ -93,12 +91,14 @@ def main(argv: list[str] | None = None) -> None:
                 f"{args.model} is multilabel, and mask files hold one class for each pixel; use unetlib.inference.evaluate "
                 "with pairs of a picture and its masks (C, H, W)"
             )
+        classes = max(2, model.config.out_channels)
+        names = model.preprocessing.class_names or [str(k) for k in range(classes)]
         if args.synthetic:
             dataset = Scenes(args.synthetic, tuple(args.size))
         else:
-            if (classes := model.config.out_channels) > 2 and not args.mask_values:
+            if len(args.mask_values or range(2)) != classes:
                 parser.error(
-                    f"the model has {classes} classes; name the masks' values in their order: "
+                    f"the model has {classes} classes ({', '.join(names)}); name the masks' values in their order, such as "
                     f"--mask-values {' '.join(map(str, range(classes)))}"
                 )
             mode = "L" if model.config.in_channels == 1 else "RGB"
@@ -113,13 +113,11 @@ def main(argv: list[str] | None = None) -> None:
     with without_traceback():  # pictures are read on the way
         scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
     if model.config.out_channels > 1:
-        names = model.preprocessing.class_names or map(str, range(model.config.out_channels))
-        dice = (None if math.isnan(score) else score for score in metrics.per_class()["dice"])  # JSON has no NaN
-        scores["dice of each class"] = dict(zip(names, dice))
+        scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
         scores |= score_objects(model, dataset, tta, ignored=ignored(args))
-    print(json.dumps({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
+    print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from train_carvana import train
 from training_options import IGNORED, check_new, only_run, parse_options, set_aside, starting_model, typed, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
+from unetlib.console import print_any_letter
 from unetlib.distributed import joined_processes
 from unetlib.imaging import is_binary
 
@@ -32,6 +33,7 @@ MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or so
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_letter()
     args = parse_args(argv)
     check_new(args)
     with joined_processes(args.device) as process:
@@ -72,7 +74,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         if args.ignore not in found:
             raise ValueError(f"--ignore {args.ignore}: no mask holds that number; they hold {', '.join(map(str, found[:8]))}")
         found.remove(args.ignore)
-    names, mask_values = classes_of(found, listed_names, args.nonzero)
+    names, mask_values = classes_of(found, listed_names, args.nonzero, args.ignore)
     if args.ignore is None and is_binary(mask_values) and (colours := colours_of(palettes, listed_names)):
         names, mask_values = classes_of(colours, listed_names, args.nonzero)
     if args.ignore is not None:
@@ -137,8 +139,8 @@ def colours_of(palettes: set[tuple[int, Any]], names: list[str]) -> list[Any]:
     return colours
 
 
-def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[str], Any]:
-    """Names of the classes, and the `mask_values` with which `ImageMaskDataset` reads them."""
+def classes_of(found: list[Any], names: list[str], nonzero: bool, ignore: int | None = None) -> tuple[list[str], Any]:
+    """Names of the classes, and the `mask_values` with which `ImageMaskDataset` reads them; none are of the value `ignore`."""
     values = f"{len(found)} values ({', '.join(map(str, found[:8]))}{', ...' * (len(found) > 8)})"
     if len(found) < 2:
         held = f"the one value {found[0]}" if found else "no value that counts"
@@ -156,9 +158,11 @@ def classes_of(found: list[Any], names: list[str], nonzero: bool) -> tuple[list[
     names = names or (["background", "foreground"] if binary else [f"class {value}" for value in found])
     if len(names) == (2 if nonzero else len(found)):
         return names, "nonzero" if nonzero else None if binary else found
-    if not nonzero and isinstance(found[0], int) and found[-1] < len(names):
-        return names, range(len(names))  # value k is class k, though these masks do not have every class
-    raise ValueError(f"classes.txt names {len(names)} classes ({', '.join(names)}), but the masks hold {values}")
+    if not nonzero and isinstance(found[0], int) and found[-1] < len(names):  # line k names value k, which may be in no mask
+        counting = [k for k in range(len(names)) if k != ignore]
+        return [names[k] for k in counting], counting
+    beside = "" if ignore is None else f" beside {typed('ignore', ignore)}"
+    raise ValueError(f"classes.txt names {len(names)} classes ({', '.join(names)}), but the masks hold {values}{beside}")
 
 
 def held_out(images: list[str], last: int, share: float) -> list[int]:

@@ -19,6 +19,7 @@ import os
 import platform
 import sys
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,11 +35,13 @@ from tqdm.auto import tqdm
 
 from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
+from unetlib.console import print_any_letter
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
 from unetlib.rasters import Raster, is_huge_tiff, open_raster
+from unetlib.tiling import needs_whole, plan_tiles
 from unetlib.visualize import mask_to_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -50,6 +53,7 @@ BATCHES = 16  # in a block, the piece of work for a Ray actor: many hide its ove
 
 def main(argv: list[str] | None = None) -> int:
     """Write the masks that are missing; 0 where every picture has one now, 1 where some failed."""
+    print_any_letter()
     args = parse_args(argv)
     try:
         model = UNet.from_pretrained(args.model)
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
     if args.threshold is not None and model.config.out_channels > 1:
         sys.exit("--threshold is for one output channel; several are decided by the largest logit, so leave it out")
+    check_tile(model, args.tile, args.overlap, mirrored=bool(args.tta))
     outcomes = predict_with_ray if args.ray else predict_files
     written = 0
     try:
@@ -92,6 +97,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"the reasons are in {args.masks / FAILED}", file=sys.stderr)
     return 1
+
+
+def check_tile(model: UNet, tile: int | None, overlap: int | None, *, mirrored: bool) -> None:
+    """End where the network cannot do such tiles, for which every picture that is cut into them would fail."""
+    size = model.preprocessing.size
+    if tile is not None and size is None and (overlap is not None or not needs_whole(model.config)):
+        size = ((tile + 1) * model.config.stride,) * 2  # of a picture that is cut; others ask for no less
+    if tile is None or size is None or max(size) <= tile:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again with the pictures
+            plan_tiles(model.config, size, (tile, tile), overlap, mirrored=mirrored)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        sys.exit(f"--tile {tile}: {reason}; give a larger --tile, or a smaller --overlap for an approximate result")
 
 
 def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[str], int, dict[str, str]]:

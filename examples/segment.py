@@ -8,7 +8,7 @@ python examples/segment.py --model runs/carvana/model photo.jpg
 from __future__ import annotations
 
 import argparse
-import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
+from unetlib.console import print_any_letter
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.imaging import read_image
 from unetlib.rasters import is_huge_tiff, open_raster
@@ -27,9 +28,8 @@ SAMPLE = Path(__file__).parent / "car.jpg"
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_letter()
     args = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack the letters of a picture's name
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         segment(args)
     except (ValueError, OSError) as error:  # what the library says is wrong with a file or an option
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 def segment(args: argparse.Namespace) -> None:
     """Write the masks and overlays of all pictures."""
     pictures = find_pictures(args.pictures)
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file; name a folder for the masks and overlays")
     if args.out.resolve() in {picture.parent.resolve() for picture in pictures}:
         raise ValueError(f"--out {args.out} is the folder of the pictures, whose files it could replace; name another")
     model = UNet.from_pretrained(args.model, device=args.device)
@@ -57,7 +59,7 @@ def segment(args: argparse.Namespace) -> None:
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
-    """The pictures among files and folders; two that would write the same mask are refused."""
+    """The pictures among files and folders, each once; two that would write the same mask are refused."""
     found = []
     for path in paths:
         inside = [path]
@@ -66,6 +68,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
         if not inside:
             sys.exit(f"no picture in {path}")
         found += inside
+    found = list({os.path.abspath(path): path for path in found}.values())  # one may be given beside its folder
     by_mask: dict[str, Path] = {}
     for path in found:
         first = by_mask.setdefault(path.stem.casefold(), path)  # X.png is x.png on Windows and macOS

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import importlib.util
-import json
 import math
 import os
 import shlex
@@ -38,6 +37,7 @@ from training_options import (
     ADVICE,
     CHECKPOINT,
     PRESETS,
+    as_json,
     check_new,
     ignored,
     load_run,
@@ -58,6 +58,7 @@ from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet,
 from unetlib.averaging import follow
 from unetlib.cards import training_card
 from unetlib.checkpoints import check_space, random_state, save_checkpoint, set_random_state
+from unetlib.console import print_any_letter
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
 from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches
@@ -68,6 +69,7 @@ from unetlib.visualize import comparison, learning_curves
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_letter()
     args = parse_args(argv)
     check_new(args)
     with joined_processes(args.device) as process:
@@ -114,6 +116,7 @@ def train(
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.checkpoint_gradients = args.checkpoint_gradients
     average = copy.deepcopy(model) if args.ema else None
     forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
     if args.compile:
@@ -151,7 +154,10 @@ def train(
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
         if len(state["random"]) == world:
             set_random_state(state["random"][rank])
-        say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
+        if epoch < args.epochs:
+            say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
+        else:
+            say(f"the run is finished: its {epoch} epochs are done, and only what its end writes is written again")
     say(f"{len(names)} pictures to train on, {len(val_set)} to validate on, {world} x {device}, {args.precision}")
 
     writer = None
@@ -245,7 +251,7 @@ def train(
 
     if rank == 0:
         with room_asked_for(args.out):
-            (args.out / "history.json").write_text(json.dumps(history, indent=1))
+            (args.out / "history.json").write_text(as_json(history, indent=1))
             if importlib.util.find_spec("matplotlib"):
                 learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
             else:

@@ -54,6 +54,7 @@ AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least
 
 # What may differ between the parts of a resumed run; everything else decides where it ends.
 FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
+FREE |= {"checkpoint_gradients"}
 
 IGNORED = 255  # the class of pixels that do not count
 
@@ -88,7 +89,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures")
-    add("--init", help="start from these weights (a zoo name or a model folder) instead of random ones")
+    add("--init", help="start from these weights: a zoo name, model folder, checkpoint file or Hub repository")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--features", type=int, nargs="+", help="width of each level (64 128 256 512); with --init, to grow to")
     add("--bottleneck", type=int, help="width of the deepest block; with --init, to grow to")
@@ -125,6 +126,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda)
     add("--compile", action="store_true", help="torch.compile")
+    add("--checkpoint-gradients", action="store_true", help="compute maps again instead of keeping them: slower, less memory")
     add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
     add("--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures; the rest is decoded again")
     add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures")
@@ -177,8 +179,8 @@ def out_of_memory_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SystemExit(
-            f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --accumulate 2 or more, "
-            "or a smaller --batch-size, --size or --features"
+            f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --checkpoint-gradients, "
+            "--accumulate 2 or more, or a smaller --batch-size, --size or --features"
         ) from error
 
 
@@ -329,9 +331,22 @@ def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
 
 
+def as_json(value: Any, indent: int) -> str:
+    """JSON of scores; it has no NaN, for which null stands."""
+
+    def nulled(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: nulled(inner) for key, inner in part.items()}
+        if isinstance(part, list):
+            return [nulled(inner) for inner in part]
+        return None if isinstance(part, float) and math.isnan(part) else part
+
+    return json.dumps(nulled(value), indent=indent, allow_nan=False)
+
+
 def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
-    """The `mask_values` of classes, in their order, and of a value whose pixels do not count."""
-    return {value: k for k, value in enumerate(value for value in values if value != ignore)} | {ignore: IGNORED}
+    """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
+    return {value: k for k, value in enumerate(values)} | {ignore: IGNORED}
 
 
 def ignored(args: argparse.Namespace) -> int | None:

@@ -16,7 +16,8 @@ def test_what_fits_is_given_back():
     assert rising("crop", [0.5, 1], 0, 1) == (0.5, 1)
     assert (rising("crop", UserList([0.5, 1]), 0, 1), height_and_width(UserList([4, 6]))) == ((0.5, 1), (4, 6))
     at_least("noise", 0.0, 0)
-    at_least("p", 1, 0, 1)
+    for one in (1, np.float32(1), np.array(1.0), torch.tensor(1.0)):
+        at_least("p", one, 0, 1)
     assert needed("math", "a plot", "examples") is math
 
 
@@ -51,6 +52,8 @@ def test_devices_are_there_or_named(monkeypatch):
         (lambda: rising("scale", ("1", "2"), 0), ValueError, r"not \('1', '2'\)"),
         (lambda: at_least("smooth", "1e-5", 0), ValueError, "smooth must be 0 or more, not '1e-5'"),
         (lambda: at_least("rotation", (-10, 10), 0), ValueError, r"rotation must be 0 or more, not \(-10, 10\)"),
+        (lambda: at_least("noise", np.zeros(2), 0), ValueError, r"noise must be 0 or more, not array\(\[0"),
+        (lambda: rising("scale", (1, torch.ones(2)), 0), ValueError, r"not \(1, tensor"),
         (lambda: at_least("noise", -0.1, 0), ValueError, "noise must be 0 or more, not -0.1"),
         (lambda: at_least("p", 2, 0, 1), ValueError, "p must be from 0 to 1, not 2"),
         (lambda: at_least("noise", math.nan, 0), ValueError, "not nan"),

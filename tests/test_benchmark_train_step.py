@@ -15,6 +15,9 @@ def test_all_take_the_same_step_and_the_figures_are_written(tmp_path, capsys):
     assert results["shape"] == "2x32x48"
     assert {"study", "fp32 contiguous", "fp32 channels_last"} <= set(rows)
     assert sum(name.endswith("memory kept") for name in rows) == 1
+    again, kept = ([row for name, row in rows.items() if name.endswith(end)] for end in ("again", "bce-dice"))
+    assert again[0]["first_loss"] == kept[0]["first_loss"]
+    assert 0 < again[0]["peak_bytes"] < kept[0]["peak_bytes"]
     assert rows["study"]["ratio"] == 1
     printed = capsys.readouterr().out
     for name, row in rows.items():

@@ -147,6 +147,10 @@ def test_dropout_drops_whole_channels_and_only_while_training():
 
 
 def test_unknown_norms_and_activations_list_the_known():
+    for option in ("foo", "first_norm"):
+        for upsample in ("transpose", "nearest_conv"):
+            with pytest.raises(TypeError, match=f"^Up has no option {option}; it has mid_channels"):
+                Up(8, 4, upsample=upsample, **{option: False})
     with pytest.raises(ValueError, match="norm must be one of batch, instance, group, none, got 'layer'"):
         DoubleConv(3, 8, norm="layer")
     with pytest.raises(ValueError, match="activation must be one of relu, leaky_relu, elu, gelu, silu, got 'tanh'"):

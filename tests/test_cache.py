@@ -159,9 +159,9 @@ def test_pictures_that_exif_turns(tmp_path):
 
 
 def test_the_transform_is_called_afresh_on_copies(folders):
-    def spoiling(image, mask):
-        calls.append(image.clone())
-        return image.zero_(), mask.zero_()
+    def spoiling(picture, target):
+        calls.append(picture.clone())
+        return picture.zero_(), target.zero_()
 
     calls: list[torch.Tensor] = []
     cached = CachedDataset(CarvanaDataset(*folders), transform=spoiling)
@@ -183,6 +183,19 @@ def test_presets_take_masks_as_bits(folders):
     image, mask = cached[0]
     assert mask.dtype == torch.bool
     assert image.shape[1:] == mask.shape == SIZES[0]
+
+
+@pytest.mark.parametrize("size", [None, SMALL])
+def test_albumentations_get_arrays_by_keyword(folders, size):
+    A = pytest.importorskip("albumentations")
+    pipeline = A.Compose([A.Resize(height=20, width=30), A.HorizontalFlip(p=1.0)])
+    cached = CachedDataset(CarvanaDataset(*folders), size, transform=pipeline)
+    plain = CachedDataset(CarvanaDataset(*folders), size)
+    for index in range(4):
+        image, mask = plain[index]
+        expected = pipeline(image=image.permute(1, 2, 0).numpy(), mask=mask.float().numpy())
+        assert_equal(cached[index], (expected["image"], expected["mask"]))
+        assert cached[index][1].dtype == np.float32
 
 
 # --- the budget
@@ -317,6 +330,10 @@ def test_wrong_arguments(folders):
         CachedDataset([dataset])
     with pytest.raises(TypeError, match="transform must be callable"):
         CachedDataset(dataset, transform=SMALL)
+    with pytest.raises(TypeError, match="function does not take a picture and its mask; give a preset"):
+        CachedDataset(dataset, transform=lambda image: image)
+    with pytest.raises(TypeError, match=r"one picture at a time, not slice\(0, 2, None\); dataset\.subset"):
+        CachedDataset(dataset)[0:2]
     for size in ((16,), 16):
         with pytest.raises(TypeError, match=r"must be a pair \(height, width\)"):
             CachedDataset(dataset, size)

@@ -54,6 +54,7 @@ def test_a_config_written_before_the_options_of_other_projects_builds_the_same_n
         ("features", 64, "sequence of widths"),
         ("features", "64", "sequence of widths"),
         ("features", {64: 128}, "sequence of widths"),
+        ("features", {64, 128}, "sequence of widths"),
         ("features", (), "at least one width"),
         ("features", None, "sequence of widths"),
         ("bottleneck", 0, "positive integer"),

@@ -12,6 +12,7 @@ from study import StudyUNet, randomize
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import unetlib
 from unetlib import Preprocessing, UNet, UNetConfig
 from unetlib.convert import FAMILIES, convert, export_state_dict
 
@@ -526,8 +527,8 @@ def test_counters_that_old_files_lack_are_filled_in():
         (lambda: StudyUNet(features=(4, 8)), Preprocessing(size=(160, 240), mean=0, std=1, threshold=0.5), None),
         (milesial, Preprocessing(scale=0.5), "its scale is not in the file"),
         (mateuszbuda, Preprocessing(size=(256, 256)), "normalised by the statistics of their own MRI volume"),
-        (fepegar, Preprocessing(), "assumed are padding=1, max pooling, ReLU"),
-        (monai, Preprocessing(), "default LeakyReLU(0.1)"),
+        (fepegar, Preprocessing(), "ReLU and pixels in [0, 1]. For another activation: unetlib.convert.convert(torch.load("),
+        (monai, Preprocessing(), "LeakyReLU(0.1) and pixels in [0, 1]. For another activation: unetlib.convert.convert("),
         (leejunhyun, Preprocessing(mean=0.5, std=0.5), "size of its pictures is not in the file"),
         (nested, Preprocessing(), "scaling of its pictures"),
         (usuyama, Preprocessing(), "scaling of its pictures"),
@@ -540,6 +541,16 @@ def test_the_familys_preprocessing_comes_along_and_what_is_unknown_is_said(build
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == (warning is not None)
     assert warning is None or warning in warnings[0]
+
+
+def test_the_call_that_a_warning_names_tells_another_activation(tmp_path, caplog):
+    peer, path = randomize(monai(act="elu")), tmp_path / "unet.pt"
+    torch.save(peer.state_dict(), path)
+    UNet.from_pretrained(path)
+    call = caplog.messages[-1].rpartition("For another activation: ")[2]
+    model, x = eval(call, {"unetlib": unetlib, "torch": torch, "path": path}), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(x), peer(x))
 
 
 @pytest.mark.parametrize("name", ["unet_carvana_scale0.5_epoch2.pth", "last.ckpt"])
@@ -602,6 +613,17 @@ def test_relatives_of_a_family_are_refused_and_the_nearest_is_named(build, extra
         convert(state)
 
 
+def test_networks_unlike_any_family_are_sent_to_their_own_library_and_none_is_called_near():
+    from monai.networks.nets import DynUNet, UNet as ResidualUNet
+    from segmentation_models_pytorch import Unet as UNetOfResNet
+
+    residual = ResidualUNet(2, 3, 1, channels=(2, 4), strides=(2,), num_res_units=1)
+    like_nnunet = DynUNet(2, 3, 1, kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[2, 4, 8])
+    for network in (UNetOfResNet("resnet18", encoder_weights=None), residual, like_nnunet):
+        with pytest.raises(ValueError, match=r"none has any of its keys: '.*; networks with pretrained .* own library$"):
+            convert(network.state_dict())
+
+
 @pytest.mark.parametrize(
     "key", ["downs.0.conv.2.weight", "ups.0.conv.0.weight", "ups.1.weight", "xdowns.0.conv.0.weight", "final_conv", 7]
 )
@@ -645,7 +667,7 @@ def test_a_tensor_that_tells_the_network_must_be_there_and_have_four_dimensions(
 def test_a_network_in_three_dimensions_is_refused():
     from monai.networks.nets import BasicUNet
 
-    with pytest.raises(ValueError, match="the one it has is 5-D"):
+    with pytest.raises(ValueError, match="monai checkpoint is of a 3-D network; 3-D networks are not supported"):
         convert(BasicUNet(spatial_dims=3, features=(2, 2, 4, 4, 8, 2)).state_dict())
 
 

@@ -271,6 +271,10 @@ def test_parts_are_taken_by_number(folders):
     for yes_and_no in ([True, False], np.array([True, False])):
         with pytest.raises(TypeError, match="subset takes the numbers of the pairs, such as"):
             dataset.subset(yes_and_no)
+    for number in (-99, 99):
+        with pytest.raises(IndexError, match=f"there is no pair {number}: the data set has {len(dataset)}, numbered from 0"):
+            dataset.subset([0, number])
+    assert dataset.subset([-1]).images == dataset.images[-1:]
     with pytest.raises(TypeError, match=r"one picture at a time, not slice\(0, 2, None\); dataset\.subset"):
         dataset[0:2]
 
@@ -490,3 +494,8 @@ def test_rle_that_cannot_be(rle, message):
 def test_rle_from_an_empty_cell_of_a_table():
     with pytest.raises(TypeError, match="pandas"):
         rle_decode(float("nan"), (2, 3))
+
+
+def test_rle_of_a_shape_that_is_no_pictures():
+    with pytest.raises(TypeError, match=r"shape=\(2, 3, 4\) must be a pair \(height, width\)"):
+        rle_decode("1 2", (2, 3, 4))

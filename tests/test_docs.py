@@ -23,7 +23,7 @@ from unetlib.synthetic import render_scene
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-INTERNAL = {"arguments", "boundary", "counts", "files", "gradients", "terms"}  # pieces of others, without stable names
+INTERNAL = {"arguments", "boundary", "console", "counts", "files", "gradients", "terms"}  # pieces of others; no stable names
 FRAGMENTS = {"README.md", "losses-and-metrics.md"}  # their blocks are parts of programs
 MODULES = sorted({module.name for module in pkgutil.iter_modules(unetlib.__path__)} - INTERNAL)
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

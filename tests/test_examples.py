@@ -73,6 +73,16 @@ def test_segmenting_refuses_masks_that_would_overwrite_each_other(tmp_path, othe
         example("segment").main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
 
 
+def test_segmenting_takes_a_picture_once_however_often_it_is_given(tmp_path, monkeypatch, capsys):
+    model = str(UNet(features=(8,)).save_pretrained(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Image.new("L", (30, 20)).save("in/a.png")
+    pictures = ["in/a.png", "in", "in/../in/a.png", str(tmp_path / "in" / "a.png")]
+    example("segment").main([*pictures, "--model", model, "--out", "out", "--device", "cpu"])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 def test_segmenting_into_the_folder_of_the_pictures_would_replace_their_masks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_carvana(tmp_path, cars=1, views=[1], size=(40, 60))
@@ -86,14 +96,31 @@ def test_segmenting_into_the_folder_of_the_pictures_would_replace_their_masks(tm
     assert sorted((tmp_path / "train").iterdir()) == sorted([picture, mine])
 
 
-def test_segmenting_says_names_that_the_output_has_no_letters_for(tmp_path):
-    model = UNet(features=(8,)).save_pretrained(tmp_path / "model")
-    Image.new("L", (30, 20)).save(tmp_path / "\u8f66.png")
-    command = [sys.executable, str(ROOT / "examples" / "segment.py"), str(tmp_path / "\u8f66.png"), "--model", str(model)]
-    options = {"stdout": subprocess.PIPE, "check": True, "env": {**os.environ, "PYTHONIOENCODING": "cp1252"}}
-    done = subprocess.run([*command, "--out", str(tmp_path / "out"), "--device", "cpu"], **options)
-    assert b"\\u8f66_mask.png" in done.stdout
-    assert (tmp_path / "out" / "\u8f66_overlay.png").is_file()
+SMALL = "--features 8 --size 32 48 --batch-size 2 --epochs 1 --device cpu --precision fp32 --workers 0 --no-channels-last"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("segment", "{0}/train --out {0}/out --model ./model --device cpu"),
+        ("predict_folder", "{0}/train {0}/out --model ./model --device cpu"),
+        ("finetune", f"--data {{0}} --out {{0}}/out {SMALL}"),
+        ("train_carvana", f"--synthetic 8 --out {{0}}/out {SMALL}"),
+    ],
+)
+def test_names_that_the_output_has_no_letters_for_are_said(tmp_path, name, options):
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    for folder in ("train", "train_masks"):
+        (tmp_path / "\u8f66" / folder).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.new("L", (48, 32))
+            picture.paste(255, (0, 0, 24, 32))
+            picture.save(tmp_path / "\u8f66" / folder / f"\u8f66{number}.png")
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *options.format("\u8f66").split()]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True)
+    assert b"\\u8f66" in done.stdout
+    assert list((tmp_path / "\u8f66" / "out").iterdir())
 
 
 def test_segmenting_several_classes(tmp_path):
@@ -112,6 +139,7 @@ def test_what_cannot_be_segmented_is_one_clear_error(tmp_path):
         (["--model", "carvanna"], "Did you mean 'carvana'"),
         (["--model", str(tmp_path / "model"), "nosuch.jpg"], "there is no file 'nosuch.jpg'"),
         (["--model", str(tmp_path / "model"), "--out", str(tmp_path / "file" / "out")], "file/out"),
+        (["--model", str(tmp_path / "model"), "--out", str(tmp_path / "file")], r"^--out \S+file is a file; name a folder"),
     ):
         with pytest.raises(SystemExit, match=message):
             example("segment").main(["--out", str(tmp_path / "out"), "--device", "cpu", *options])

@@ -286,6 +286,31 @@ def test_compiled():
         assert error(fast(x), model(x)) <= 1e-5
 
 
+def test_a_compiler_around_a_copy_leaves_it_alone():
+    """In a process of its own, which a traced copy would break down."""
+    code = """
+import torch
+from unetlib import UNet
+from unetlib.fast import optimize_for_inference
+model, x = UNet(features=(16, 32)).eval(), torch.rand(1, 3, 96, 96)
+picture = (255 * x[0]).byte()
+with torch.inference_mode():
+    expected = model(x).sigmoid()
+for before in (0, 2):  # calls, the second of which is recorded
+    fast = optimize_for_inference(model)
+    for _ in range(before):
+        fast(x)
+    cases = (fast, x), (lambda x: fast(x).sigmoid(), x), (lambda x: model.predict(x, probabilities=True), picture)
+    for function, given in cases:
+        compiled = torch.compile(function, backend="eager")
+        for _ in range(3):
+            found = torch.as_tensor(compiled(given)).reshape(1, 1, 96, 96)
+        assert torch.allclose(found.sigmoid() if function is fast else found, expected, atol=2e-3)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_model_stays_as_it_is_and_the_copy_does_not_follow_it():
     model = trained().train()
     before = copy.deepcopy(model.state_dict())
@@ -390,6 +415,12 @@ def test_knows_what_predict_needs():
     fast = optimize_for_inference(model)
     assert fast.config == model.config
     assert fast.preprocessing == model.preprocessing
+    with pytest.raises(TypeError, match="must be a Preprocessing"):
+        fast.preprocessing = (32, 48)
+    with pytest.raises(ValueError, match="std has 2 numbers"):
+        fast.preprocessing = Preprocessing(std=(1, 2))
+    fast.preprocessing = Preprocessing(threshold=0.4)
+    assert (fast.preprocessing.threshold, model.preprocessing.threshold) == (0.4, 0.3)
     assert fast.device == torch.device("cpu")
     assert not fast.training
 
@@ -564,6 +595,12 @@ def test_a_trial_takes_times(dtype):
     found = network._trial(16, dtype, (PrepackedLevel, PlainLevel))
     assert list(found) == [PrepackedLevel, PlainLevel]
     assert all(seconds > 0 for seconds in found.values())
+
+
+def test_a_trial_draws_nothing_from_the_chance_of_the_program():
+    before = torch.get_rng_state()
+    network._trial(16, torch.float32, (PrepackedLevel,))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_winograds_method_may_hold_counts(monkeypatch):

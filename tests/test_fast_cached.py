@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from unetlib import UNet
 from unetlib.fast import cached
@@ -233,6 +234,21 @@ def test_what_is_idle_in_evaluation_mode_does_not_count():
             module.p = 0.1
     assert fast_copy(network) is not None
     np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
+
+
+def test_what_has_been_pruned_or_normed_and_is_made_plain_again_has_a_copy():
+    network = model()
+    conv = network.encoder[1].conv1
+    for make, remove in (
+        (lambda: prune.l1_unstructured(conv, "weight", 0.5), lambda: prune.remove(conv, "weight")),
+        (lambda: parametrizations.weight_norm(conv), lambda: parametrize.remove_parametrizations(conv, "weight")),
+        (lambda: nn.utils.spectral_norm(conv), lambda: nn.utils.remove_spectral_norm(conv)),
+    ):
+        make()
+        assert fast_copy(network) is None
+        remove()
+        assert fast_copy(network) is not None
+        np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
 
 
 def test_looking_draws_no_random_numbers():

@@ -207,12 +207,52 @@ def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path,
     assert "--ignore 255 needs the values of the classes, such as" in capsys.readouterr().err
 
 
+def test_a_value_among_the_classes_that_does_not_count_shifts_no_class(example, tmp_path, capsys):
+    data, values = tmp_path / "mine", (0, 1, 2, 3)
+    write(data, values=values)
+    write(data, count=2, values=values, split="val")
+    (data / "classes.txt").write_text("ground\nroad\nvoid\ncar\n")
+    example("finetune").main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, "--ignore", "2"])
+    model = UNet.from_pretrained(tmp_path / "out" / "model")
+    assert (model.preprocessing.class_names, model.config.out_channels) == (("ground", "road", "car"), 3)
+    assert np.unique(loaded(example, "--data", data, "--ignore", "2")[1][0][1]).tolist() == [0, 1, 2, 255]
+    (entry,) = json.loads((tmp_path / "out" / "history.json").read_text())["epochs"]
+    folders = ["--images", str(data / "val"), "--masks", str(data / "val_masks"), "--mask-suffix", "", "--device", "cpu"]
+    options = [*folders, "--ignore", "2", "--mask-values", "0", "1", "3"]
+    capsys.readouterr()
+    example("evaluate").main(["--model", str(tmp_path / "out" / "model"), *options])
+    assert json.loads(capsys.readouterr().out)["dice"] == pytest.approx(entry["dice"], abs=0.01)  # stored in half precision
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    torch.nn.init.constant_(model.head.bias[-1:], 1.0)  # all of it is a car
+    model.save_pretrained(tmp_path / "cars")
+    example("evaluate").main(["--model", str(tmp_path / "cars"), *options, "--objects"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["dice of each class"] == pytest.approx({"ground": 0, "road": 0, "car": 0.5})
+    assert scores["rand"] is not None
+    with pytest.raises(SystemExit):
+        example("evaluate").main(["--model", str(tmp_path / "cars"), *options, "2"])
+    assert "the model has 3 classes (ground, road, car); name the masks' values in their order" in capsys.readouterr().err
+
+
+def test_a_class_that_does_not_count_in_scores_leaves_the_others_their_numbers(example, tmp_path, capsys):
+    write(tmp_path, values=(0, 1, 2))
+    model = UNet(features=(8,), out_channels=3)
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
+    torch.nn.init.constant_(model.head.bias[-1:], 1.0)  # all of it is the last class
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    options = ["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu"]
+    example("evaluate").main([*options, "--mask-values", "0", "1", "2", "--ignore", "0"])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["accuracy"] == pytest.approx(0.5, abs=0.02)
+    assert scores["dice of each class"] == pytest.approx({"0": None, "1": 0, "2": 2 / 3}, abs=0.02)
+
+
 def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):
     write(tmp_path, values=(0, 2))  # each of which would be read as 0 and 1
     UNet(out_channels=3, features=(8,)).save_pretrained(tmp_path / "model")
     folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
     for option, message in (
-        ([], "the model has 3 classes; name the masks' values in their order: --mask-values 0 1 2"),
+        ([], "the model has 3 classes (0, 1, 2); name the masks' values in their order, such as --mask-values 0 1 2"),
         (["--nonzero", "--mask-values", "0", "1", "2"], "give one, not both"),
     ):
         with pytest.raises(SystemExit):
@@ -242,6 +282,21 @@ def test_a_class_that_is_nowhere_has_no_score(example, tmp_path, capsys):
         with pytest.raises(SystemExit):
             example("evaluate").main([*options, "--synthetic", "1", *wrong])
         assert message in capsys.readouterr().err
+
+
+def no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def test_where_nothing_is_to_be_found_and_nothing_is_found_the_scores_are_null(example, tmp_path, capsys):
+    write(tmp_path, count=1, values=(0,))
+    model = UNet(features=(8,))
+    torch.nn.init.zeros_(model.head.weight), torch.nn.init.constant_(model.head.bias, -1.0)
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    options = ["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu", "--objects"]
+    example("evaluate").main(options)
+    scores = json.loads(capsys.readouterr().out, parse_constant=no_number)
+    assert [scores[name] for name in ("dice", "ap", "rand", "edge_f", "accuracy")] == [None, None, None, None, 1.0]
 
 
 def test_scenes_come_to_an_end(example):
@@ -318,6 +373,32 @@ def test_classes_are_the_masks_values_in_order(example, tmp_path, values, classe
     found, train_set, _, _ = loaded(example, "--data", tmp_path)
     assert found == names
     assert np.unique(train_set[0][1]).tolist() == held
+
+
+@pytest.mark.parametrize(
+    ("values", "ignore", "classes_txt", "names", "held"),
+    [
+        ((0, 1, 2, 3), 2, None, ["class 0", "class 1", "class 3"], [0, 1, 2, 255]),
+        ((0, 1, 2, 3), 2, "a\nb\nc", ["a", "b", "c"], [0, 1, 2, 255]),  # of the values that count, in rising order
+        ((0, 2, 3), 2, "a\nb\nvoid\nd", ["a", "b", "d"], [0, 2, 255]),  # class 1 is in none of these masks
+        ((0, 1, 2), 0, "void\nb\nc", ["b", "c"], [0, 1, 255]),
+        ((0, 2, 255), 255, "a\nb\nc", ["a", "b", "c"], [0, 2, 255]),
+    ],
+)
+def test_a_value_that_does_not_count_is_no_class(example, tmp_path, values, ignore, classes_txt, names, held):
+    write(tmp_path, values=values)
+    if classes_txt:
+        (tmp_path / "classes.txt").write_text(classes_txt)
+    found, train_set, _, _ = loaded(example, "--data", tmp_path, "--ignore", ignore)
+    assert found == names
+    assert np.unique(train_set[0][1]).tolist() == held
+
+
+def test_a_line_for_a_value_that_does_not_count_is_one_too_many_where_lines_name_values_in_order(example, tmp_path):
+    write(tmp_path, values=(0, 10, 20))
+    (tmp_path / "classes.txt").write_text("a\nvoid\nb")
+    with pytest.raises(ValueError, match=r"names 3 classes \(a, void, b\), .* hold 2 values \(0, 20\) beside --ignore 10$"):
+        loaded(example, "--data", tmp_path, "--ignore", "10")
 
 
 def test_white_of_one_bit_is_white_of_eight(example, tmp_path):

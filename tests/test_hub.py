@@ -362,6 +362,22 @@ def test_without_network_the_cache_serves(unreachable, cache, tmp_path, caplog):
         UNet.from_pretrained("owner/name", cache_dir=cache)
 
 
+def test_without_network_info_comes_from_the_cache_too(unreachable, cache):
+    root, commit = cache / "models--owner--name", "a" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    UNet(features=(5,)).save_pretrained(root / "snapshots" / commit)
+    (root / "snapshots" / commit / CARD).unlink()
+    info = model_info("owner/name", cache_dir=cache)
+    assert (info.config.features, info.card) == ((5,), {})
+
+
+def test_the_home_of_a_user_who_is_not_here_is_no_cache(unreachable):
+    with pytest.raises(FileNotFoundError, match="'~nobody-of-that-name' names the home folder of a user who is not here"):
+        UNet.from_pretrained("owner/name", cache_dir="~nobody-of-that-name")
+    assert not unreachable
+
+
 def test_the_cache_is_for_all_who_may_read_it_and_is_not_written_for_nothing(server, repository, cache, model):
     UNet.from_pretrained("owner/name", cache_dir=cache)
     ref = cache / "models--owner--name" / "refs" / "main"

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
+from unetlib import UNet
 from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -116,9 +118,45 @@ def test_12_bit_grey_reaches_white(tmp_path):
         head = b"II*\0" + struct.pack("<I", 16) + data.ljust(8, b"\0")
         (tmp_path / f"{bits}.tif").write_bytes(head + struct.pack("<H", len(tags)) + stored + bytes(4))
     assert read_image(tmp_path / "12.tif", "L")[..., 0].tolist() == [[0, 128, 255]]
-    assert read_image(tmp_path / "16.tif", "L")[..., 0].tolist() == [[0, 8, 16]]
+    with pytest.warns(UserWarning, match="uses 12 or fewer of its 16 bits"):
+        assert read_image(tmp_path / "16.tif", "L")[..., 0].tolist() == [[0, 8, 16]]
     with Image.open(tmp_path / "12.tif") as image:
         assert read_image(image, "L")[..., 0].tolist() == [[0, 128, 255]]
+
+
+DEEP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+
+
+@pytest.mark.parametrize("source", ["grey.png", "grey.tif", "colour.png", "colour.tif", Image.fromarray(DEEP)])
+def test_12_bits_in_16_become_nearly_black_with_a_warning(tmp_path, source):
+    def save(name: str, levels: np.ndarray) -> Path:
+        if name == "colour.png":
+            (tmp_path / name).write_bytes(png_16_bit_rgb(levels))
+        else:
+            tifffile.imwrite(tmp_path / name, levels) if name == "colour.tif" else Image.fromarray(levels).save(tmp_path / name)
+        return tmp_path / name
+
+    colour = np.repeat(DEEP[..., None], 3, axis=2)
+    if isinstance(source, str):
+        levels = colour if source.startswith("colour") else DEEP
+        source = save(source, levels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for other in (levels * 0, levels + (levels == 4095), levels * 16):
+                read_image(save(source.name, other))
+        save(source.name, levels)
+    with pytest.warns(UserWarning, match=r"no value above 4095: it uses 12 .* torch\.from_numpy\(picture / 4095\)") as said:
+        assert read_image(source).max() <= 16
+    assert len(said) == 1
+
+
+def test_predict_takes_the_tensor_that_the_warning_names():
+    with pytest.warns(UserWarning, match="uses 12 or fewer") as said:
+        read_image(Image.fromarray(DEEP))
+    tensor = eval(str(said[0].message).rpartition("of a grey picture ")[2], {"torch": torch, "picture": DEEP})
+    assert tensor.max() == 1
+    for channels in (1, 3):
+        assert UNet(in_channels=channels, features=(2,)).predict(tensor).shape == DEEP.shape
 
 
 def test_a_picture_of_too_many_pixels_for_pillow_is_told_how_to_open_it(tmp_path, monkeypatch):
@@ -495,7 +533,7 @@ def test_impossible_mask_values(mask_values, error, message):
 @pytest.mark.parametrize("mode", ["L", "I;16", "RGBA"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_open_tiff_is_turned_as_its_file_is(tmp_path, mode, orientation):
-    pixels = np.arange(6, dtype=np.uint16 if mode == "I;16" else np.uint8).reshape(2, 3) * 40
+    pixels = np.arange(6, dtype=np.uint16 if mode == "I;16" else np.uint8).reshape(2, 3) * (9000 if mode == "I;16" else 40)
     pixels = np.stack([pixels] * 3 + [np.full_like(pixels, 255)], axis=-1) if mode == "RGBA" else pixels
     Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={274: orientation})
     with Image.open(tmp_path / "a.tif") as image:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,7 +322,7 @@ def test_bad_thresholds(model, picture, threshold):
         model.predict(picture, threshold=threshold)
 
 
-@pytest.mark.parametrize("threshold", ["0.5", [0.5], True])
+@pytest.mark.parametrize("threshold", ["0.5", [0.5], True, np.array([0.4, 0.6]), torch.tensor([0.4, 0.6])])
 def test_thresholds_that_are_no_numbers(model, picture, threshold):
     with pytest.raises(ValueError, match=rf"threshold must be a probability in \(0, 1\), got {re.escape(repr(threshold))}"):
         model.predict(picture, threshold=threshold)
@@ -507,11 +508,20 @@ def test_another_tta_is_refused(model, picture, tta):
         model.predict(picture, tta=tta)
 
 
+@pytest.mark.parametrize("tta", [True, "mirror"])
+def test_tta_in_tiles_is_tta_of_the_whole_picture_at_any_size(wide, tta, recwarn):
+    torch.manual_seed(0)
+    odd, model = wide[:85, :131], UNet(features=(8, 16), match="replicate")
+    found = model.predict(odd, probabilities=True, tta=tta, tile=80)
+    assert not recwarn.list
+    np.testing.assert_allclose(found, model.predict(odd, probabilities=True, tta=tta), atol=1e-6)
+
+
 def test_tta_in_tiles_is_tta_of_the_whole_picture(model, wide):
     np.testing.assert_allclose(
         model.predict(wide, probabilities=True, tta=True, tile=72), model.predict(wide, probabilities=True, tta=True), atol=1e-6
     )
-    odd = wide[:85, :131]
+    odd = wide[:85, :131]  # of which match="resize" makes one with whole multiples
     padded = np.pad(odd, ((0, 3), (0, 1), (0, 0)), mode="edge")
     np.testing.assert_allclose(
         model.predict(odd, probabilities=True, tta=True, tile=72),
@@ -644,6 +654,7 @@ def test_sides_may_be_numbers_of_numpy(model, wide):
         lambda mask: mask[:, ::-1].copy()[:, ::-1],
         lambda mask: np.frombuffer(mask.tobytes(), np.uint8).reshape(mask.shape),
         lambda mask: mask.tolist(),
+        lambda mask: mask.astype(">i4"),
         torch.from_numpy,
     ],
 )
@@ -652,6 +663,23 @@ def test_evaluate_takes_masks_of_any_form(model, picture, form):
     found = model.predict(picture)
     scores = evaluate(model, [(picture, form(mask))])
     assert scores["accuracy"] == pytest.approx((found == mask).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda picture, mask: [("p.png", "m.png")],
+        lambda picture, mask: [(picture, Path("m.png"))],
+        lambda picture, mask: [(picture, None)],
+        lambda picture, mask: [(picture, mask, 3)],
+        lambda picture, mask: [picture],
+        lambda picture, mask: picture,
+        lambda picture, mask: "pictures",
+    ],
+)
+def test_evaluate_says_what_pairs_it_takes(model, picture, data):
+    with pytest.raises(TypeError, match=r"expected pairs of a picture and its mask as an array, got .*read_mask\(path\)"):
+        evaluate(model, data(picture, picture[..., 0] > 127))
 
 
 def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):

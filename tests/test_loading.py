@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from unetlib import CarvanaDataset
+from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, losses
 from unetlib.cache import CachedDataset
-from unetlib.loading import Augmented, AugmentedBatches, Draw, Resident, ShuffledBatches, listed, stacked
+from unetlib.loading import Augmented, AugmentedBatches, Draw, Resident, ShuffledBatches, listed, padded, stacked
 from unetlib.synthetic import write_carvana
-from unetlib.transforms import PerPicture, train_transform
+from unetlib.transforms import PerPicture, eval_transform, train_transform
 
 
 def test_each_picture_comes_once_a_pass_in_an_order_of_its_own():
@@ -137,6 +142,69 @@ def test_augmentation_leaves_the_chance_outside_alone():
     first, _, _ = Augmented(PAIRS, noisy)[Draw(0, 1)]
     assert torch.equal(torch.rand(1), expected)
     assert not torch.equal(first, Augmented(PAIRS, noisy)[Draw(0, 2)][0])
+
+
+# --- padded
+
+
+@pytest.mark.parametrize("kind", ["shares", "classes", "bools"])
+def test_pictures_of_different_sizes_are_padded_to_a_batch_whose_padding_counts_for_nothing(tmp_path, kind):
+    chance = np.random.default_rng(0)
+    for folder, shape in (("pictures", (3,)), ("masks", ())):
+        (tmp_path / folder).mkdir()
+        for name, size in (("a.png", (16, 40)), ("b.png", (24, 32))):
+            Image.fromarray(chance.integers(2, size=size + shape, dtype=np.uint8)).save(tmp_path / folder / name)
+    folders, keep = (tmp_path / "pictures", tmp_path / "masks"), eval_transform(size=None)
+    data = {
+        "shares": ImageMaskDataset(*folders, transform=keep),
+        "classes": ImageMaskDataset(*folders, mask_values=(0, 1), transform=keep),
+        "bools": CachedDataset(ImageMaskDataset(*folders), transform=keep),
+    }[kind]
+    with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
+        next(iter(DataLoader(data, batch_size=2)))
+    [(images, masks)] = DataLoader(data, batch_size=2, collate_fn=padded)
+    assert images.shape == (2, 3, 24, 40)
+    assert masks.shape == (2, 24, 40)
+    assert type(images) is type(masks) is torch.Tensor
+    assert masks.dtype == {"shares": torch.float32, "classes": torch.int64, "bools": torch.uint8}[kind]
+
+    logits = torch.randn(2, 2 if kind == "classes" else 1, 24, 40)
+    found, true = [], []
+    for (image, mask), batch_image, batch_mask, output in zip(data, images, masks, logits):
+        height, width = mask.shape
+        assert torch.equal(batch_image, F.pad(image, (0, 40 - width, 0, 24 - height)))
+        assert torch.equal(batch_mask[:height, :width], mask.to(masks.dtype))
+        assert (batch_mask == 255).sum() == 24 * 40 - height * width
+        found.append(output[:, :height, :width].flatten(1))
+        true.append(mask.flatten())
+    pixels, answers = torch.cat(found, dim=1), torch.cat(true)
+    if kind == "classes":
+        expected = F.cross_entropy(pixels.T, answers)
+    else:
+        expected = F.binary_cross_entropy_with_logits(pixels[0], answers.float())
+    torch.testing.assert_close(losses.cross_entropy_loss(logits, masks, ignore_index=255), expected)
+    torch.testing.assert_close(
+        losses.dice_loss(logits, masks, ignore_index=255, batch=True), losses.dice_loss(pixels[None], answers[None], batch=True)
+    )
+    metrics = SegmentationMetrics(logits.shape[1], ignore_index=255)
+    metrics.update(logits, masks)
+    assert metrics.confusion.sum() == answers.numel()
+
+
+def test_padding_holds_the_value_asked_for_in_every_channel_of_a_mask():
+    pairs = [(torch.ones(4, 2, 2), torch.ones(3, 2, 2)), (torch.ones(4, 1, 2), torch.ones(3, 1, 2))]
+    _, masks = partial(padded, ignore_index=-100)(pairs)
+    assert masks.tolist() == [[[[1, 1], [1, 1]]] * 3, [[[1, 1], [-100, -100]]] * 3]
+
+
+def test_what_cannot_be_padded_is_named():
+    image, mask = torch.ones(3, 2, 2), torch.ones(2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"masks of torch.uint8 cannot hold ignore_index=-100; .* as 255"):
+        padded([(image, mask)], ignore_index=-100)
+    with pytest.raises(ValueError, match=r"a picture has the size \(2, 2\) and its mask \(2, 1\)"):
+        padded([(image, mask), (image, mask[:, :1])])
+    with pytest.raises(TypeError, match=r"takes tensors, got ndarray and ndarray; .* eval_transform\(size=None\)"):
+        padded([(image.numpy(), mask.numpy())])
 
 
 # --- AugmentedBatches

@@ -769,7 +769,22 @@ def test_hard_predictions_give_the_index_itself(seed: int) -> None:
         (torch.zeros(4, 4), torch.zeros(4, 4), {}, r"logits\[None\]"),
         (torch.zeros(2, 4, 4), torch.ones(2, 4, 4), {}, r"sum to 1.*multilabel=True.*keep their channel.*without squeeze\(1\)"),
         (torch.zeros(2, 4, 4), torch.ones(2, 1, 4, 4), {}, r"does not fit 4-class logits.*without squeeze\(1\)"),
-        (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4), {}, r"none of them empty"),
+        (torch.zeros(0, 1, 4, 4), torch.zeros(0, 4, 4), {}, r"none of them empty, got \(0, 1, 4, 4\)$"),
+        *(
+            (
+                torch.zeros(1, channels, 2, 2),
+                mask,
+                {"ignore_index": value} | options,
+                f"^ignore_index={value} .*{left_out}.* 255{hint}$",
+            )
+            for channels, mask, options, left_out, hint in (
+                (1, torch.eye(2)[None], {}, "a sigmoid's two answers", ""),
+                (1, torch.eye(2)[None].bool(), {}, "a sigmoid's two answers", ""),
+                (2, torch.eye(2).expand(1, 2, 2, 2), {"multilabel": True}, "a sigmoid's two answers", ""),
+                (2, torch.stack([torch.eye(2), 1 - torch.eye(2)])[None], {}, "every pixel", ", or pass class indices"),
+            )
+            for value in (0, 1)
+        ),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"reduction": "avg"}, r"'mean', 'sum' or 'none', got 'avg'"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": torch.ones(2)}, r"shape \(1,\), got \(2,\)"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), {"weight": 2.0}, r"weight must .* shape \(1,\), got \(\)"),

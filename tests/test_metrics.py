@@ -221,9 +221,10 @@ def test_the_rule_for_empty_masks() -> None:
         assert score(nothing, full) == 0
     assert specificity_score(nothing, empty) == 1
     assert specificity_score(as_logits(full)[:, None], full).isnan()
-    assert specificity_score(nothing, full) == 0
+    assert specificity_score(nothing, full) == 0  # only the prediction has an outside
     ignored = torch.full((1, 4, 4), 255)
-    assert dice_score(one, ignored, ignore_index=255, empty=1.0).isnan()  # no pixel, no score, whatever `empty` is
+    for score in (dice_score, boundary_iou, boundary_f_score, hausdorff_distance):
+        assert score(one, ignored, ignore_index=255, empty=1.0).isnan()  # no pixel, no score, whatever `empty` is
     assert pixel_accuracy(one, ignored, ignore_index=255).isnan()
     # A class that is absent leaves the mean of the others alone.
     logits, target, _ = case("multiclass", (5, 6))
@@ -343,6 +344,14 @@ def test_boundaries_of_absent_classes() -> None:
         assert score(as_logits(square), square) == same
     ignored = square * 255  # nothing to be found in what is left
     assert boundary_iou(as_logits(square), ignored, ignore_index=255).isnan()
+    assert boundary_iou(as_logits(square), ignored, ignore_index=255, empty=1.0) == 1
+    pictures = torch.cat([ignored, torch.full_like(ignored, 255)])  # of the second no pixel counts
+    for score in (hausdorff_distance, boundary_f_score, boundary_iou):
+        scores = score(as_logits(square.expand(2, -1, -1, -1)), pictures, ignore_index=255, empty=1.0, reduction="none")
+        assert scores[:, 0].tolist() == pytest.approx([1, math.nan], nan_ok=True)
+        classes = as_logits(torch.cat([1 - square, square], 1)).expand(2, -1, -1, -1)
+        scores = score(classes, pictures, ignore_index=255, empty=1.0, reduction="none")
+        assert scores.isnan().tolist() == [[False, False], [True, True]]
     assert hausdorff_distance(as_logits(square), ignored, ignore_index=255).isnan()
     with pytest.raises(TypeError, match="batch"):
         hausdorff_distance(as_logits(square), square, batch=True)  # type: ignore[call-arg]
@@ -551,6 +560,9 @@ def test_empty_pictures_in_a_data_set() -> None:
 def test_accumulator_names_bad_input() -> None:
     with pytest.raises(ValueError, match="num_classes=0 must be 1 or more"):
         SegmentationMetrics(0)
+    for threshold in (5, "0.5"):
+        with pytest.raises(ValueError, match=f"threshold is a probability between 0 and 1, got {threshold!r}"):
+            SegmentationMetrics(threshold=threshold)
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) do not have num_classes=1 channels"):
         SegmentationMetrics().update(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4))
     for score in (SegmentationMetrics().update, boundary_iou):
@@ -629,7 +641,7 @@ def test_plot_draws_the_confusion_and_the_pictures() -> None:
         logits, target, _ = case(kind, (5, 6))
         metrics = fill(accumulator(kind, keep_pictures=True), logits, target, [3])
         names = ["background", "car"] if kind == "binary" else ["a", "b", "c"]
-        figure = metrics.plot(names)
+        figure = metrics.plot(np.array(names))
         matrix, histogram = figure.axes
         assert [label.get_text() for label in matrix.get_yticklabels()] == names
         shares = matrix.images[0].get_array()

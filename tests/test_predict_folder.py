@@ -20,7 +20,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from unetlib import UNet, inference, rasters
+from unetlib import Preprocessing, UNet, inference, rasters
 from unetlib.fast import FastUNet, network
 from unetlib.fast.levels import PrepackedLevel
 from unetlib.files import only_writer
@@ -380,6 +380,33 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_first_picture(scr
     (tmp_path / "masks").touch()
     with pytest.raises(SystemExit, match=r"cannot write to .*masks"):
         script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "options", "message"),
+    [
+        ({}, None, ["--tile", "32"], r"^--tile 32: a tile that sees \d+ .* must be at least \d+ .*, got 32; give a larger"),
+        ({}, (48, 48), ["--tile", "32"], r"^--tile 32: a tile that sees .*, or a smaller --overlap for an approximate result$"),
+        ({"norm": "group"}, None, ["--tile", "16", "--overlap", "8"], r"^--tile 16: a tile that sees 8 pixels more"),
+        ({"norm": "group"}, (48, 48), ["--tile", "32"], r"^--tile 32: tiles cannot give the whole picture's result, because"),
+        ({}, (32, 32), ["--tile", "32"], None),  # pictures stay whole, at this size
+        ({"norm": "group"}, None, ["--tile", "32"], None),
+        ({}, None, ["--tile", "96"], None),
+    ],
+)
+def test_tiles_that_the_network_cannot_do_are_found_before_the_first_picture(
+    script, pictures, tmp_path, recwarn, network, size, options, message
+):
+    model = UNet(features=(4, 8), **network)
+    model.preprocessing = Preprocessing(size=size)
+    arguments = [str(pictures), str(tmp_path / "masks"), "--model", str(model.save_pretrained(tmp_path / "model")), *options]
+    if message is None:
+        assert script.main([*arguments, "--device", "cpu"]) == 0
+    else:
+        with pytest.raises(SystemExit, match=message):
+            script.main([*arguments, "--device", "cpu"])
+        assert not (tmp_path / "masks").exists()
+    assert not [warning for warning in recwarn if "approximate" in str(warning.message)]
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,14 @@ def test_a_weight_beyond_the_storage_type_is_refused(model, folder):
 
 
 def test_the_device_is_taken(folder):
-    assert next(UNet.from_pretrained(folder, device="meta").parameters()).device.type == "meta"
+    for device in ("meta", torch.device("meta")):
+        assert next(UNet.from_pretrained(folder, device=device).parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", torch.device("cuda", 99)])
+def test_a_device_that_is_not_here_is_named_before_anything_is_read(no_network, device):
+    with pytest.raises(ValueError, match=rf"^device {device} is not to be had here; give cpu, or cuda where"):
+        UNet.from_pretrained("owner/name", device=device)
 
 
 # --- model card
@@ -267,6 +274,13 @@ def test_a_write_that_fails_midway_leaves_the_old_files_and_no_others(folder, mo
     with pytest.raises(OSError, match="disk full"):
         UNet(features=(2,)).save_pretrained(folder)
     assert contents(folder) == before
+
+
+def test_a_model_is_not_saved_in_the_place_of_a_file(tmp_path, model):
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    with pytest.raises(FileExistsError, match=r"model\.pt is a file, and a model is saved as a folder; give another name"):
+        model.save_pretrained(tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == b"weights"
 
 
 def test_a_card_that_cannot_be_written_leaves_weights_and_config_as_they_were(folder):
@@ -379,7 +393,7 @@ def test_only_a_repository_has_a_revision(zoo, no_network, name):
 
 @pytest.mark.parametrize("name", ["carvana", "./mine", "owner/name"])
 def test_an_unknown_option_is_refused_whatever_the_name_stands_for(zoo, no_network, name):
-    with pytest.raises(TypeError, match=r"hub\.fetch has no option colour; it has cache_dir, .*, force_download$"):
+    with pytest.raises(TypeError, match=r"^from_pretrained has no option colour; it has revision, .*, force_download$"):
         pretrained.from_pretrained(UNet, name, colour="red")
 
 
@@ -390,6 +404,12 @@ def test_home_is_expanded(no_network, tmp_path, monkeypatch):
     assert UNet.from_pretrained("~/mine").config.features == (5,)
     with pytest.raises(FileNotFoundError, match="is no model folder"):
         UNet.from_pretrained("~")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x.pt", Path("~nobody-of-that-name/x.pt")])
+def test_the_home_of_a_user_who_is_not_here_is_named(no_network, name):
+    with pytest.raises(FileNotFoundError, match=r"^'~nobody-of-that-name/x\.pt' names the home folder of .* type '~/\.\.\.'$"):
+        UNet.from_pretrained(name)
 
 
 # --- lists and descriptions

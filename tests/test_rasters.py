@@ -105,6 +105,10 @@ def test_a_slide_gives_its_full_resolution(picture, tmp_path):
         ({"data": np.zeros((3, 20, 30), np.uint8), "photometric": "minisblack"}, "axes IYX"),
         ({"data": np.zeros((20, 30), np.float32)}, "float32 pixels"),
         ({"data": np.zeros((20, 30), np.uint8), "photometric": "miniswhite"}, "MINISWHITE"),
+        *(
+            ({"data": np.zeros((20, 30, 3), np.uint8), "photometric": "ycbcr", "compression": how}, "YCBCR")
+            for how in (None, "zlib")
+        ),
         ({"data": np.zeros((20, 30), np.uint8), "extratags": [(274, "H", 1, 6, True)]}, "orientation 6"),
     ],
 )
@@ -143,6 +147,24 @@ def test_a_tile_that_cannot_be_decoded_is_an_error_that_names_the_file(picture, 
     np.testing.assert_array_equal(raster[:64, :64], picture[:64, :64])
     with pytest.raises(ValueError, match=r"a\.tif cannot be read as a TIFF"):
         raster[:, :]
+
+
+@pytest.mark.parametrize("place", range(8, 24))
+def test_a_broken_header_of_an_array_is_named(tmp_path, place):
+    np.save(tmp_path / "a.npy", np.zeros((3, 4)))
+    content = bytearray((tmp_path / "a.npy").read_bytes())
+    content[place : place + 4] = b"(((("
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read as an array .*numpy\.save"):
+        open_raster(tmp_path / "a.npy")
+
+
+def test_an_array_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.zeros((3, 4)))
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("builtins.open", lambda *args, **options: (_ for _ in ()).throw(denied))
+    with pytest.raises(ValueError, match=r"a\.npy cannot be opened: Permission denied"):
+        open_raster(tmp_path / "a.npy")
 
 
 def test_nothing_is_unpickled(tmp_path):

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -152,6 +152,24 @@ def test_networks_of_patches_too(patch_size, match):
         assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))
 
 
+@pytest.mark.parametrize("match", ["zeros", "replicate"])
+@pytest.mark.parametrize(("depth", "patch_size"), [(1, 1), (2, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize("dims", [(-1,), (-2, -1)])
+def test_mirrored_tiles_are_the_mirrored_picture_to_the_last_bit_at_any_size(depth, patch_size, match, dims):
+    model = with_exact_sums(depth, patch_size=patch_size, match=match)
+    unit = model.config.stride
+    tile = smallest_tile(model) + 2 * unit
+    for size in itertools.product((tile + 1, tile + unit), (tile + unit - 1, tile + 2 * unit, 2 * tile + unit // 2)):
+        picture = integers(*size)
+        plan = plan_tiles(model.config, size, (tile, tile), mirrored=True)
+        assert all(spans[0].stop <= tile for spans in (plan.rows, plan.columns))
+        read = partial(lambda picture, rows, columns: picture[:, rows, columns], picture)
+        pieces = run_tiles(lambda x: model(x.flip(dims)).flip(dims), read, plan)
+        with torch.inference_mode():
+            assert torch.equal(join(pieces, size), whole(model, picture.flip(dims)).flip(dims))
+        assert torch.equal(in_tiles(model, picture, tile, mirrored=True), whole(model, picture))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("upsample", ["transpose", "bilinear", "nearest"])
 def test_with_resize_too_where_the_sides_are_multiples(depth, upsample):
@@ -161,15 +179,15 @@ def test_with_resize_too_where_the_sides_are_multiples(depth, upsample):
     assert torch.equal(in_tiles(model, picture, tile), whole(model, picture))
 
 
-@pytest.mark.parametrize(("match", "pad"), [("resize", False), ("zeros", True)])
-def test_other_sizes_with_resize_are_those_of_the_padded_picture(match, pad):
-    model = with_exact_sums(2, match=match)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_other_sizes_with_resize_are_those_of_the_padded_picture(mirrored):
+    model = with_exact_sums(2, match="resize")
     height, width = smallest_tile(model) + 5, smallest_tile(model) + 3
     picture = integers(height, width)
     padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (0, -height % 4), (0, -width % 4)), mode="edge"))
     expected = whole(model, padded)[:, :height, :width]
-    with pytest.warns(UserWarning, match="sides are no multiples of 4") if match == "resize" else contextlib.nullcontext():
-        found = in_tiles(model, picture, smallest_tile(model), pad=pad)
+    with pytest.warns(UserWarning, match="sides are no multiples of 4"):
+        found = in_tiles(model, picture, smallest_tile(model), mirrored=mirrored)
     assert torch.equal(found, expected)
     assert not torch.equal(expected, whole(model, picture))
 
@@ -183,12 +201,8 @@ def test_no_warning_where_tiles_are_exact_or_the_picture_is_whole(size, match, r
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "gelu", "silu"])
 def test_activations_and_float32(activation):
     model = small(2, activation=activation)
-    picture = torch.rand(3, 90, 117)
-    with_tiles, expected = (
-        in_tiles(model, picture, 80, pad=True),
-        whole(model, nn.functional.pad(picture, (0, 3, 0, 2), "replicate")),
-    )
-    torch.testing.assert_close(with_tiles, expected[:, :90, :117], rtol=1e-5, atol=1e-6)
+    picture = torch.rand(3, 92, 116)
+    torch.testing.assert_close(in_tiles(model, picture, 80), whole(model, picture), rtol=1e-5, atol=1e-6)
 
 
 def test_less_than_the_halo_is_not_the_whole_picture():
@@ -355,3 +369,7 @@ def test_the_tile_is_the_whole_picture_then_what_fits_then_what_is_useful():
     assert choose_tile(UNetConfig(features=(8,) * 5), (10**6, 10**6), 10**9) == (3072, 3072)
     assert choose_tile(config, (1000, 1000), 10) == (208, 208)  # the least that works
     plan_tiles(config, (1000, 1000), (208, 208))
+    odd, size = UNetConfig(match="zeros"), (1000, 1007)
+    tile = choose_tile(odd, size, 10, mirrored=True)
+    assert tile == (256, 256)
+    assert plan_tiles(odd, size, tile, mirrored=True).exact

@@ -86,6 +86,16 @@ def test_training_on_rendered_scenes_writes_weights_card_curves_and_predictions(
     assert f"best: Dice {best:.5f}" in capsys.readouterr().out
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory_and_may_differ_in_a_resumed_run(script, data, tmp_path):
+    losses = []
+    for folder, options in (("kept", []), ("again", ["--checkpoint-gradients"])):
+        script.main(["--data", str(data), *TINY, *options, "--out", str(tmp_path / folder)])
+        losses.append(json.loads((tmp_path / folder / "history.json").read_text())["loss"])
+    assert losses[0] == losses[1]
+    assert_same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
+    script.main(["--data", str(data), *TINY, "--resume", "--out", str(tmp_path / "again")])
+
+
 def test_without_matplotlib_only_the_curves_are_missing(script, tmp_path, monkeypatch, capsys):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
@@ -126,6 +136,8 @@ def test_where_nothing_is_to_be_found_and_nothing_is_found_there_are_weights_too
     script.main(["--data", str(tmp_path / "data"), *TINY, *options])
     assert math.isnan(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["best"]["dice"])
     assert weights(tmp_path / "run")["head.bias"].item() == pytest.approx(-100)
+    history = json.loads((tmp_path / "run" / "history.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert history["epochs"][-1]["dice"] is None
 
 
 def given_scores(*dice):
@@ -179,6 +191,17 @@ def test_killed_and_resumed_it_has_the_losses_of_an_unbroken_run_to_the_last_bit
     ends = [load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("unbroken", "killed")]
     for part in ("model", "average"):
         assert_same(ends[0][part], ends[1][part])
+
+
+def test_resuming_a_finished_run_says_so_and_writes_its_end_again(script, data, tmp_path, capsys):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"]
+    script.main(options)
+    (tmp_path / "predictions.png").unlink()
+    capsys.readouterr()
+    script.main([*options, "--resume"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("the run is finished: its 1 epochs are done, and only what its end writes is written again\n")
+    assert (tmp_path / "predictions.png").is_file()
 
 
 def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script, data, tmp_path):
@@ -273,7 +296,8 @@ def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, m
 
     monkeypatch.setattr(script, "make_loss", lambda args: loss)
     with pytest.raises(
-        SystemExit, match=r"not enough memory for a step \(CUDA out of memory.* 2\.00 GiB\.\); try --accumulate 2"
+        SystemExit,
+        match=r"not enough memory for a step \(CUDA out of memory.* 2\.00 GiB\.\); try --checkpoint-gradients, --accumulate 2",
     ):
         script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out")])
 

@@ -373,6 +373,8 @@ def test_a_batch_is_its_pictures_one_after_another_with_chance_for_each():
 def test_a_batch_of_masks_with_a_channel():
     images, masks = torch.zeros(2, 3, 20, 30, dtype=torch.uint8), torch.ones(2, 1, 20, 30)
     assert PerPicture(train_transform((10, 15), elastic=1.0))(images, masks)[1].shape == (2, 1, 10, 15)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, such as train_transform\(size=None\), not a function"):
+        PerPicture(lambda image: image)
     with pytest.raises(ValueError, match=r"pictures \(N, C, H, W\).*not \(3, 20, 30\) and \(1, 20, 30\)"):
         PerPicture(train_transform())(images[0], masks[0])
     with pytest.raises(ValueError, match="as many masks"):

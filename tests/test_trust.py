@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import json
+import re
 import struct
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -111,6 +114,65 @@ def test_tensors_that_are_not_plain_are_refused(tmp_path):
         torch.save({"state_dict": {**state, "final_conv.weight": odd}}, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=r"odd\.pth: 'final_conv\.weight' is not a plain tensor of real numbers"):
             UNet.from_pretrained(tmp_path / "odd.pth")
+
+
+# --- code
+
+
+class Number:
+    """Pickles as NumPy's numbers do, of any type."""
+
+    def __init__(self, dtype: str, data: bytes) -> None:
+        self.dtype, self.data = np.dtype(dtype), data
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (self.dtype, self.data)
+
+
+NUMBERS = [np.float64(0.5), np.float32(0.25), np.bool_(True), np.int64(-7), np.uint8(200), Number(">i2", b"\1\0")]
+
+
+@pytest.mark.parametrize("core", [None, b"numpy.core.", b"numpy._core."])  # this NumPy's, and those of NumPy 1 and 2
+def test_numbers_of_numpy_are_no_code(tmp_path, core):
+    path, state = tmp_path / "best.pth", StudyUNet(features=(4, 8)).state_dict()
+    torch.save({"state_dict": state, "scores": NUMBERS}, path, _use_new_zipfile_serialization=core is None)
+    if core is not None:  # a file of the old form is a bare pickle
+        path.write_bytes(re.sub(rb"numpy\._?core\.", core, path.read_bytes()))
+    allowed = torch.serialization.get_safe_globals()
+    scores = trust.read_checkpoint(path)["scores"]
+    assert scores == [0.5, 0.25, True, -7, 200, 256]
+    assert {type(score) for score in scores} == {float, bool, int}
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    assert UNet.from_pretrained(path).config.features == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        ([np.float64(1), argparse.Namespace(lr=0.1)], "argparse.Namespace"),
+        (np.zeros(3), r"numpy\._?core\.multiarray\._reconstruct"),
+        (np.str_("unet"), "numpy.dtype"),
+        (np.datetime64("2020"), "numpy.dtype"),
+    ],
+)
+def test_other_code_is_refused_and_the_way_out_works(tmp_path, value, code, monkeypatch):
+    path = tmp_path / "last.pth"
+    torch.save({"state_dict": StudyUNet(features=(4, 8)).state_dict(), "args": value}, path)
+    with pytest.raises(ValueError, match=rf"asks for the code {code}, .* if you trust the file: torch\.save") as error:
+        UNet.from_pretrained(path)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"torch\.save\(.*'weights\.pth'\)", str(error.value))[0], {"torch": torch})
+    assert UNet.from_pretrained("weights.pth").config.features == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"), [("O", "the code numpy.dtype"), ("V8", "the code numpy.dtype"), ("f8", "damaged")]
+)
+def test_a_number_that_is_a_pointer_or_too_short_is_refused(tmp_path, dtype, reason):
+    torch.save({"score": Number(dtype, bytes(7))}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=rf"odd\.pth cannot be read as a checkpoint .*{reason}"):
+        trust.read_checkpoint(tmp_path / "odd.pth")
 
 
 # --- versions

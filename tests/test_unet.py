@@ -230,6 +230,12 @@ def test_a_network_of_patches_needs_as_many_of_them():
 def test_another_shape_is_refused_with_the_expected_one():
     with pytest.raises(ValueError, match=r"shape \(N, 3, H, W\), got \(2, 4, 16, 16\)"):
         small()(pictures(16, 16, channels=4))
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        other = 4 - channels
+        hint = rf'; read pictures with mode="{mode}", or take a network for these: UNet\(in_channels={other}\), or '
+        hint += rf"UNet\.from_pretrained\(\.\.\., in_channels={other}\)$"
+        with pytest.raises(ValueError, match=rf"got \(2, {other}, 16, 16\){hint}"):
+            small(in_channels=channels)(pictures(16, 16, channels=other))
     with pytest.raises(ValueError, match=r"got \(3, 16, 16\); add the batch dimension with x\[None\]"):
         small()(pictures(16, 16)[0])
 
@@ -349,7 +355,13 @@ def test_preprocessing_must_fit_the_network():
     for wrong in ({"size": (64, 96)}, None):
         with pytest.raises(TypeError, match=r"must be a Preprocessing, such as Preprocessing\(size=\(160, 240\)\), got"):
             model.preprocessing = wrong
+    least = model.config.stride
+    with pytest.raises(
+        ValueError, match=rf"size=\(16, 1\) is smaller than config\.stride={least}; give at least \({least}, {least}\)"
+    ):
+        model.preprocessing = Preprocessing(size=(16, 1))
     assert model.preprocessing.size == (16, 24)
+    model.preprocessing = Preprocessing(size=(least, least))
 
 
 def test_a_copy_keeps_config_preprocessing_and_weights():

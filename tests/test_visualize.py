@@ -32,7 +32,7 @@ def test_overlay_mixes_the_class_colour_and_leaves_the_background(shape, alpha):
         color = np.array(PALETTE[(index - 1) % len(PALETTE)])
         expected[place] = (1 - alpha) * image[place] + alpha * color if index else image[place]
     assert painted.dtype == np.uint8
-    assert np.abs(painted - expected).max() < 1.001
+    assert np.abs(painted - expected).max() < 0.5001
     assert (painted[mask == 0] == expected[mask == 0]).all()
 
 
@@ -42,6 +42,12 @@ def test_overlay_of_an_empty_mask_is_a_copy_of_the_picture(shape):
     painted = overlay(image, np.zeros((3, 4), np.uint8))
     assert (painted == image.reshape(3, 4, -1)).all()
     assert not np.shares_memory(painted, image)
+
+
+def test_white_on_white_is_white():
+    white = np.full((2, 2, 3), 255, np.uint8)
+    for alpha in np.linspace(0, 1, 101):
+        assert (overlay(white, PAIR[1], alpha=alpha, colors=[(255, 255, 255)]) == 255).all()
 
 
 def test_overlay_takes_colours_from_the_start_again():
@@ -92,7 +98,10 @@ def test_a_comparison_has_masks_below_their_pictures():
         (lambda: comparison([], [], []), "got 0 pictures"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.full((2, 2), 0.9)]] * 2), "fractions"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.zeros((2, 2))]] * 2, columns=0), "columns=0 must be 1 or more"),
+        (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.zeros((2, 2))]] * 2, height=0), "height=0 must be 1 or more"),
         (lambda: grid([np.zeros((2, 2), np.uint8)], columns=0), "columns=0 must be 1 or more"),
+        (lambda: grid([np.zeros((2, 2), np.uint8)], gap=-9), "gap=-9 must be 0 or more"),
+        (lambda: learning_curves([], [], "curves.png"), "loss must hold a number for each step"),
         (lambda: grid([np.zeros((2, 2, 4), np.uint8)] * 2), r"uint8 \(2, 2, 4\)"),
         (lambda: grid([]), "got none"),
         (lambda: grid([np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8)]), r"\(2, 2\), \(2, 3\)"),
@@ -101,6 +110,23 @@ def test_a_comparison_has_masks_below_their_pictures():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("other", [Image.fromarray(PAIR[1]), torch.from_numpy(PAIR[1])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        mask_to_image,
+        lambda other: overlay(other, PAIR[1]),
+        lambda other: overlay(PAIR[0], other),
+        lambda other: grid([other]),
+        lambda other: comparison([other], PAIR[1:], PAIR[1:]),
+        lambda other: comparison(PAIR[:1], PAIR[1:], [other]),
+    ],
+)
+def test_what_is_no_array_is_named(call, other):
+    with pytest.raises(TypeError, match=rf"must be a NumPy array, got {type(other).__name__}; use np\.asarray"):
+        call(other)
 
 
 def test_curves_are_a_png_by_any_name_and_need_no_scores(tmp_path):

@@ -57,9 +57,14 @@ def check_device(name: str, *, here: bool = True) -> None:
         raise ValueError(f"device {name} is not to be had here; give cpu, or cuda where PyTorch finds a GPU")
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is one number, Python's, NumPy's or PyTorch's, and no array of several."""
+    return isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
+
+
 def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[float, float]:
     """Read a (least, largest) pair of numbers, above `low` and up to `high`."""
-    numbers = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(part, SupportsFloat) for part in pair)
+    numbers = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
     if not numbers or not low < pair[0] <= pair[1] <= high:
         below = "" if high == math.inf else f" <= {high:g}"
         raise ValueError(f"{name} must be (least, largest), {low:g} < least <= largest{below}, not {pair!r}")
@@ -68,7 +73,7 @@ def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[fl
 
 def at_least(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuse a number that is below `low` or above `high`, or none."""
-    if not isinstance(value, SupportsFloat) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
 

@@ -83,7 +83,8 @@ class Up(nn.Module):
         (N, in_channels, h, w) and (N, skip_channels, H, W) to (N, out_channels, H, W).
 
     Raises:
-        ValueError: for an unknown `upsample` or `match`.
+        TypeError: for an option that there is none of.
+        ValueError: for an unknown `upsample`, `match`, `norm` or `activation`.
 
     Example:
         >>> Up(128, 64)(torch.zeros(1, 128, 10, 15), torch.zeros(1, 64, 20, 31)).shape
@@ -106,6 +107,8 @@ class Up(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        own = ("mid_channels", "up_channels", "upsample", "align_corners", "match", "skip_first", "dropout")
+        check_options("Up", options, (*own, "norm", "activation", "bias", "affine", "negative_slope"))
         _check_match(match)
         self.match = match
         self.skip_first = skip_first

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .arguments import at_least
-from .datasets import ImageMaskDataset, size_clash
+from .datasets import ImageMaskDataset, apply_transform, check_transform, refuse_slice, size_clash
 from .imaging import class_of_value, image_size, is_binary, label_dtype, read_image, read_labels, to_tensor
 from .transforms import Resize
 
@@ -48,15 +48,16 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
     Args:
         dataset: Where the pairs are; without a transform.
         size: (H, W) that all are reduced to, or `None` to keep each one's own.
-        transform: Called as `transform(image, mask)` on each pair afresh: an `unetlib.transforms` preset with
-            `size=None`, or `None`.
+        transform: Called on each pair afresh, in one of the two ways of `ImageMaskDataset`: an `unetlib.transforms` preset
+            with `size=None`, an albumentations pipeline, or `None`.
         budget_gib: What may be kept, in GiB (2**30 bytes). Reduced to 160x240, a Carvana pair takes 150 KiB, at full size
             7.3 MiB.
         folder: Where the temporary file lies: `None` for the system's folder for such, `"/dev/shm"` for memory alone.
 
     Raises:
         ValueError: `dataset` has a transform, or `size` or `budget_gib` is out of its range.
-        TypeError: `dataset` is no `ImageMaskDataset`, `transform` is not callable, or `size` no pair of integers.
+        TypeError: `dataset` is no `ImageMaskDataset`, `transform` is not callable or does not take a picture and its mask, or
+            `size` no pair of integers.
         FileNotFoundError: There is no such `folder`.
         OSError: `folder` does not take that much: a quota, or a limit on the size of files.
 
@@ -87,8 +88,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
             raise TypeError(f"dataset must be an ImageMaskDataset, not a {type(dataset).__name__}")
         if dataset.transform is not None:
             raise ValueError("dataset has a transform, whose chances would be kept; give CachedDataset(transform=...) instead")
-        if transform is not None and not callable(transform):
-            raise TypeError(f"transform must be callable or None, not {transform!r}")
+        check_transform(transform)
         at_least("budget_gib", budget_gib, 0)
         self.dataset = dataset
         self.transform = transform
@@ -111,14 +111,17 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
             above 255). With one, what it gives.
 
         Raises:
+            TypeError: for a slice.
             ValueError: A file cannot be read, the sizes differ, or the mask holds values other than expected.
         """
+        refuse_slice(index)
         index = range(len(self))[index]
         kept = torch.from_numpy(self._keep(index, self._mask_dtype, self._read_mask)[..., 0])
         mask = kept.float().div_(255) if self._binary and self._resize else kept
         image = self._keep(len(self) + index, np.dtype(np.uint8), self._read_image)
-        pair = tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(mask)
-        return pair if self.transform is None else self.transform(*pair)
+        if self.transform is None:
+            return tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(mask)
+        return apply_transform(self.transform, image, mask.numpy())
 
     def __repr__(self) -> str:
         """One line with the count, the size and how much can be kept."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -218,7 +218,8 @@ class Preprocessing(_JSONConfig):
 
     Args:
         size: (height, width) every picture is resized to; None leaves that to `scale`.
-        scale: factor on the picture's own height and width; with neither `size` nor `scale` the picture keeps its size.
+        scale: factor on the picture's own height and width; with neither `size` nor `scale` the picture keeps its size. A side
+            that is then shorter than the network's `stride` is enlarged to it.
         mean: one number for each input channel, in units of [0, 1] pixels; one number alone serves every channel.
         std: as `mean`, positive.
         threshold: probability above which a pixel is foreground, in (0, 1); for sigmoids.
@@ -314,7 +315,7 @@ def _check_width(name: str, width: object) -> None:
 
 
 def _is_sequence(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))  # sets have no order
 
 
 def _is_number(value: object) -> bool:

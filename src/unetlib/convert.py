@@ -128,6 +128,10 @@ class Family:
 NORMED = {"conv1": "0", "norm1": "1", "conv2": "3", "norm2": "4"}
 BARE = {"conv1": "0", "conv2": "2"}
 
+ANOTHER_ACTIVATION = (
+    "For another activation: unetlib.convert.convert(torch.load(path, weights_only=True), activation='elu').to_model()"
+)
+
 # The study's network, which it shares with Aladdin Persson's tutorial and many copies.
 STUDY = Family(
     name="study",
@@ -191,7 +195,7 @@ FEPEGAR = Family(
     norms=("batch", "none"),
     open=("match", "activation", "negative_slope", "upsample", "align_corners", "affine"),
     unknown="its padding, pooling, activation and pictures are not in the file; assumed are padding=1, max pooling, ReLU and "
-    "pixels in [0, 1]",
+    f"pixels in [0, 1]. {ANOTHER_ACTIVATION}",
 )
 
 # MONAI BasicUNet in two dimensions, with its default `upsample="deconv"`.
@@ -207,7 +211,8 @@ MONAI = Family(
     norms=("batch", "instance"),
     options={"match": "replicate", "activation": "leaky_relu", "negative_slope": 0.1},
     open=("norm", "affine", "activation", "negative_slope"),
-    unknown="its activation and pictures are not in the file; assumed are the default LeakyReLU(0.1) and pixels in [0, 1]",
+    unknown="its activation and pictures are not in the file; assumed are the default LeakyReLU(0.1) and pixels in [0, 1]. "
+    + ANOTHER_ACTIVATION,
 )
 
 # U_Net of LeeJunHyun/Image_Segmentation.
@@ -299,7 +304,8 @@ def convert(checkpoint: Mapping[str, Any], **options: Any) -> Converted:
         Traceback (most recent call last):
         ...
         ValueError: this checkpoint of 1 entries is of no known family; tried study, milesial, mateuszbuda, fepegar, monai,
-        leejunhyun, 4uiiurz1, usuyama, jaxony; the nearest, study, has no 'features.0.weight'
+        leejunhyun, 4uiiurz1, usuyama, jaxony; none has any of its keys: 'features.0.weight'; networks with pretrained
+        encoders (segmentation_models.pytorch), nnU-Net's, residual, attention and 3-D ones run in their own library
     """
     state = _peel(checkpoint)
     for family in FAMILIES:
@@ -438,13 +444,15 @@ def _unknown_message(state: Mapping[str, Any]) -> str:
         ]
     nearest = min(unmatched, key=lambda name: len(unmatched[name]))
     keys = unmatched[nearest] or list(state)  # each key is of some depth, but no depth has them all
-    message = (
-        f"this checkpoint of {len(state)} entries is of no known family; tried {', '.join(unmatched)}; "
-        f"the nearest, {nearest}, has no {_list(keys)}"
-    )
+    message = f"this checkpoint of {len(state)} entries is of no known family; tried {', '.join(unmatched)}; "
     if "bottleneck.conv1.weight" in state:  # what stands in its config cannot be told from tensors
-        message += "; it looks like a unetlib UNet's: build that UNet, then call load_state_dict and save_pretrained"
-    return message
+        return message + "it looks like a unetlib UNet's: build that UNet, then call load_state_dict and save_pretrained"
+    if len(unmatched[nearest]) < len(state):
+        return message + f"the nearest, {nearest}, has no {_list(keys)}"
+    return (
+        f"{message}none has any of its keys: {_list(keys)}; networks with pretrained encoders "
+        "(segmentation_models.pytorch), nnU-Net's, residual, attention and 3-D ones run in their own library"
+    )
 
 
 def _rename(family: Family, entries: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
@@ -476,6 +484,8 @@ def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mappin
         needed += [up_weight.replace("0", str(level)) for level in range(depth)]
     for name in needed:
         dimensions = tensors[name].ndim if name in tensors else None
+        if dimensions == 5:
+            raise ValueError(f"the {family.name} checkpoint is of a 3-D network; 3-D networks are not supported")
         if dimensions != 4:
             raise ValueError(
                 f"the {family.name} checkpoint lacks the 4-D tensor for {name}, so its network cannot be told"

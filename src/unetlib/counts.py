@@ -29,8 +29,7 @@ def confusion(reading: Reading, threshold: float) -> Tensor:
     n, channels = reading.logits.shape[:2]
     if reading.sigmoid:
         tp, p, t = count(predicted & true), count(predicted), count(true)
-        pixels = torch.full_like(tp, true[0, 0].numel()) if reading.valid is None else count(reading.valid)
-        table = torch.stack([pixels - p - t + tp, p - tp, t - tp, tp], dim=-1).view(n, channels, 2, 2)
+        table = torch.stack([_pixels(reading) - p - t + tp, p - tp, t - tp, tp], dim=-1).view(n, channels, 2, 2)
     else:
         cell = (true * channels + predicted).flatten(1)
         ones = cell.new_ones(1).expand_as(cell) if reading.valid is None else reading.valid.flatten(1).long()
@@ -54,10 +53,15 @@ def pixel_cells(reading: Reading, threshold: float) -> Cells:
 
 
 def band_cells(reading: Reading, threshold: float, *, width: int) -> Cells:
-    """Cells of the masks' inner bands, (N, C); TN, of no use to an IoU, is one."""
+    """Cells of the masks' inner bands, (N, C)."""
     predicted, true = (inner_band(mask, width) for mask in reading.masks(threshold))
-    tp, p, t = off_mps(torch.stack([count(predicted & true), count(predicted), count(true)]))
-    return Cells(tp, p - tp, t - tp, torch.ones_like(tp))
+    tp, p, t = count(predicted & true), count(predicted), count(true)
+    return Cells(*off_mps(torch.stack([tp, p - tp, t - tp, _pixels(reading) - p - t + tp])))
+
+
+def _pixels(reading: Reading) -> Tensor | int:
+    """How many pixels count: of each picture, (N, 1), for multilabel (N, C), or one number where all do."""
+    return math.prod(reading.logits.shape[2:]) if reading.valid is None else count(reading.valid)
 
 
 def count(mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
+from .arguments import height_and_width
 from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
@@ -57,9 +58,9 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
 
     Raises:
         FileNotFoundError: A folder does not exist.
-        ValueError: The folders do not pair up: one error that counts and names missing masks, stray files and names
-            that clash. Hidden files (`.DS_Store`) are ignored.
-        TypeError: `transform` is not callable, or does not take a picture and its mask.
+        ValueError: The folders do not pair up: one error that counts missing masks, stray files and names that clash, and
+            names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a wrong `mode`, or value in `mask_values`.
+        TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_values` is of another type.
 
     Example:
         >>> import tempfile
@@ -83,13 +84,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         mask_values: MaskValues = None,
     ) -> None:
         """Pair the files."""
-        if transform is not None and not callable(transform):
-            raise TypeError(f"transform must be callable or None, not {transform!r}")
-        if transform is not None and not (_by_keyword(transform) or _binds(transform, None, None)):
-            raise TypeError(
-                f"{type(transform).__name__} does not take a picture and its mask; give a preset of unetlib.transforms, "
-                "transforms of torchvision.transforms.v2, or an albumentations pipeline"
-            )
+        check_transform(transform)
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
@@ -115,14 +110,13 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             TypeError: for a slice.
             ValueError: A file cannot be read, the sizes differ, or the mask holds values other than expected.
         """
-        if isinstance(index, slice):
-            raise TypeError(f"one picture at a time, not {index}; dataset.subset(range(...)) is a part of the data set")
+        refuse_slice(index)
         image_path, mask_path = self.paths(index)
         image = read_image(image_path, self.mode)
         mask = read_mask(mask_path, self.mask_values)
         if image.shape[:2] != mask.shape:
             raise ValueError(size_clash(image_path, image.shape[:2], mask_path, mask.shape))
-        return (image, mask) if self.transform is None else _apply(self.transform, image, mask)
+        return (image, mask) if self.transform is None else apply_transform(self.transform, image, mask)
 
     def __repr__(self) -> str:
         """One line with the folders and the count."""
@@ -133,6 +127,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
 
         Raises:
             TypeError: for booleans instead of numbers.
+            IndexError: for a number that there is no pair of.
 
         Example:
             >>> dataset.subset(range(100))  # doctest: +SKIP
@@ -144,16 +139,18 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             raise TypeError(
                 "subset takes the numbers of the pairs, such as [i for i, name in enumerate(dataset.images) if ...]"
             )
+        if outside := [index for index in chosen if not -len(self) <= index < len(self)]:
+            raise IndexError(f"there is no pair {outside[0]}: the data set has {len(self)}, numbered from 0")
         part.images = [self.images[i] for i in chosen]
         part.masks = [self.masks[i] for i in chosen]
         return part
 
     def check(self) -> None:
-        """Read every file once, without the transform, and report all that is wrong.
+        """Read every file once, without the transform, and count all that is wrong.
 
         Raises:
-            ValueError: One error that counts and names pictures and masks that cannot be read, sizes that clash and
-                unexpected mask values.
+            ValueError: One error that counts pictures and masks that cannot be read, sizes that clash and unexpected mask
+                values, and names the first of each kind.
             MemoryError: There is too little memory for one.
 
         Example:
@@ -322,7 +319,7 @@ def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
 
     Raises:
         ValueError: `rle` holds anything but pairs of positive whole numbers, or runs that overlap or leave the picture.
-        TypeError: `rle` is not a string.
+        TypeError: `rle` is not a string, or `shape` no pair of integers.
 
     Example:
         >>> rle_decode("2 3 6 1", (2, 3))
@@ -331,7 +328,7 @@ def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
     """
     if not isinstance(rle, str):
         raise TypeError(f'rle must be a string, not {rle!r} (an empty mask is "", which pandas reads as NaN)')
-    height, width = shape
+    height, width = height_and_width(shape, "shape")
     words = rle.split()
     if unknown := [word for word in words if not (word.isascii() and word.isdigit())]:
         raise ValueError(f"rle must hold whole numbers separated by spaces, not {unknown[0]!r}")
@@ -350,8 +347,29 @@ def rle_decode(rle: str, shape: tuple[int, int]) -> NDArray[np.uint8]:
     return mask.reshape(height, width)
 
 
-def _apply(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
+def refuse_slice(index: Any) -> None:
+    """Say how a part of a data set is taken."""
+    if isinstance(index, slice):
+        raise TypeError(f"one picture at a time, not {index}; dataset.subset(range(...)) is a part of the data set")
+
+
+def check_transform(transform: Any) -> None:
+    """Refuse what `apply_transform` cannot call; None is no transform."""
+    if transform is None:
+        return
+    if not callable(transform):
+        raise TypeError(f"transform must be callable or None, not {transform!r}")
+    if not (_by_keyword(transform) or _binds(transform, None, None)):
+        raise TypeError(
+            f"{type(transform).__name__} does not take a picture and its mask; give a preset of unetlib.transforms, "
+            "transforms of torchvision.transforms.v2, or an albumentations pipeline"
+        )
+
+
+def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
+    """Call a transform in its way, see `ImageMaskDataset`, on a picture (H, W, C) and its mask (H, W)."""
     if _by_keyword(transform):
+        mask = mask.astype(np.float32) if mask.dtype == np.bool_ else mask  # OpenCV takes no bools
         result = transform(image=image, mask=mask)
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision

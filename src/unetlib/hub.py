@@ -38,6 +38,24 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None and ".." not in name
 
 
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path of a file or folder, with `~` as the home folder.
+
+    Raises:
+        FileNotFoundError: for the home folder of a user who is not here.
+
+    Example:
+        >>> local_path("~/models").name
+        'models'
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"{str(name)!r} names the home folder of a user who is not here; for your own type '~/...'"
+        ) from None
+
+
 def fetch(
     repo: str,
     files: Sequence[str],
@@ -156,7 +174,7 @@ class _Cache:
     def __init__(self, repo: str, cache_dir: str | os.PathLike[str] | None) -> None:
         from huggingface_hub import constants
 
-        self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        self.cache_dir = local_path(cache_dir or constants.HF_HUB_CACHE)
         self.root = self.cache_dir / f"models--{repo.replace('/', '--')}"
 
     def folder(self, commit: str) -> Path:

@@ -7,6 +7,7 @@ to do, never a guess or a clipped value.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
@@ -39,7 +40,8 @@ def read_image(
 
     EXIF orientation is applied. Transparency is dropped, as `PIL.Image.convert("RGB")` does: the colour stored under it
     stays. 16-bit grey is scaled from 0..65535 to 0..255 with rounding, never clipped, and so is a TIFF's of 12 bits; of
-    16-bit colour Pillow keeps the high byte. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
+    16-bit colour Pillow keeps the high byte. A warning says so where 12 of the 16 bits hold all values, since such a picture
+    becomes nearly black. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
 
     Args:
         source: Path of a picture, or an open PIL picture (left unchanged).
@@ -65,17 +67,23 @@ def read_image(
     """
     if mode not in ("RGB", "L"):
         raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
-    image, file_format = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
+    image, file_format, halved = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
         bits = _tags(source if isinstance(source, Image.Image) else image).get(_BITS, (16,))[0]
-        image = Image.fromarray(to_bytes(np.asarray(image), bits))
+        levels = np.asarray(image)
+        if bits == 16:
+            _warn_if_dark(levels, 2**12)
+        image = Image.fromarray(to_bytes(levels, bits))
     elif image.mode in ("I", "F"):
         kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
             f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
             "and save it again."
         )
-    return np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
+    pixels = np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
+    if halved:
+        _warn_if_dark(pixels, 2**4)
+    return pixels
 
 
 def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
@@ -159,7 +167,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         >>> read_labels(Image.new("L", (2, 1), 128), mask_values=(0, 128, 255)).dtype
         dtype('uint8')
     """
-    image, _ = _load(source, exact=True)
+    image, _, _ = _load(source, exact=True)
     classes = class_of_value(mask_values)
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
@@ -293,12 +301,18 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
 
 
-def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, str | None]:
-    """Decode and turn upright; returns the picture and the format its file had. `exact`: refuse what Pillow rounds."""
+def _load(
+    source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False
+) -> tuple[Image.Image, str | None, bool]:
+    """Decode and turn upright; returns the picture, the format its file had, and whether its pixels are `_halved`.
+
+    `exact`: refuse what Pillow rounds.
+    """
     with _opened(source) as image:
         # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
         one = image is source or image.format == "MPO"
         frames = 1 if one else getattr(image, "n_frames", 1)
+        halved = _halved(image)
         refusal = f"holds {frames} frames; save each as a file of its own" if frames > 1 else _refusal(image, exact)
         if refusal is None:
             if min_size is not None and image is not source:
@@ -313,7 +327,7 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
                 ImageOps.exif_transpose(image, in_place=True)  # without a copy
             if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
                 upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
-            return upright, image.format
+            return upright, image.format, halved
     raise ValueError(f"{_name(source)} {refusal}")
 
 
@@ -332,11 +346,27 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return tags
 
 
+def _halved(image: Image.Image) -> bool:
+    """Whether a picture, not yet decoded, has 16 bits in several bands, of which Pillow keeps the high byte."""
+    deep = _tags(image).get(_BITS, (8,))[0] == 16 or any(";16" in str(part) for part in getattr(image, "tile", ()))
+    return deep and len(image.getbands()) > 1
+
+
+def _warn_if_dark(levels: NDArray[Any], limit: int) -> None:
+    """Say of a 16-bit picture whose levels lie below `limit` that it uses too few of its bits."""
+    if 0 < levels.max(initial=0) < limit:
+        warnings.warn(
+            "a 16-bit picture has no value above 4095: it uses 12 or fewer of its 16 bits and becomes nearly black. If 4095 is "
+            "its white, save picture * 16 instead, or give predict a tensor: of a grey picture "
+            "torch.from_numpy(picture / 4095).float()[None]",
+            stacklevel=3,
+        )
+
+
 def _refusal(image: Image.Image, exact: bool) -> str | None:
     """Why a picture is not read, though Pillow would give something."""
     tags = _tags(image)
-    deep = tags.get(_BITS, (8,))[0] == 16 or any(";16" in str(part) for part in getattr(image, "tile", ()))
-    if len(image.getbands()) > 1 and deep:
+    if _halved(image):
         if exact:
             return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
         if tags.get(_PLANAR) == 2 and tags.get(_COMPRESSION, 1) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -12,7 +13,7 @@ from functools import cached_property, partial
 from itertools import groupby, islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .arguments import not_a_unet, whole
+from .arguments import is_number, not_a_unet, whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
+from .fast.network import untraced
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
@@ -37,6 +39,7 @@ Picture: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8] | Te
 _Item = TypeVar("_Item")
 
 
+@untraced
 def predict(
     model: UNet,
     images: Picture | Sequence[Picture],
@@ -103,7 +106,7 @@ def predict(
         threshold = model.preprocessing.threshold
     elif model.config.out_channels > 1 and not multilabel:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
-    elif not isinstance(threshold, SupportsFloat) or not 0.0 < threshold < 1.0:
+    elif not is_number(threshold) or not 0.0 < threshold < 1.0:
         raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
@@ -211,10 +214,15 @@ def evaluate(
         batch_size: pictures in one forward pass, as in `predict`.
         progress: show a progress bar.
         metrics: the `SegmentationMetrics` that count, to give them other options, to go on counting, or to merge them with
-            those of other processes afterwards; None makes what the model needs.
+            those of other processes afterwards; None makes what the model needs. `SegmentationMetrics(3, ignore_index=255)`
+            leaves out what is 255 in masks of three classes.
 
     Returns:
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
+
+    Raises:
+        TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks.
+        ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes.
 
     Example:
         >>> from unetlib import UNet
@@ -229,22 +237,18 @@ def evaluate(
 
         how = model.preprocessing
         metrics = SegmentationMetrics(model.config.out_channels, threshold=how.threshold, multilabel=how.multilabel)
-    masks: deque[ArrayLike] = deque()
+    masks: deque[Tensor] = deque()
 
     def pictures() -> Iterator[Picture]:
-        for picture, mask in dataset:
+        for pair in dataset:
+            picture, mask = _picture_and_mask(pair)
             masks.append(mask)
             yield picture
 
     logits = iter_logits(model, pictures(), batch_size=batch_size, tile=tile, overlap=overlap, tta=tta)
     total = len(dataset) if isinstance(dataset, Sized) else None
     for picture_logits in _with_bar(logits, total) if progress else logits:
-        mask = masks.popleft()
-        if not isinstance(mask, Tensor):  # PIL's are read-only, mirrored ones have steps that torch does not take
-            mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))
-        if mask.dtype == torch.float64:  # which MPS does not take
-            mask = mask.float()
-        metrics.update(picture_logits[None], mask[None].to(picture_logits.device))
+        metrics.update(picture_logits[None], masks.popleft()[None].to(picture_logits.device))
     return metrics.compute()
 
 
@@ -333,7 +337,7 @@ class _Passes:
         """Height and width of a tile of a picture that has this size at the network's input; None keeps it whole."""
         if self.tile is not None:
             return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
-        window = choose_tile(self.model.config, size, self._pixels())
+        window = choose_tile(self.model.config, size, self._pixels(), mirrored=bool(self.tta))
         whole = needs_whole(self.model.config)
         if window is not None and whole and self.overlap is None:
             raise ValueError(
@@ -348,8 +352,7 @@ class _Passes:
         if size != source.size:
             picture = _resize(read(_ALL, _ALL), size)
             read = partial(_region, picture)
-        # A mirrored picture has its odd row at the other end; with whole multiples its tiles lie on the same grid.
-        plan = plan_tiles(self.model.config, size, window, self.overlap, pad=bool(self.tta))
+        plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
         forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
         pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
         return pieces if size == source.size else [_one_piece(_resize(join(pieces, size), source.size))]
@@ -417,6 +420,21 @@ def _several(images: Iterable[Picture]) -> Iterable[Picture]:
     if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) in (2, 3)):
         raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
     return images
+
+
+def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
+    """A pair of a data set, the mask as a tensor."""
+    picture, mask = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
+    if not isinstance(mask, Tensor):
+        array = np.asarray(mask)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(
+                f"expected pairs of a picture and its mask as an array, got {reprlib.repr(pair)}; read a file with "
+                "unetlib.imaging.read_mask(path), or pass an ImageMaskDataset"
+            )
+        # Torch takes no read-only arrays, as PIL's are, no steps of mirrored ones, and no bytes in another machine's order.
+        mask = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+    return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
 _OTHER_NUMBERS = "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"

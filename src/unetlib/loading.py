@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
@@ -210,6 +211,49 @@ def stacked(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> tuple[Tensor, Ten
 def listed(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> list[list[Any]]:
     """The same for pictures of any sizes: lists, to be augmented on their device."""
     return [[*part] for part in zip(*samples)]
+
+
+def padded(samples: Sequence[tuple[Tensor, Tensor]], *, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """A loader's `collate_fn` for pictures of different sizes: rows below and columns at the right make them one batch.
+
+    Pictures hold zeros there and masks `ignore_index`, also where they are floats, so that losses and metrics with the same
+    `ignore_index` leave these pixels out. Another value is bound by `functools.partial(padded, ignore_index=...)`.
+
+    Args:
+        samples: pairs of a picture (C, H, W) and its mask (H, W) or (C, H, W), all masks of one type.
+        ignore_index: a number that the type of the masks holds; bool masks become uint8, since bools hold none but 0 and 1.
+
+    Returns:
+        Pictures and masks, stacked, of the largest height and the largest width.
+
+    Raises:
+        TypeError: for arrays.
+        ValueError: for a mask of another size than its picture, or an `ignore_index` that masks cannot hold.
+
+    Example:
+        >>> one, other = (torch.ones(3, 2, 3), torch.zeros(2, 3)), (torch.ones(3, 1, 4), torch.ones(1, 4))
+        >>> images, masks = padded([one, other])
+        >>> images.shape, masks[1].tolist()
+        (torch.Size([2, 3, 2, 4]), [[1.0, 1.0, 1.0, 1.0], [255.0, 255.0, 255.0, 255.0]])
+    """
+    for image, mask in samples:
+        if not (isinstance(image, Tensor) and isinstance(mask, Tensor)):
+            raise TypeError(
+                f"padded takes tensors, got {type(image).__name__} and {type(mask).__name__}; give the data set a transform, "
+                "such as eval_transform(size=None)"
+            )
+        if image.shape[-2:] != mask.shape[-2:]:
+            raise ValueError(f"a picture has the size {(*image.shape[-2:],)} and its mask {(*mask.shape[-2:],)}; give both one")
+    images = [image for image, _ in samples]
+    masks = [mask.byte() if mask.dtype == torch.bool else mask for _, mask in samples]
+    if torch.tensor(ignore_index).to(masks[0].dtype).item() != ignore_index:
+        raise ValueError(f"masks of {masks[0].dtype} cannot hold ignore_index={ignore_index}; give one that they can, as 255")
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+
+    def grown(part: Tensor, value: int) -> Tensor:
+        return F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=value)
+
+    return torch.stack([grown(image, 0) for image in images]), torch.stack([grown(mask, ignore_index) for mask in masks])
 
 
 class Resident:

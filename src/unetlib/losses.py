@@ -9,7 +9,8 @@ logits and masks look like. Everything is computed in float32, whatever type the
   every false positive. With 0, absent from both scores 1, and false positives alone score 0, without a gradient.
 - ``batch``: pool the sums over the batch, instead of a score for each picture.
 - ``weight``: a factor for each class, shape (C,); the mean is then the weighted mean.
-- ``ignore_index``: the mask value whose pixels count for nothing; their logits get a gradient of exactly zero.
+- ``ignore_index``: the mask value whose pixels count for nothing; their logits get a gradient of exactly zero. Unless the
+  mask holds class indices, it lies outside 0 to 1.
 - ``multilabel``: one sigmoid a channel instead of one softmax.
 - ``reduction``: ``"mean"``, ``"sum"`` or ``"none"``. A loss on pixels has the terms (N, *spatial) for a softmax and
   (N, C, *spatial) for sigmoids, and its mean is over the pixels that count. A loss on regions has a term for each
@@ -72,6 +73,7 @@ def cross_entropy_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -114,6 +116,7 @@ def focal_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -163,6 +166,7 @@ def dice_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -203,6 +207,7 @@ def jaccard_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -250,6 +255,7 @@ def tversky_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -294,6 +300,7 @@ def generalized_dice_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -339,6 +346,7 @@ def mcc_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -385,6 +393,7 @@ def lovasz_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -436,6 +445,7 @@ def soft_cldice_loss(
         The loss in float32 (float64 of float64 logits): a number, or with ``reduction="none"`` its terms.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -488,6 +498,7 @@ def bce_dice_loss(
         The loss in float32 (float64 of float64 logits): a number.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:

@@ -15,18 +15,18 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import counts
-from .arguments import at_least, check_options, needed, whole
+from .arguments import at_least, check_options, is_number, needed, whole
 from .boundary import edge_distances
 from .counts import SCORES, Cells, one_against_rest
 from .distributed import shared
-from .targets import Reading, read
+from .targets import Reading, check_threshold, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,6 +89,7 @@ def confusion_matrix(
         int64 (N, C, C) for a softmax; (N, C, 2, 2), a matrix of no and yes for each channel, for sigmoids.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -119,6 +120,7 @@ def pixel_accuracy(
         float64 scalar.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -141,6 +143,7 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -163,6 +166,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -185,6 +189,7 @@ def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -206,6 +211,7 @@ def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptio
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -227,6 +233,7 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -237,7 +244,9 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
 
 
 def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> Tensor:
-    """Specificity, TN / (TN + FP), which is the recall of what is outside a class; `empty` where nothing is outside.
+    """Specificity, TN / (TN + FP): the recall of what is outside a class.
+
+    It is `empty` where nothing is outside in picture and prediction, and 0 where only the prediction has an outside.
 
     Args:
         logits: (N, C, *spatial).
@@ -248,6 +257,7 @@ def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOpt
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -272,6 +282,7 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -306,6 +317,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
         float64 scalar; (N, C) scores with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
         ImportError: without scipy.
 
@@ -347,6 +359,7 @@ def hausdorff_distance(
         float64 scalar; (N, C) distances with ``reduction="none"``.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
         ImportError: without scipy.
 
@@ -383,6 +396,7 @@ def calibration_error(
         float64 scalar, from 0 to 1; nan if no pixel counts.
 
     Raises:
+        TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
         ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
 
     Example:
@@ -419,6 +433,10 @@ class SegmentationMetrics:
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
 
+    Raises:
+        TypeError: `num_classes` is no integer.
+        ValueError: `num_classes`, `threshold` or `empty` is out of its range.
+
     Attributes:
         confusion: int64 counts by true class (rows) and predicted class, (K, K); K is 2 for one channel, and for
             multilabel the shape is (C, 2, 2).
@@ -444,6 +462,7 @@ class SegmentationMetrics:
     ) -> None:
         """Start with nothing counted."""
         self.num_classes = whole("num_classes", num_classes, 1)
+        check_threshold(threshold)
         self.threshold = threshold
         self.include_background = include_background
         self.empty = _checked_empty(empty)
@@ -471,6 +490,7 @@ class SegmentationMetrics:
             target: a mask of any form.
 
         Raises:
+            TypeError: as `confusion_matrix`.
             ValueError: for another number of channels, and as `confusion_matrix`.
         """
         reading = read(logits, target, multilabel=self.multilabel, ignore_index=self.ignore_index)
@@ -565,10 +585,11 @@ class SegmentationMetrics:
             class_names: by default 0, 1, ...
 
         Raises:
+            ValueError: `class_names` does not name every class.
             ImportError: without matplotlib.
         """
         table = self.confusion.cpu()
-        names = list(class_names or map(str, range(len(table))))
+        names = list(map(str, range(len(table))) if class_names is None else class_names)
         if len(names) != len(table):
             raise ValueError(f"class_names must name {len(table)} classes, got {len(names)}: {names}")
         columns, rows, title = names, "true class", "share of the true class's pixels"
@@ -705,11 +726,13 @@ def _mean_distance(
         for p, t in zip(predicted, true, strict=True)
     ]
     table = torch.tensor(scores, dtype=torch.float64, device="cpu").view(reading.logits.shape[:2])
+    if reading.valid is not None:
+        table = table.masked_fill(~reading.valid.flatten(2).any(-1).cpu(), math.nan)
     return _mean(table, reading.sigmoid or include_background, reduction)
 
 
 def _checked_empty(empty: float, most: float = 1.0) -> float:
-    if not isinstance(empty, SupportsFloat) or not (math.isnan(empty) or 0 <= empty <= most):
+    if not is_number(empty) or not (math.isnan(empty) or 0 <= empty <= most):
         allowed = "0 or more" if most == math.inf else f"from 0 to {most:g}"
         raise ValueError(f"empty is the score of a class that is absent: nan, or {allowed}, got {empty!r}")
     return empty

@@ -82,6 +82,8 @@ def object_counts(predicted: ArrayLike, true: ArrayLike, *, thresholds: Sequence
 
     Raises:
         ValueError: for masks of different shape, or a threshold outside [0.5, 1); and as `label_objects`.
+        TypeError: as `label_objects`.
+        ImportError: without scipy.
 
     Example:
         >>> object_counts(np.array([[1, 1, 1, 0, 1]], bool), np.array([[1, 1, 0, 0, 0]], bool), thresholds=(0.5, 0.7))
@@ -112,6 +114,8 @@ def object_average_precision(predicted: ArrayLike, true: ArrayLike, *, threshold
 
     Raises:
         ValueError: as `object_counts`.
+        TypeError: as `object_counts`.
+        ImportError: as `object_counts`.
 
     Example:
         >>> true = np.array([[1, 1, 1, 1, 0, 1]], bool)
@@ -138,6 +142,7 @@ def rand_f_score(predicted: ArrayLike, true: ArrayLike) -> float:
 
     Raises:
         ValueError: for masks of different shape; and as `label_objects`.
+        TypeError: as `label_objects`.
         ImportError: without scipy.
 
     Example:
@@ -192,6 +197,8 @@ class ObjectMetrics:
 
         Raises:
             ValueError: as `object_counts`.
+            TypeError: as `object_counts`.
+            ImportError: as `object_counts`.
         """
         counts = object_counts(predicted, true)
         self._counts += counts

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import hub, trust
 from .adapt import FIRST, adapt
-from .arguments import check_options, not_a_unet
+from .arguments import check_device, check_options, not_a_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
@@ -123,8 +123,8 @@ def model_info(
         at_commit: dict[str, Any] = {"revision": folder.name, **options}
         try:
             card = hub.fetch(where, (CARD,), **at_commit) / CARD
-        except FileNotFoundError:
-            card = folder / CARD  # it is not there, and a card need not be
+        except (FileNotFoundError, ConnectionError):
+            card = folder / CARD  # it is not there, or the Hub is not, and a card need not be
         if (folder / WEIGHTS).is_file() or local_files_only:
             found, size = _read(hub.fetch(where, (CONFIG, WEIGHTS), **at_commit), header_only=True)
         else:
@@ -178,11 +178,13 @@ def from_pretrained(
         ConnectionError: for a Hub that cannot be reached.
         OSError: for what the Hub sends if it is not what it said.
         TypeError: for an unknown option.
-        ValueError: for an unknown name, a `revision` of something that has none, a file that is not a U-Net's weights, or
-            weights that do not fit their config or are not finite.
+        ValueError: for a `device` that is not here, an unknown name, a `revision` of something that has none, a file that is
+            not a U-Net's weights, or weights that do not fit their config or are not finite.
     """
-    # Here, since a path has no use for them.
-    check_options("hub.fetch", options, ("cache_dir", "token", "local_files_only", "force_download"))
+    check_device(device if isinstance(device, str) else str(torch.device(device)))
+    # Here, since a path has no use for the rest of them.
+    known = ("revision", "device", "in_channels", "out_channels", "allow_nonfinite")
+    check_options("from_pretrained", options, (*known, "cache_dir", "token", "local_files_only", "force_download"))
     where = _locate(name, revision)
     if not isinstance(where, Path):
         where = _fetch(where, (WEIGHTS, CONFIG), revision=revision, **options)
@@ -242,6 +244,8 @@ def save_pretrained(
     text = json.dumps(config, indent=2)
     trust.read_config(json.loads(text))
     folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, and a model is saved as a folder; give another name")
     folder.mkdir(parents=True, exist_ok=True)
     if card is None and not (folder / CARD).exists():
         title = folder.resolve().name
@@ -289,11 +293,11 @@ def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
     if revision is not None:
         raise ValueError(f"revision= is for a Hub repository 'owner/name'; {str(name)!r} is none")
     if not isinstance(name, str):
-        return Path(name).expanduser()
+        return hub.local_path(name)
     if name in list_pretrained():
         return ZOO / name
     if "/" in name or os.sep in name or name.startswith("~") or _is_file_name(name):
-        return Path(name).expanduser()
+        return hub.local_path(name)
     near = difflib.get_close_matches(name, list_pretrained(), n=1)
     raise ValueError(
         f"no model is called {name!r}; the zoo has: {_zoo_names()}."

@@ -69,7 +69,9 @@ def open_raster(path: str | PathLike[str]) -> Raster:
     if path.suffix.lower() == ".npy":
         try:
             array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
+        except OSError as error:  # of the system: the file may be sound
+            raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
+        except Exception as error:  # a broken header can raise nearly anything
             raise ValueError(f"{path} cannot be read as an array ({error}). Save it again with numpy.save.") from error
         return array
     if path.suffix.lower() in _TIFF:
@@ -169,10 +171,13 @@ class _TiffRaster:
         series = file.series[0]
         page = series.keyframe
         orientation = page.tags.valueof("Orientation", 1)
+        colours = [tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB]
+        if page.compression == tifffile.COMPRESSION.JPEG:  # whose decoder makes RGB of it
+            colours.append(tifffile.PHOTOMETRIC.YCBCR)
         understood = (
             series.axes in ("YX", "YXS", "SYX", "CYX")
             and page.dtype in (np.uint8, np.uint16)
-            and page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+            and page.photometric in colours
             and orientation == 1
         )
         if not understood:

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import is_number
+
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
 _ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
 
@@ -79,8 +81,7 @@ class Reading(NamedTuple):
         true = self.cut().target
         if not self.sigmoid:
             return self.logits.max(dim=1).indices, true  # a third of argmax's time on a CPU
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}; for logits > 0 it is 0.5")
+        check_threshold(threshold)
         predicted = self.logits > math.log(threshold / (1 - threshold))
         return (predicted, true) if self.valid is None else (predicted & self.valid, true & self.valid)
 
@@ -112,7 +113,8 @@ def read(
 
     Raises:
         TypeError: if an argument is no tensor, or of a type that cannot hold what it should, or `ignore_index` no integer.
-        ValueError: for shapes that do not fit each other, and for values that no mask holds.
+        ValueError: for shapes that do not fit each other, for values that no mask holds, and for an `ignore_index` that
+            means something in a mask of values from 0 to 1.
 
     Example:
         >>> import torch
@@ -133,6 +135,12 @@ def read(
         target = target.unsqueeze(1)
     sigmoid = multilabel or channels == 1
     indices = not sigmoid and target.shape[1] == 1
+    if ignore_index in (0, 1) and not indices:
+        left_out = "one of a sigmoid's two answers" if sigmoid else "every pixel of a one-hot mask"
+        raise ValueError(
+            f"ignore_index={ignore_index} would leave out {left_out}; mark pixels that do not count by a value outside 0 to 1, "
+            "such as 255" + ("" if sigmoid else ", or pass class indices")
+        )
     valid = None
     if ignore_index is not None and _holds(target.dtype, ignore_index):
         valid = target != ignore_index
@@ -148,6 +156,12 @@ def read(
     if rounded:
         target = target.clamp(0, 1)
     return Reading(logits, target.squeeze(1).long() if indices else target, valid, sigmoid)
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse what is no probability between 0 and 1."""
+    if not is_number(threshold) or not 0 < threshold < 1:
+        raise ValueError(f"threshold is a probability between 0 and 1, got {threshold!r}; for logits > 0 it is 0.5")
 
 
 def _holds(dtype: torch.dtype, value: int) -> bool:
@@ -166,9 +180,10 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
     if target.is_complex():
         raise TypeError(f"target must hold integers, bools or floats, got {target.dtype}")
     if not 3 <= logits.ndim <= 5 or logits.numel() == 0:
+        hint = "; add the batch dimension with logits[None]" if logits.ndim < 3 else ""
         raise ValueError(
             f"logits must have the shape (N, C, *spatial) with one to three spatial dimensions, none of them empty, "
-            f"got {tuple(logits.shape)}; add the batch dimension with logits[None]"
+            f"got {tuple(logits.shape)}{hint}"
         )
     if logits.device != target.device:
         raise ValueError(f"logits are on {logits.device}, target on {target.device}; use target.to(logits.device)")

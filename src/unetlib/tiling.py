@@ -118,7 +118,7 @@ def plan_tiles(
     tile: tuple[int, int],
     overlap: int | None = None,
     *,
-    pad: bool = False,
+    mirrored: bool = False,
 ) -> TilePlan:
     """Cut a picture into tiles on the grid of the network's poolings.
 
@@ -136,7 +136,8 @@ def plan_tiles(
         overlap: pixels that a tile sees beyond what it keeps, at each side that is no border of the picture; rounded up to a
             multiple of `config.stride`. None takes `exact_halo`. Less is a warning, and tiles are blended with weights that
             fall in a straight line to the edge, over the pixels that they share.
-        pad: repeat the last row and column up to multiples for every `match`, as for "resize".
+        mirrored: the network sees the tiles mirrored too, as with `tta`. They then lie on the grid from the picture's other
+            end as well, and where its sides are no multiples, `exact_halo` takes a multiple more.
 
     Raises:
         ValueError: for a tile too small for the overlap, or a network that `exact_halo` refuses, without an `overlap`.
@@ -155,13 +156,16 @@ def plan_tiles(
             f"tiles cannot give the whole picture's result, because {whole}; give overlap= for an approximate result, such as "
             f"overlap={_round_up(tile[0] // 8, multiple)}, or tile=({size[0]}, {size[1]}) to keep the picture whole"
         )
-    halo = _round_up(min(tile) if whole else exact_halo(config), multiple)
+    two_grids = mirrored and _has_two_grids(config, size)
+    halo = _round_up(min(tile) if whole else exact_halo(config), multiple) + multiple * two_grids
     overlap = halo if overlap is None else _round_up(overlap, multiple)
     exact = not whole and overlap >= halo
-    for side, length in zip(tile, size):
-        if length > side < 2 * overlap + multiple:
+    rests = [length % multiple if two_grids and exact else 0 for length in size]
+    for side, length, rest in zip(tile, size, rests):
+        least = 2 * overlap + multiple + rest
+        if length > side < least:
             raise ValueError(
-                f"a tile that sees {overlap} pixels more at each side than it keeps must be at least {2 * overlap + multiple} "
+                f"a tile that sees {overlap} pixels more at each side than it keeps must be at least {least} "
                 f"pixels a side, got {side}; give a larger tile=, or a smaller overlap= for an approximate result"
             )
     if not exact:
@@ -174,16 +178,15 @@ def plan_tiles(
             'and with "replicate" in the model\'s config both agree',
             stacklevel=2,
         )
-    pad = pad or config.match == "resize" or not exact
-    sides = (side // multiple * multiple if side < length else _round_up(length, multiple) for side, length in zip(tile, size))
+    pad = config.match == "resize" or not exact
     rows, columns = (
-        _spans(length, _round_up(length, multiple) if pad else length, side, overlap, multiple, exact)
-        for length, side in zip(size, sides)
+        _spans(length, _round_up(length, multiple) if pad else length, side, overlap, multiple, exact, rest)
+        for length, side, rest in zip(size, tile, rests)
     )
     return TilePlan(size, rows, columns, overlap, exact)
 
 
-def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple[int, int] | None:
+def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int, *, mirrored: bool = False) -> tuple[int, int] | None:
     """The largest useful tile for a picture, None where it fits whole.
 
     Beyond 2048 pixels a side, or 16 times the halo, larger tiles save little: the halo is then less than a quarter of the work.
@@ -192,6 +195,7 @@ def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple
         config: the network's.
         size: height and width of the picture.
         pixels: how many fit into one pass, as `unetlib.memory.pixels_in_one_pass` says.
+        mirrored: as in `plan_tiles`.
 
     Returns:
         Height and width, never less than the exact halo needs, or None.
@@ -204,7 +208,8 @@ def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int) -> tuple
         return None
     multiple = config.stride
     halo = multiple if needs_whole(config) else _round_up(exact_halo(config), multiple)
-    side = min(max(2048, 16 * halo), max(math.isqrt(pixels) // multiple * multiple, 2 * halo + multiple))
+    least = 2 * halo + multiple * (4 if mirrored and _has_two_grids(config, size) else 1)
+    side = min(max(2048, 16 * halo), max(math.isqrt(pixels) // multiple * multiple, least))
     return side, side
 
 
@@ -256,16 +261,24 @@ def iter_bands(pieces: Iterable[Piece]) -> Iterator[Tensor]:
         yield torch.cat([piece.values for piece in row], dim=-1)
 
 
-def _spans(length: int, padded: int, tile: int, overlap: int, multiple: int, exact: bool) -> tuple[Span, ...]:
-    """The extents of tiles along one axis; all start on multiples, and the last one ends with the padded picture."""
-    if padded <= tile:
+def _has_two_grids(config: UNetConfig, size: tuple[int, int]) -> bool:
+    """Whether the grid of the poolings from the picture's other end is another one."""
+    return config.match != "resize" and any(length % config.stride for length in size)
+
+
+def _spans(length: int, padded: int, tile: int, overlap: int, multiple: int, exact: bool, rest: int) -> tuple[Span, ...]:
+    """The extents of tiles along one axis; all start on multiples, and the last one ends with the padded picture.
+
+    All stop the same `rest` beyond a multiple.
+    """
+    if length <= tile:
         return (Span(0, padded, 0, length),)
-    shared = 2 * overlap
+    padded, tile, shared = padded - rest, (tile - rest) // multiple * multiple, 2 * overlap
     count = math.ceil((padded - shared) / (tile - shared))
     step = _round_up(math.ceil((padded - shared) / count), multiple)
     window = step + shared
     starts = [*range(0, padded - window, step), _round_up(padded - window, multiple)]
-    stops = [min(start + window, padded) for start in starts]
+    stops = [min(start + window, padded) + rest for start in starts]
     if not exact:
         return tuple(Span(start, stop, start, min(stop, length)) for start, stop in zip(starts, stops))
     cuts = [0, *(start + overlap for start in starts[1:]), length]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .arguments import at_least, height_and_width, rising, whole
+from .arguments import at_least, height_and_width, is_number, rising, whole
 
 
 class Resize(v2.Transform):  # type: ignore[misc]
@@ -193,6 +193,7 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
         grid: Points along each side.
 
     Raises:
+        TypeError: `grid` is no integer.
         ValueError: `sigma` is negative, or `grid` below 2.
 
     Example:
@@ -290,6 +291,7 @@ class PerPicture(torch.nn.Module):
         transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
 
     Raises:
+        TypeError: `transform` is no `nn.Module`.
         ValueError: The batch is empty or not (N, C, H, W), there are not as many masks, or seeds, as pictures, or the
             transform gives pictures of several sizes.
 
@@ -303,6 +305,10 @@ class PerPicture(torch.nn.Module):
     def __init__(self, transform: torch.nn.Module) -> None:
         """Keep the transform."""
         super().__init__()
+        if not isinstance(transform, torch.nn.Module):
+            raise TypeError(
+                f"transform must be a torch.nn.Module, such as train_transform(size=None), not a {type(transform).__name__}"
+            )
         self.transform = transform
 
     @torch.no_grad()
@@ -426,7 +432,7 @@ def train_transform(
 
     Returns:
         A transform from (`tv_tensors.Image` uint8 CxHxW, `tv_tensors.Mask` HxW) to tensors: float32 CxHxW in [0, 1], to
-        1e-6, before `mean` and `std`, and the mask HxW in its own dtype.
+        1e-6, before `mean` and `std`, and the mask HxW in its own dtype, or float32 where a bool one is resized.
 
     Raises:
         TypeError: `size` is no pair of integers.
@@ -447,7 +453,7 @@ def train_transform(
         at_least(name, value, 0, 1)
     for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
         at_least(name, value, 0)
-    if not isinstance(least_resolution, SupportsFloat) or not 0 < least_resolution <= 1:
+    if not is_number(least_resolution) or not 0 < least_resolution <= 1:
         raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
     steps: list[torch.nn.Module] = []
     if size is not None:

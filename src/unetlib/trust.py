@@ -12,9 +12,12 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -198,7 +201,7 @@ def _check_header(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, Any]:
-    """The dictionary that `torch.save` wrote, without running code.
+    """The dictionary that `torch.save` wrote, without running code; NumPy's numbers in it become Python's.
 
     Args:
         path: the file.
@@ -211,14 +214,16 @@ def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, An
     try:
         if zipped:
             _check_archive(path)
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=zipped and not header_only)
+        checkpoint = _load(path, device, mmap=zipped and not header_only)
     except Exception as error:  # torch.load raises many kinds, for code in a pickle as for a damaged file
         code = code_asked_for(error)
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values: "
             + (
                 f"it asks for the code {code}, and code in a checkpoint is never run; "
-                "save its state dict alone with torch.save(model.state_dict(), path)"
+                "save its state dict alone, once, if you trust the file: "
+                f"torch.save(torch.load({str(path)!r}, map_location='cpu', weights_only=False)['state_dict'], 'weights.pth'), "
+                "with its own key for 'state_dict', or with .state_dict() instead where it holds a whole model"
                 if code
                 else f"it is damaged, or something else ({type(error).__name__})"
             )
@@ -227,6 +232,41 @@ def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, An
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict or a dictionary that has one")
     _check_plain(checkpoint, path, device)
     return checkpoint
+
+
+def _load(path: Path, device: str, *, mmap: bool) -> Any:
+    load = partial(torch.load, path, map_location=device, weights_only=True, mmap=mmap)
+    try:
+        return load()
+    except UnpicklingError as error:
+        if code_asked_for(error) not in _NUMPY:
+            raise
+    # Only stand-ins go by these names: NumPy's own would believe a dtype of which a stranger says that it holds pointers.
+    with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _NUMPY.items()]):
+        return load()
+
+
+class _NumberType:
+    """The `numpy.dtype` of a plain number, as a pickle writes it."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+            raise UnpicklingError(f"GLOBAL numpy.dtype is allowed for numbers alone, not for {name!r}")
+        self.type = np.dtype(name)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.type = self.type.newbyteorder(state[1])
+
+
+def _number(kind: _NumberType, data: bytes) -> Any:
+    return np.frombuffer(data, kind.type, count=1)[0].item()
+
+
+_NUMPY: dict[str, Any] = {  # what a pickled scalar asks for, under NumPy 1 and 2
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    "numpy.dtype": _NumberType,
+}
 
 
 def code_asked_for(error: Exception) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .arguments import check_options
 from .blocks import DoubleConv, Up, join_patches, split_patches
 from .config import Preprocessing, UNetConfig
+from .recompute import recomputed
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -47,6 +48,8 @@ class UNet(nn.Module):
         config: the `UNetConfig` that builds this network again.
         preprocessing: the `Preprocessing` that `predict` applies and `save_pretrained` writes; assign another to change it,
             anything else is a TypeError.
+        checkpoint_gradients: False. Set to True, training keeps the inputs of the double convolutions alone and computes what
+            is inside them again in the backward pass: a third more work for less memory, with the same gradients.
 
     Shape:
         (N, in_channels, H, W) float to (N, out_channels, H, W) logits, for any H and W of at least `config.stride`,
@@ -88,6 +91,7 @@ class UNet(nn.Module):
             **options,
         )
         self._preprocessing = Preprocessing()
+        self.checkpoint_gradients = False
         config, widths = self.config, self.config.features
         patch = config.patch_size**2  # pixels
         layers: dict[str, Any] = {
@@ -143,6 +147,12 @@ class UNet(nn.Module):
                 f"preprocessing must be a Preprocessing, such as Preprocessing(size=(160, 240)), got {preprocessing!r}"
             )
         preprocessing.check_channels(self.config.in_channels, self.config.out_channels)
+        stride = self.config.stride
+        if min(preprocessing.size or (stride,)) < stride:
+            raise ValueError(
+                f"preprocessing.size={preprocessing.size} is smaller than config.stride={stride}; "
+                f"give at least ({stride}, {stride})"
+            )
         self._preprocessing = preprocessing
 
     @classmethod
@@ -179,7 +189,8 @@ class UNet(nn.Module):
 
         Raises:
             FileNotFoundError: for a path, repository or revision that does not exist.
-            ValueError: for an unknown name, or weights that do not fit their config or are not finite.
+            ValueError: for a `device` that is not here, an unknown name, or weights that do not fit their config or are not
+                finite.
             OSError: for a Hub that cannot be reached or refuses.
 
         Example:
@@ -337,15 +348,16 @@ class UNet(nn.Module):
             ValueError: for another shape, or integers.
         """
         check_input(x, self.config)
+        run = recomputed if self.checkpoint_gradients and torch.is_grad_enabled() else nn.Module.__call__
         size, skips = x.shape[-2:], []
         x = split_patches(x, self.config.patch_size)  # the same for patch_size=1, as is join_patches
         for block in self.encoder:
-            x = block(x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
+            x = run(block, x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
             skips.append(x)
             x = F.max_pool2d(x, kernel_size=2)  # (h, w) -> (h // 2, w // 2)
-        x = self.bottleneck(x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
+        x = run(self.bottleneck, x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
         for up, skip in zip(self.decoder, reversed(skips)):
-            x = up(x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
+            x = run(up, x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
         x = self.head(x)  # (N, decoder_features[0], h, w) -> (N, patch_size ** 2 * out_channels, h, w)
         return join_patches(x, self.config.patch_size, size)  # -> (N, out_channels, H, W)
 
@@ -369,10 +381,11 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
             f"expected pixels as floats, such as pixels / 255, got {x.dtype}; `predict` takes pictures as they are"
         )
     if x.ndim != 4 or x.shape[1] != config.in_channels:
-        raise ValueError(
-            f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}"
-            + ("; add the batch dimension with x[None]" if x.ndim == 3 else "")
-        )
+        hint = "; add the batch dimension with x[None]" if x.ndim == 3 else ""
+        if x.ndim == 4 and (x.shape[1], config.in_channels) in ((1, 3), (3, 1)):
+            hint = f'; read pictures with mode="{"RGB" if config.in_channels == 3 else "L"}", or take a network for these: '
+            hint += f"UNet(in_channels={x.shape[1]}), or UNet.from_pretrained(..., in_channels={x.shape[1]})"
+        raise ValueError(f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}{hint}")
     if x.shape[-2] < smallest or x.shape[-1] < smallest:
         raise ValueError(
             f"a U-Net of {config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "

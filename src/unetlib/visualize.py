@@ -27,6 +27,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
         uint8 (H, W).
 
     Raises:
+        TypeError: for a mask that is no array, or `classes` that is no integer.
         ValueError: for another shape, or a class that is out of range.
 
     Example:
@@ -59,6 +60,7 @@ def overlay(
         uint8 (H, W, 3).
 
     Raises:
+        TypeError: for a picture or mask that is no array.
         ValueError: where picture and mask differ in size, or `image` is no uint8 picture; for `alpha` or `colors` out of range.
 
     Example:
@@ -73,7 +75,7 @@ def overlay(
     pixels = image if image.ndim == 3 else image[..., None]
     tones = _tones(colors)[(mask.astype(np.int64) - 1) % len(colors)]
     mixed = (1 - alpha) * pixels.astype(np.float32) + alpha * tones
-    return np.where(mask[..., None] > 0, mixed, pixels).astype(np.uint8)
+    return np.where(mask[..., None] > 0, mixed.round(), pixels).astype(np.uint8)
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 4) -> NDArray[np.uint8]:
@@ -88,20 +90,22 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
         uint8 (rows of them, columns of them, 3).
 
     Raises:
-        ValueError: for no picture, pictures of several sizes or no colours, or less than one column.
+        TypeError: for a picture that is no array, or `columns` or `gap` that is no integer.
+        ValueError: for no picture, pictures of several sizes or no colours, less than one column or a gap below 0.
 
     Example:
         >>> grid([np.zeros((10, 20), np.uint8)] * 5, columns=3, gap=2).shape
         (26, 68, 3)
     """
-    sizes = sorted({picture.shape[:2] for picture in pictures})
+    sizes = sorted({_check_picture(picture).shape[:2] for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one height and width, got {sizes or 'none'}; resize them first")
     (height, width), columns = sizes[0], min(whole("columns", columns, 1), len(pictures))
+    gap = whole("gap", gap, 0)
     sheet = np.full((gap + -(-len(pictures) // columns) * (height + gap), gap + columns * (width + gap), 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
         top, left = gap + number // columns * (height + gap), gap + number % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = _check_picture(picture).reshape(height, width, -1)
+        sheet[top : top + height, left : left + width] = picture.reshape(height, width, -1)
     return sheet
 
 
@@ -128,7 +132,9 @@ def comparison(
         uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last row.
 
     Raises:
-        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range or a fraction.
+        TypeError: for a picture or mask that is no array, or `classes`, `columns` or `height` that is no integer.
+        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range or a fraction;
+            for `classes`, `columns` or `height` out of range.
 
     Example:
         >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
@@ -140,7 +146,9 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
-    columns = whole("columns", columns, 1)
+    for array in (*images, *masks, *predicted):
+        _check_array("a picture or mask", array)
+    columns, height = whole("columns", columns, 1), whole("height", height, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
     def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -167,6 +175,7 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
         path: the file.
 
     Raises:
+        ValueError: for no step.
         ImportError: without matplotlib, of the extra `examples`.
 
     Example:
@@ -174,6 +183,8 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     learning_curves([0.9, 0.5, 0.4, 0.3], [{"dice": 0.7}, {"dice": 0.8}], f"{folder}/curves.png")
     """
+    if not len(loss):
+        raise ValueError("loss must hold a number for each step, such as [0.9, 0.5], and holds none")
     figure = needed("matplotlib.figure", "a plot", "examples").Figure(figsize=(10, 4), layout="constrained")
     steps, epochs = figure.subplots(1, 2)
     steps.plot(range(1, len(loss) + 1), loss, linewidth=0.5, alpha=0.4, color="tab:blue")
@@ -190,7 +201,13 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
     figure.savefig(path, dpi=100, format="png")
 
 
+def _check_array(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}; use np.asarray(...)")
+
+
 def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    _check_array("a picture", image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(f"a picture must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
     return image
@@ -214,6 +231,7 @@ def _tones(colors: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
 
 
 def _check_mask(mask: NDArray[Any]) -> NDArray[Any]:
+    _check_array("a mask", mask)
     if mask.ndim != 2 or mask.dtype.kind not in "bui":
         raise ValueError(f"mask must be integers or bools of shape (H, W), got {mask.dtype} {mask.shape}")
     if mask.size and mask.min() < 0:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from .replays import Replays
 from .structure import difference
 
 Way = Callable[[Parts, torch.dtype], Level]
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 _TRIALS = {16: 288, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side of the map on which ways are compared
 _LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
@@ -39,6 +42,24 @@ _NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those
 # What is not in the trials leaves this share of the native way's time: pooling and concatenation inside, and, where all levels
 # are native, a replay, in which threads are woken once instead of at each convolution.
 _NATIVE_SPARES = 0.6
+
+
+def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """A function that a `torch.compile` around it leaves alone: traced, native code would get addresses of memory that is gone.
+
+    That is `torch.compiler.disable`, which loads the compiler and so takes a second, at the first call that finds it loaded.
+    """
+
+    @functools.cache
+    def alone() -> Callable[_Args, _Result]:
+        disabled: Callable[_Args, _Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled
+
+    @functools.wraps(function)
+    def run(*args: _Args.args, **options: _Args.kwargs) -> _Result:
+        return (alone() if "torch._dynamo" in sys.modules else function)(*args, **options)
+
+    return run
 
 
 def optimize_for_inference(
@@ -113,10 +134,12 @@ class FastUNet(nn.Module):
 
     Attributes:
         config: of the network.
-        preprocessing: of the network.
+        preprocessing: of the network; assign another to change it, as there.
         device: of the weights.
         dtype: that it computes in.
     """
+
+    preprocessing: Any = UNet.preprocessing  # the property, with its check
 
     def __init__(self, model: UNet, dtype: torch.dtype, other: OpenVINO | None = None, *, compile: bool = False) -> None:
         super().__init__()
@@ -148,6 +171,7 @@ class FastUNet(nn.Module):
             this = weakref.proxy(self)  # else it is a cycle, as with `compile`, and graphs wait for the collector
             self._run = Replays(self._run or (lambda x: this._logits(x)))
 
+    @untraced
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
@@ -312,7 +336,7 @@ def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
 def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, float]:
     """Seconds that each way takes for a double convolution."""
     side = _TRIALS[channels]
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # a seed fixes what a program draws, with or without a trial
         block, x = DoubleConv(channels, channels).eval().float(), torch.rand(1, channels, side, side, dtype=torch.float32)
     parts = Parts.of(block)
     levels = {way: way(parts, dtype) for way in ways}

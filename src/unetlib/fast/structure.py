@@ -13,7 +13,7 @@ from ..config import UNetConfig
 from ..unet import UNet
 
 _SAME: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: nn.BatchNorm2d}  # in evaluation mode
-_IDLE = {"training", "momentum", "inplace", "p"}  # settings that change no result there
+_IDLE = {"training", "momentum", "inplace", "p", "checkpoint_gradients"}  # settings that change no result there
 
 
 class _Part(NamedTuple):
@@ -22,7 +22,7 @@ class _Part(NamedTuple):
     name: str
     kind: type[nn.Module]
     settings: dict[str, Any]
-    shapes: list[torch.Size | None]
+    shapes: dict[str, torch.Size | None]
 
 
 def difference(model: UNet) -> str | None:
@@ -72,6 +72,6 @@ def _is_like(module: nn.Module, part: _Part) -> bool:
     )
 
 
-def _shapes(module: nn.Module) -> list[torch.Size | None]:
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return [None if tensor is None else tensor.shape for tensor in tensors]
+def _shapes(module: nn.Module) -> dict[str, torch.Size | None]:
+    tensors = {**module._parameters, **module._buffers}  # in any order: what has pruned a weight puts it back as the last one
+    return {name: None if tensor is None else tensor.shape for name, tensor in tensors.items()}
