@@ -6,7 +6,7 @@
 A step is everything between a batch on the host and updated weights: copy, forward, loss, backward, optimizer, and reading
 the loss. The contestants take turns of a few steps; the ratio is the study's time over theirs, in the same round. On a CPU
 one of them also keeps the memory that is freed, as train_carvana.py does. The peak is what a step allocates beyond weights and
-the state of the optimizer, gradients included.
+the state of the optimizer: on a CPU with the gradients, while on a GPU those of the last step are held before it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
-    parser.add_argument("--size", type=int, nargs=2, default=[1280, 1918], metavar=("HEIGHT", "WIDTH"), help="of the scenes")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the scenes (1280 1918)")
     parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -71,13 +71,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --images and --masks, or --synthetic N")
     if args.synthetic and (args.images or args.masks):
         parser.error("--synthetic scores rendered scenes and --images photographs; give one, not both")
+    if args.synthetic and (args.nonzero or args.mask_values or args.ignore is not None):
+        parser.error("--nonzero, --mask-values and --ignore are for mask files, and scenes have none; leave them out")
+    if args.size and not args.synthetic:
+        parser.error("--size is that of the scenes of --synthetic, and photographs are scored at their own; leave it out")
     if args.nonzero and args.mask_values:
         parser.error("--nonzero is for masks of two classes and --mask-values names each class; give one, not both")
     if args.ignore is not None and not args.mask_values:
         parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1")
     try:
         whole("--synthetic", args.synthetic, 0)
-        height_and_width(args.size, "--size")
+        size = height_and_width(args.size or (1280, 1918), "--size")
         check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
@@ -94,12 +98,18 @@ def main(argv: list[str] | None = None) -> None:
         classes = max(2, model.config.out_channels)
         names = model.preprocessing.class_names or [str(k) for k in range(classes)]
         if args.synthetic:
-            dataset = Scenes(args.synthetic, tuple(args.size))
+            if classes > 2:
+                raise ValueError(
+                    f"{args.model} tells {classes} classes apart ({', '.join(names)}), and rendered scenes have two; give "
+                    "--images and --masks"
+                )
+            dataset = Scenes(args.synthetic, size)
         else:
             if len(args.mask_values or range(2)) != classes:
                 parser.error(
                     f"the model has {classes} classes ({', '.join(names)}); name the masks' values in their order, such as "
-                    f"--mask-values {' '.join(map(str, range(classes)))}"
+                    f"--mask-values {' '.join(map(str, range(classes)))}; where colours are the classes, score in Python: "
+                    "docs/finetune.md"
                 )
             mode = "L" if model.config.in_channels == 1 else "RGB"
             values: Any = "nonzero" if args.nonzero else args.mask_values

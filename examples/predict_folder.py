@@ -41,7 +41,7 @@ from unetlib.files import only_writer
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
 from unetlib.rasters import Raster, is_huge_tiff, open_raster
-from unetlib.tiling import needs_whole, plan_tiles
+from unetlib.tiling import plan_tiles
 from unetlib.visualize import mask_to_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -100,10 +100,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_tile(model: UNet, tile: int | None, overlap: int | None, *, mirrored: bool) -> None:
-    """End where the network cannot do such tiles, for which every picture that is cut into them would fail."""
+    """End where all pictures are brought to one size, and the network cannot do such tiles of it."""
     size = model.preprocessing.size
-    if tile is not None and size is None and (overlap is not None or not needs_whole(model.config)):
-        size = ((tile + 1) * model.config.stride,) * 2  # of a picture that is cut; others ask for no less
     if tile is None or size is None or max(size) <= tile:
         return
     try:

@@ -39,6 +39,7 @@ from training_options import (
     PRESETS,
     as_json,
     check_new,
+    check_shares,
     ignored,
     load_run,
     make_augment,
@@ -102,6 +103,7 @@ def train(
     with without_traceback(f"--batch-size {args.batch_size}: "):
         batches = ShuffledBatches(names, args.batch_size, seed=args.seed, rank=rank, world_size=world)
     with without_traceback():
+        check_shares(args, model, world)
         loader = AugmentedBatches(
             train_sets, batches, make_augment(args, train_sets), device, augment_on=args.augment_on, cache_gib=args.cache_gib,
             size=None if args.crop or args.window else tuple(args.size), workers=args.workers, progress=rank == 0,
@@ -182,6 +184,8 @@ def train(
         stored = (tensor.half() if tensor.dim() > 1 else tensor for tensor in model.state_dict().values())  # as in model/
         if not all(tensor.isfinite().all() for tensor in stored):
             raise SystemExit(f"after step {len(history['loss'])} the weights are not finite in half precision; {ADVICE}")
+        # Until now those of the epoch are of this process's share, which is as large as the others'.
+        history["loss"][-step:] = [sum(losses) / world for losses in zip(*shared(history["loss"][-step:]))]
 
     while epoch < args.epochs:
         model.train()
@@ -197,7 +201,8 @@ def train(
             total = torch.zeros((), device=device)
             for number, (inputs, targets) in enumerate(shares, 1):
                 inputs = inputs.sub(mean).div_(std)
-                # Gradients meet those of the other processes once a step, with the last share.
+                # Gradients meet those of the other processes once a step, with the last share. Shares count by their pictures,
+                # though with `--ignore` or `--border-weight` one loss of the whole batch would weigh pixels otherwise.
                 with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
                     with autocast:
                         logits = forward(inputs)
@@ -241,7 +246,8 @@ def train(
             if math.isnan(entry["dice"]) or entry["dice"] > best["dice"]:  # nan: nothing to find, and nothing found
                 best = entry
                 if rank == 0:
-                    card = training_card(judged, name, description, best, command, (len(names), len(val_set)))
+                    scored_at = args.size if args.validate_at == "size" else None
+                    card = training_card(judged, name, description, best, command, (len(names), len(val_set)), scored_at)
                     with room_asked_for(args.out):
                         judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)

@@ -27,7 +27,7 @@ from unetlib.checkpoints import check_space, load_checkpoint
 from unetlib.config import MATCHES
 from unetlib.distributed import Process, shared
 from unetlib.files import only_writer
-from unetlib.imaging import image_size
+from unetlib.imaging import class_of_value, image_size
 from unetlib.transforms import train_transform
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,8 +74,11 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *
     """Parse the options that `parser` has and those of training, with other `defaults`; what cannot be right is an error."""
     add_training_options(parser)
     parser.set_defaults(**{"ignore": None, **defaults})
-    preset = getattr(parser.parse_args(argv), "preset", None)
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    given = parser.parse_args(argv)
+    recipe = dict(PRESETS.get(getattr(given, "preset", None), {}))
+    if given.features:
+        recipe.pop("bottleneck", None)  # which goes with the recipe's features
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     try:
         check(args)
@@ -158,6 +161,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--ema must be 0 or more and below 1, such as 0.99, not {args.ema}")
     if args.border_size % 2 == 0:
         raise ValueError(f"--border-size must be odd, such as {args.border_size + 1}, not {args.border_size}")
+    if args.loss == "bce" and args.border_weight != 1:
+        raise ValueError(
+            f"--border-weight {args.border_weight:g} is for bce-dice and not for --loss bce; give --border-weight 1, or "
+            "--loss bce-dice"
+        )
+    if args.reflect and not (args.rotation or args.scale or args.elastic):
+        raise ValueError(
+            "--reflect mirrors the picture where --rotation, --scale or --elastic reach beyond it; give one of these, or leave "
+            "it out"
+        )
     if args.crop and args.window:
         raise ValueError("--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two")
     if args.validate_at == "size" and (args.window or getattr(args, "own_size", False)):
@@ -276,6 +289,11 @@ def load_run(checkpoint: Path, now: Mapping[str, Any], device: torch.device) -> 
     except ValueError as error:
         raise SystemExit(f"{error}; {ANEW}") from error
     check_same(checkpoint, state, now)
+    if "epoch" in state["best"] and not (weights := checkpoint.with_name("model")).is_dir():
+        raise SystemExit(
+            f"{weights} is missing, with the weights of epoch {state['best']['epoch']}, the best so far; bring back model/ "
+            f"beside {checkpoint.name}, or {ANEW}"
+        )
     return state
 
 
@@ -286,7 +304,8 @@ def check_same(checkpoint: Path, state: Mapping[str, Any], now: Mapping[str, Any
     was = state["settings"]
     data = ("pictures", "classes")
     changed = [name for name in now if now[name] != was.get(name) and name not in data]
-    if changed not in ([], ["init"]):
+    moved = changed == ["init"] and None not in (now["init"], was.get("init"))
+    if changed and not moved:
         words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
         raise SystemExit(f"{checkpoint} is from a run with other options: {', '.join(words)}; resume with those, or {ANEW}")
     for name in data:
@@ -315,9 +334,24 @@ def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
     return model
 
 
+def check_shares(args: argparse.Namespace, model: UNet, world_size: int) -> None:
+    """Refuse shares of a batch that leave batch norm one value of each channel, of which there is no variance."""
+    batch = args.batch_size // world_size
+    largest = math.ceil(batch / args.accumulate)  # as `Tensor.chunk` cuts
+    smallest = batch % largest or largest
+    together = world_size if args.sync_batch_norm else 1
+    deepest = [side // model.config.stride for side in args.size]
+    if model.config.norm == "batch" and deepest == [1, 1] and smallest * together == 1:
+        raise ValueError(
+            f"--size {args.size[0]} {args.size[1]} leaves one pixel at the network's deepest level, and batch norm needs more "
+            f"than one value there; give --size {2 * args.size[0]} {2 * args.size[1]}, or a larger --batch-size than "
+            f"{args.batch_size} or a smaller --accumulate than {args.accumulate}, so that each part has two pictures or more"
+        )
+
+
 def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset]) -> v2.Compose:
     """What pictures and masks of `datasets` go through; with `--window` parts of them, for which all must be large enough."""
-    options = {name: getattr(args, name) for name in AUGMENTATION}
+    options = {name: getattr(args, name) for name in AUGMENTATION} | {"outside": ignored(args) or 0}
     if not args.window:
         return train_transform(args.size, **options)
     check_windows(args.size, datasets)
@@ -346,7 +380,7 @@ def as_json(value: Any, indent: int) -> str:
 
 def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
     """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
-    return {value: k for k, value in enumerate(values)} | {ignore: IGNORED}
+    return {**class_of_value([*values]), ignore: IGNORED}
 
 
 def ignored(args: argparse.Namespace) -> int | None:
@@ -362,6 +396,8 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, st
         # PyTorch divides by zero where the rise takes exactly one step, or all of them.
         share = min(args.warmup * (1.001 if args.warmup * steps == 1 else 1.0), 0.999)
         return OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps, pct_start=share)
+    if not args.warmup:
+        return CosineAnnealingLR(optimizer, steps)
     rising = max(1, round(args.warmup * steps))
     parts = [LinearLR(optimizer, 0.01, total_iters=rising), CosineAnnealingLR(optimizer, max(1, steps - rising))]
     return SequentialLR(optimizer, parts, milestones=[rising])

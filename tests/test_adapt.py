@@ -182,6 +182,17 @@ def test_a_wider_network_gives_the_same_logits(options):
     assert grown.config.bottleneck == 12
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"size": (8, 12)}, {"size": (16, 24)}), ({"scale": 0.5}, {"scale": 1.0}), ({}, {})],
+)
+def test_a_network_of_patches_sees_more_pixels_of_a_picture_that_is_resized(before, after):
+    model = UNet(features=(4, 8))
+    model.preprocessing = Preprocessing(**before, threshold=0.3)
+    assert grow(model, patch_size=2).preprocessing == Preprocessing(**after, threshold=0.3)
+    assert grow(model, features=(5, 9)).preprocessing == model.preprocessing
+
+
 @pytest.mark.parametrize("options", [*ANY, {"norm": "group"}], ids=str)
 @pytest.mark.parametrize("side", [2, 3])
 def test_a_network_of_patches_gives_the_logits_of_the_reduced_picture(options, side):
@@ -233,7 +244,7 @@ def test_every_weight_of_a_larger_network_learns():
         ({}, {"features": (4, 7)}, r"features and bottleneck must be \(4, 8, 16\) or more, level by level, got \(4, 7, 16\)"),
         ({}, {"features": (4, 8, 8)}, r"features and bottleneck must be \(4, 8, 16\) or more, .* got \(4, 8, 8, 16\)"),
         ({}, {"bottleneck": 8}, r"must be \(4, 8, 16\) or more, level by level, got \(4, 8, 8\)"),
-        ({"mid_features": (9, 9)}, {"features": (8, 8)}, r"mid_features and bottleneck must be \(9, 9, 16\) or more"),
+        ({"mid_features": (9, 9)}, {"features": (8, 8)}, r"^features and bottleneck must be \(9, 9, 16\) or more"),
     ],
 )
 def test_networks_that_cannot_be_grown_are_refused(model, options, message):

@@ -36,6 +36,13 @@ def test_the_card_of_a_run_says_what_was_run_and_what_it_scores(tmp_path):
         assert part in card
 
 
+@pytest.mark.parametrize(("size", "said"), [(None, "at their own size"), ((160, 240), "at 160x240")])
+def test_the_card_of_a_run_says_at_which_size_it_scores(size, said):
+    scores = {"epoch": 3, "dice": 0.98, "iou": 0.961, "accuracy": 0.99}
+    card = training_card(UNet(features=(2,)), "cars", "Finds cars.", scores, "python train.py", (90, 10), size)
+    assert f"| 10 validation pictures {said}, mean of each |" in card
+
+
 def test_the_hubs_client_reads_it_too(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(model_card(UNet(features=(2,)), "a", "b/a"))
@@ -44,7 +51,10 @@ def test_the_hubs_client_reads_it_too(tmp_path):
     assert data["pipeline_tag"] == "image-segmentation"
 
 
-@pytest.mark.parametrize("text", ["", "# only text", "text\n---\na: 1\n---\n", "---\n\n---\n", "---\nnever closed"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "# a", "text\n---\na: 1\n---\n", "---\n\n---\n", "---\nnever closed", "---\n---\n# a\nb: c: d\n---\n"],
+)
 def test_a_card_without_front_matter_has_no_data(tmp_path, text):
     assert read(tmp_path, text) == {}
 
@@ -62,6 +72,7 @@ def test_line_ends_and_marks_do_not_matter(tmp_path, text):
         ("---\na: !!bool maybe\n---\n", "maybe"),
         ("---\na: !!timestamp foo\n---\n", "groupdict"),
         ("---\na: !!int ''\n---\n", "index out of range"),
+        ("---\na: 1" + 200 * ":00" + ".0\n---\n", "too large"),
         ("---\na: !!python/object/apply:os.mkdir [x]\n---\n", "could not determine a constructor"),
         ("---\na: &a [x]\nb: *a\n---\n", "aliases are not read"),
         ("---\na: " + 5000 * "[" + "\n---\n", "too many brackets"),

@@ -61,6 +61,14 @@ def test_the_others_wait_for_hours_while_the_first_prepares_what_all_need(monkey
     assert given["timeout"] > timedelta(hours=1)
 
 
+def test_a_launcher_that_does_not_number_gpus_is_told(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="not LOCAL_RANK"), joined_processes("cuda"):
+        pass
+
+
 def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
     for count in (1, 2):
         run_processes(count, str(SCRIPT), str(tmp_path / f"{count}.pt"))

@@ -307,7 +307,7 @@ for before in (0, 2):  # calls, the second of which is recorded
             found = torch.as_tensor(compiled(given)).reshape(1, 1, 96, 96)
         assert torch.allclose(found.sigmoid() if function is fast else found, expected, atol=2e-3)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "error:Dynamo detected", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

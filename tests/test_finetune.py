@@ -143,6 +143,26 @@ def test_a_value_that_does_not_count_has_no_say_in_the_loss(example, channels, l
     torch.testing.assert_close(options.make_loss(args)(logits, masks), expected)
 
 
+@pytest.mark.parametrize("place", ["workers", "device"])
+def test_what_comes_from_outside_does_not_count_where_a_value_does_not(example, tmp_path, monkeypatch, place):
+    import train_carvana
+
+    seen, make = [], train_carvana.make_loss
+
+    def spied(args):
+        loss = make(args)
+        return lambda logits, masks: seen.append(masks) or loss(logits, masks)
+
+    finetune = example("finetune")
+    monkeypatch.setattr(train_carvana, "make_loss", spied)
+    data = write(tmp_path / "mine", values=(0, 1, 2))  # all of what is left are the classes 1 and 2
+    options = ["--ignore", "0", "--scale", "0.5", "0.5", "--elastic", "1", "--rotation", "20", "--augment-on", place]
+    finetune.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY, *options])
+    counts = torch.cat([masks.flatten() for masks in seen]).long().bincount(minlength=256)
+    assert counts[0] == pytest.approx(counts[1].item(), rel=0.3)  # two bands of one height
+    assert counts[255] > 0.7 * counts.sum()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_borders_count_whatever_the_number_of_classes(example, channels):
     import training_options as options
@@ -252,7 +272,7 @@ def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, caps
     UNet(out_channels=3, features=(8,)).save_pretrained(tmp_path / "model")
     folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
     for option, message in (
-        ([], "the model has 3 classes (0, 1, 2); name the masks' values in their order, such as --mask-values 0 1 2"),
+        ([], "the model has 3 classes (0, 1, 2); name the masks' values in their order, such as --mask-values 0 1 2; where"),
         (["--nonzero", "--mask-values", "0", "1", "2"], "give one, not both"),
     ):
         with pytest.raises(SystemExit):
@@ -274,14 +294,12 @@ def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(example, tm
 def test_a_class_that_is_nowhere_has_no_score(example, tmp_path, capsys):
     model = UNet(features=(8,), out_channels=3)
     torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
-    options = ["--model", str(model.save_pretrained(tmp_path / "model")), "--device", "cpu", "--size", "32", "48"]
-    example("evaluate").main([*options, "--synthetic", "1"])
+    write(tmp_path, count=1, values=(0, 1))
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    options = ["--model", str(model.save_pretrained(tmp_path / "model")), "--device", "cpu", "--mask-values", "0", "1", "2"]
+    example("evaluate").main([*options, *folders])
     printed = capsys.readouterr().out
     assert json.loads(printed)["dice of each class"]["2"] is None
-    for wrong, message in ((["--images", "a", "--masks", "b"], "give one, not both"), (["--size", "0", "9"], "--size=0")):
-        with pytest.raises(SystemExit):
-            example("evaluate").main([*options, "--synthetic", "1", *wrong])
-        assert message in capsys.readouterr().err
 
 
 def no_number(constant: str) -> None:
@@ -701,6 +719,24 @@ def test_what_cannot_be_evaluated_is_one_clear_error(example, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--synthetic", "-3"])
     assert "--synthetic=-3 must be 0 or more" in capsys.readouterr().err
+    pictures = ["--images", "pictures", "--masks", "masks"]
+    for options, message in (
+        (["--synthetic", "1", *pictures], "give one, not both"),
+        (["--synthetic", "1", "--size", "0", "9"], "--size=0"),
+        (["--synthetic", "1", "--nonzero"], "are for mask files, and scenes have none; leave them out"),
+        (["--synthetic", "1", "--mask-values", "0", "1"], "are for mask files, and scenes have none; leave them out"),
+        (["--synthetic", "1", "--ignore", "255"], "are for mask files, and scenes have none; leave them out"),
+        ([*pictures, "--size", "64", "96"], "--size is that of the scenes of --synthetic"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluation.main(options)
+        assert message in capsys.readouterr().err
+
+
+def test_scenes_say_nothing_of_other_classes(example, tmp_path):
+    UNet(features=(8,), out_channels=3).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"tells 3 classes apart \(0, 1, 2\), and rendered scenes have two; give --images"):
+        example("evaluate").main(["--model", str(tmp_path / "model"), "--synthetic", "1"])
 
 
 def test_evaluation_of_objects_asks_for_scipy_before_the_work(example, tmp_path, monkeypatch, capsys):

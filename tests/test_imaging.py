@@ -150,6 +150,16 @@ def test_12_bits_in_16_become_nearly_black_with_a_warning(tmp_path, source):
     assert len(said) == 1
 
 
+def test_one_bright_channel_is_no_dark_picture(tmp_path):
+    levels = np.zeros((4, 5, 3), np.uint16)
+    levels[..., 2] = 30000  # its share of the luma is 0.114
+    (tmp_path / "blue.png").write_bytes(png_16_bit_rgb(levels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "blue.png", "L").max() < 16
+        assert read_image(tmp_path / "blue.png").max() == 117
+
+
 def test_predict_takes_the_tensor_that_the_warning_names():
     with pytest.warns(UserWarning, match="uses 12 or fewer") as said:
         read_image(Image.fromarray(DEEP))

@@ -117,8 +117,16 @@ def test_classes_that_overlap_are_decided_one_by_one(overlapping, picture):
     assert set(masks.sum(axis=0).flat) == {0, 1, 2, 3}
     np.testing.assert_array_equal(overlapping.predict(picture, threshold=0.51), (logits.sigmoid() > 0.51).numpy())
     np.testing.assert_allclose(overlapping.predict(picture, probabilities=True), logits.sigmoid().numpy(), atol=1e-6)
-    with pytest.raises(ValueError, match="threshold must be a probability"):
+    with pytest.raises(ValueError, match="threshold is a probability"):
         overlapping.predict(picture, threshold=1)
+
+
+def test_metrics_of_the_other_kind_are_refused(overlapping, picture):
+    pairs = [(picture, np.zeros((37, 50), np.uint8))]
+    with pytest.raises(ValueError, match=r"multilabel=True, metrics False; give SegmentationMetrics\(3, multilabel=True\)"):
+        evaluate(overlapping, pairs, metrics=SegmentationMetrics(3))
+    with pytest.raises(ValueError, match=r"give SegmentationMetrics\(3, multilabel=False\)"):
+        evaluate(UNet(out_channels=3, features=(8, 16)), pairs, metrics=SegmentationMetrics(3, multilabel=True))
 
 
 def test_classes_that_overlap_in_tiles_files_and_all_symmetries(overlapping, wide, tmp_path):
@@ -175,9 +183,21 @@ def test_grey_and_colour_are_matched_to_the_network(model, picture):
     np.testing.assert_array_equal(model.predict(grey), model.predict(np.repeat(grey[..., None], 3, axis=2)))
     one_channel = UNet(in_channels=1, features=(8,)).eval()
     luma = np.asarray(Image.fromarray(picture).convert("L"))
-    np.testing.assert_allclose(
-        one_channel.predict(picture, probabilities=True), one_channel.predict(luma, probabilities=True), atol=0.02
-    )
+    tensor = torch.from_numpy(picture).movedim(-1, 0)
+    by_pillow, *others = network_inputs(one_channel, [Image.fromarray(picture), luma, picture, tensor])
+    assert all(torch.equal(one, by_pillow) for one in others)
+    (of_floats,) = network_inputs(one_channel, [tensor / 255])
+    torch.testing.assert_close(of_floats, by_pillow, atol=0.502 / 255, rtol=0)  # Pillow rounds
+    (white,) = network_inputs(one_channel, [torch.ones(3, 8, 8)])
+    assert (white == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_half_precision_pictures_are_resized_as_floats(dtype):
+    model, picture = UNet(in_channels=1, features=(8,)), torch.rand(3, 40, 50).to(dtype)
+    model.preprocessing = Preprocessing(size=(16, 24))
+    half, whole = network_inputs(model, [picture, picture.float()])
+    assert torch.equal(half, whole)
 
 
 def test_training_modes_are_left_as_they_were(model, picture):
@@ -279,6 +299,16 @@ def test_iter_logits_reads_a_batch_at_a_time(model, picture):
     assert taken == [0, 1]
 
 
+@pytest.mark.parametrize(("scale", "tile"), [(None, None), (0.5, None), (None, 32)])
+def test_logits_may_be_changed_and_derived_from(scale, tile):
+    model = UNet(features=(4, 8))
+    model.preprocessing = Preprocessing(scale=scale)
+    temperature = torch.ones((), requires_grad=True)
+    (logits,) = iter_logits(model, [np.zeros((64, 80, 3), np.uint8)], tile=tile, overlap=4 if tile else None)
+    (logits.add_(1) * temperature).sum().backward()
+    assert temperature.grad == pytest.approx(logits.sum().item(), rel=1e-5)
+
+
 def test_evaluate_scores_the_masks_that_predict_gives(model, capsys):
     rng = np.random.default_rng(2)
     pairs = [
@@ -318,13 +348,13 @@ def test_bad_pictures_are_named(model, image, error, message):
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, -1, 2])
 def test_bad_thresholds(model, picture, threshold):
-    with pytest.raises(ValueError, match=r"threshold must be a probability in \(0, 1\)"):
+    with pytest.raises(ValueError, match="threshold is a probability between 0 and 1"):
         model.predict(picture, threshold=threshold)
 
 
 @pytest.mark.parametrize("threshold", ["0.5", [0.5], True, np.array([0.4, 0.6]), torch.tensor([0.4, 0.6])])
 def test_thresholds_that_are_no_numbers(model, picture, threshold):
-    with pytest.raises(ValueError, match=rf"threshold must be a probability in \(0, 1\), got {re.escape(repr(threshold))}"):
+    with pytest.raises(ValueError, match=rf"threshold is a probability between 0 and 1, got {re.escape(repr(threshold))}"):
         model.predict(picture, threshold=threshold)
 
 

@@ -123,6 +123,27 @@ print((resident("VmHWM") - before) / side**2)
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
+def test_after_a_release_blocks_are_used_again_as_they_were_before():
+    code = """
+import resource
+import torch
+from unetlib.memory import keep_freed, release_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**21)  # 8 MiB, 2048 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed()
+release_freed()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 * 2048
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
 def test_what_is_freed_is_kept_until_it_is_released():
     code = """
 import torch

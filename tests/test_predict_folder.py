@@ -385,9 +385,9 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_first_picture(scr
 @pytest.mark.parametrize(
     ("network", "size", "options", "message"),
     [
-        ({}, None, ["--tile", "32"], r"^--tile 32: a tile that sees \d+ .* must be at least \d+ .*, got 32; give a larger"),
         ({}, (48, 48), ["--tile", "32"], r"^--tile 32: a tile that sees .*, or a smaller --overlap for an approximate result$"),
-        ({"norm": "group"}, None, ["--tile", "16", "--overlap", "8"], r"^--tile 16: a tile that sees 8 pixels more"),
+        ({"match": "zeros"}, (49, 48), ["--tile", "48", "--tta"], r"^--tile 48: a tile that sees 28 pixels more"),
+        ({"norm": "group"}, (48, 48), ["--tile", "16", "--overlap", "8"], r"^--tile 16: a tile that sees 8 pixels more"),
         ({"norm": "group"}, (48, 48), ["--tile", "32"], r"^--tile 32: tiles cannot give the whole picture's result, because"),
         ({}, (32, 32), ["--tile", "32"], None),  # pictures stay whole, at this size
         ({"norm": "group"}, None, ["--tile", "32"], None),

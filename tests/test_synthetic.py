@@ -124,7 +124,7 @@ def test_sizes_show_the_same_scene(car, view):
     assert np.abs(reduced - small_image).mean() < 5
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 7), (33, 200), (200, 33), (96, 96), (101, 151)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 7), (33, 200), (200, 33), (1, 1000), (96, 96), (101, 151)])
 def test_any_size(size):
     image, mask = render_scene(1, 4, size=size)
     assert image.shape == (*size, 3)

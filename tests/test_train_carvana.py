@@ -217,6 +217,16 @@ def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script,
         script.main([*options, *others])
 
 
+def test_a_run_is_not_resumed_without_its_best_weights(script, data, tmp_path):
+    options = ["--data", str(data), *TINY, "--epochs", "1", "--out"]
+    script.main([*options, str(tmp_path / "run")])
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "run" / "checkpoint.pt", tmp_path / "moved")
+    expected = f"{tmp_path / 'moved' / 'model'} is missing, with the weights of epoch 1, the best so far; bring back model/"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        script.main([*options, str(tmp_path / "moved"), "--resume"])
+
+
 def test_a_checkpoint_of_another_script_is_not_gone_on_from(script, data, tmp_path):
     save_checkpoint({"model": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match=r"checkpoint\.pt is not from this script; give another --out without --resume"):
@@ -285,6 +295,40 @@ def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(scr
     assert UNet.from_pretrained(tmp_path / "run" / "model").preprocessing.mean == (0.5, 0.4, 0.3)
 
 
+def test_a_run_from_random_weights_is_not_resumed_from_given_ones_nor_the_other_way_round(script, data, tmp_path):
+    start = ["--init", str(UNet(features=(8, 16)).save_pretrained(tmp_path / "start"))]
+    for name, one, other, was in (("random", [], start, "without --init"), ("given", start, [], shlex.join(start))):
+        options = ["--data", str(data), "--out", str(tmp_path / name), *TINY, "--epochs", "1"]
+        script.main([*options, *one])
+        with pytest.raises(SystemExit, match=re.escape(f"is from a run with other options: {was}; resume with those")):
+            script.main([*options, *other, "--resume"])
+
+
+@pytest.mark.parametrize("options", ["--batch-size 1", "--batch-size 3 --accumulate 2", "--accumulate 4"])
+def test_batch_norm_needs_more_than_one_value(script, data, tmp_path, options):
+    options = shlex.split(f"--features 8 8 8 --size 8 15 {options}")
+    expected = r"--size 8 15 leaves one pixel .*; give --size 16 30, or a larger --batch-size than \d or a smaller --accumulate"
+    with pytest.raises(SystemExit, match=expected):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", ["--size 8 15 --accumulate 2", "--size 8 16 --batch-size 1"])
+def test_two_values_are_enough_for_batch_norm(script, data, tmp_path, options):
+    options = shlex.split(f"--features 8 8 8 --epochs 1 {options}")
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+
+
+def test_values_for_batch_norm_are_those_of_one_process(script, training_options):
+    args = script.parse_args(shlex.split("--data carvana --features 8 8 8 --size 8 8 --batch-size 4"))
+    model = script.starting_model(args)
+    training_options.check_shares(args, model, 2)
+    with pytest.raises(ValueError, match="leaves one pixel"):
+        training_options.check_shares(args, model, 4)
+    args.sync_batch_norm = True
+    training_options.check_shares(args, model, 4)
+
+
 def test_a_batch_larger_than_the_data_is_named(script, data, tmp_path):
     with pytest.raises(SystemExit, match=r"--batch-size 100: a batch takes 100 pictures, and there are \d+; give a smaller"):
         script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out"), "--batch-size", "100"])
@@ -323,6 +367,7 @@ def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
     for key, value in one["model"].items():
         torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5)
     assert two["best"]["dice"] == pytest.approx(one["best"]["dice"], abs=1e-3)
+    assert two["history"]["loss"] == pytest.approx(one["history"]["loss"], rel=1e-4)  # of the whole batch, not of a share
     # The sharded validation is that of one process on the same weights, to the last bit.
     model = UNet.from_config(UNet.from_pretrained(tmp_path / "start").config).eval()
     model.load_state_dict(two["model"])
@@ -393,7 +438,7 @@ def test_the_last_epoch_is_always_scored(script, data, tmp_path):
 
 
 def test_every_option_of_the_augmentation_is_passed_on(training_options):
-    options = {*inspect.signature(train_transform).parameters} - {"size", "mean", "std"}
+    options = {*inspect.signature(train_transform).parameters} - {"size", "mean", "std", "outside"}
     assert {*training_options.AUGMENTATION} == options
 
 
@@ -506,6 +551,13 @@ def test_the_preset_is_the_study(script, monkeypatch):
     assert script.parse_args(["--preset", "study", "--data", "carvana", "--epochs", "1"]).epochs == 1
 
 
+def test_the_bottleneck_of_a_recipe_goes_with_its_features(script):
+    full = ["--preset", "full", "--data", "carvana"]
+    assert script.parse_args(full).bottleneck == 192
+    assert script.starting_model(script.parse_args([*full, "--features", "8", "16"])).config.bottleneck == 32
+    assert script.parse_args([*full, "--features", "8", "16", "--bottleneck", "24"]).bottleneck == 24
+
+
 def test_the_full_recipe_makes_weights_fit_for_the_zoo(script):
     args = script.parse_args(["--preset", "full", "--data", "carvana", "--init", "carvana"])
     model = script.starting_model(args).to("meta")
@@ -533,6 +585,7 @@ def test_the_study_validates_at_its_own_size(script, data, tmp_path):
         correct += (car.numpy() == mask).sum()
         pixels += mask.size
     assert entry["accuracy"] == pytest.approx(correct / pixels, abs=0.02)
+    assert "4 validation pictures at 32x48" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -555,6 +608,17 @@ def test_rates_of_the_other_schedules(script, training_options, schedule):
         plan.step()
     rise, fall = [0.01 + 0.99 * k / 4 for k in range(4)], [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert rates == pytest.approx([1] * 8 if schedule == "constant" else rise + fall)
+
+
+def test_a_cosine_without_warm_up_begins_at_the_top(script, training_options):
+    args = script.parse_args(["--data", "carvana", "--warmup", "0", "--lr", "1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plan, rates = training_options.make_schedule(args, optimizer, 4), []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        plan.step()
+    assert rates == pytest.approx([(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 10), (0.5, 2), (0.25, 4), (1.0, 1), (0.1, 1), (0.0, 3), (1.0, 7)])
@@ -591,6 +655,9 @@ def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmu
         ("--seed 18446744073709551616", "--seed=18446744073709551616 must be from"),
         ("--sync-batch-norm --device cpu", "--sync-batch-norm is for GPUs, not for --device cpu; leave it out"),
         ("--border-weight 3 --border-size 40", "--border-size must be odd, such as 41, not 40"),
+        ("--loss bce --border-weight 3", "--border-weight 3 is for bce-dice and not for --loss bce; give --border-weight"),
+        ("--preset study --border-weight 3", "--border-weight 3 is for bce-dice and not for --loss bce"),
+        ("--reflect --crop 0.2 1", "--reflect mirrors the picture where --rotation, --scale or --elastic reach beyond it"),
         ("--crop 0.2 1 --window", "--crop resizes the parts that it cuts out, --window keeps their scale; give one of the two"),
         ("--crop 1 0.2", "crop must be (least, largest), 0 < least <= largest <= 1, not [1.0, 0.2]"),
         ("--device gpu", "device gpu is not to be had here; give cpu"),

@@ -352,6 +352,35 @@ def test_bits_and_classes_pass_through_all_that_warps():
     assert train_transform(None, elastic=2.0, reflect=True)(image, tv_tensors.Mask(mask.bool()))[1].dtype == torch.bool
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("option", [{"rotation": 45}, {"scale": (0.5, 0.5)}, {"elastic": 10.0}])
+def test_what_comes_from_outside_can_be_of_a_class_that_does_not_count(option, dtype):
+    image, labels = tv_tensors.Image(torch.zeros(3, 40, 60)), torch.randint(0, 3, (40, 60), dtype=dtype)
+    results = []
+    for outside in (0, 255):
+        torch.manual_seed(1)
+        results.append(train_transform(None, **(PLAIN | option), outside=outside)(image, tv_tensors.Mask(labels + 1))[1])
+    assert results[1].dtype == dtype
+    assert 0 < (results[0] == 0).sum() < 2400
+    assert torch.equal(results[1], results[0].masked_fill(results[0] == 0, 255))
+
+
+def test_shares_of_pixels_are_background_outside():
+    image, ones = tv_tensors.Image(torch.ones(3, 40, 60)), torch.ones(40, 60)
+    transform = train_transform(None, **(PLAIN | {"scale": (0.5, 0.5)}), outside=255)
+    for mask in (ones, ones.bool()):
+        new_image, new_mask = transform(image, tv_tensors.Mask(mask))
+        assert set(new_mask.unique().tolist()) == {0, 1}
+        assert new_image.min() == 0
+
+
+@pytest.mark.parametrize("transform", [lambda **options: RandomAffine(9, **options), RandomElastic, train_transform])
+@pytest.mark.parametrize(("outside", "error"), [(-1, ValueError), (256, ValueError), (0.5, TypeError)])
+def test_classes_outside_that_cannot_be(transform, outside, error):
+    with pytest.raises(error, match=rf"outside={outside} must be"):
+        transform(outside=outside)
+
+
 # --- PerPicture
 
 

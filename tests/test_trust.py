@@ -8,7 +8,9 @@ import re
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,28 @@ def test_a_number_that_is_a_pointer_or_too_short_is_refused(tmp_path, dtype, rea
     torch.save({"score": Number(dtype, bytes(7))}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=rf"odd\.pth cannot be read as a checkpoint .*{reason}"):
         trust.read_checkpoint(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("dtype", ["V8", "U4", "M8[s]", "f8"])
+def test_only_the_type_that_a_pickle_writes_is_believed(tmp_path, dtype):
+    """An OrderedDict, which torch allows, can be given any attributes."""
+
+    class Pretended:
+        def __reduce__(self):
+            kind = OrderedDict()
+            kind.type = dtype
+            return np.float64(0).__reduce__()[0], (kind, bytes(16))
+
+    torch.save({"score": Pretended()}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"asks for the code numpy\.dtype"):
+        trust.read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_threads_do_not_take_the_names_from_each_other(tmp_path):
+    path = tmp_path / "best.pth"
+    torch.save({"score": np.float64(0.5)}, path)
+    with ThreadPoolExecutor(6) as pool:
+        assert [*pool.map(lambda _: trust.read_checkpoint(path)["score"], range(200))] == [0.5] * 200
 
 
 # --- versions

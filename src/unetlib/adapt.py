@@ -134,7 +134,7 @@ def grow(
         match: as in `UNetConfig`; None keeps it.
 
     Returns:
-        The larger network, in the trained one's mode, with its preprocessing.
+        The larger network, in the trained one's mode, with its preprocessing; a `size` or `scale` grows with the patches.
 
     Raises:
         ValueError: for a network, widths or a size of patches that cannot be grown.
@@ -162,13 +162,19 @@ def grow(
     for name in ("features", "mid_features", "decoder_features", "up_features"):
         before, after = (*getattr(old, name), old.bottleneck), (*getattr(new, name), new.bottleneck)
         if len(before) != len(after) or any(wide < narrow for narrow, wide in zip(before, after)):
-            raise ValueError(f"{name} and bottleneck must be {before} or more, level by level, got {after}")
+            wanted = "features" if features is not None else name  # the others follow from these
+            raise ValueError(f"{wanted} and bottleneck must be {before} or more, level by level, got {after}")
         if old.norm == "group" and after != before:
             raise ValueError("a network with norm 'group' cannot be widened: the groups of its channels would change")
 
     grown = type(model).from_config(new).train(model.training)
     grown.to(model.head.weight)
-    grown.preprocessing = model.preprocessing
+    factor, how = new.patch_size // old.patch_size, model.preprocessing
+    grown.preprocessing = dataclasses.replace(
+        how,
+        size=None if how.size is None else (factor * how.size[0], factor * how.size[1]),
+        scale=None if how.scale is None else factor * how.scale,
+    )
     trained = model.state_dict()
     if new.patch_size != old.patch_size:
         pixels = new.patch_size**2

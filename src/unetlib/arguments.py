@@ -42,7 +42,7 @@ def not_a_unet(model: object) -> TypeError:
     return TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
 
 
-def check_device(name: str, *, here: bool = True) -> None:
+def check_device(name: Any, *, here: bool = True) -> None:
     """Refuse a device that PyTorch does not know, or that is not in this machine."""
     import torch  # here, since pictures are rendered without it
 
@@ -51,7 +51,7 @@ def check_device(name: str, *, here: bool = True) -> None:
         if here and device.type not in ("cpu", "cuda"):
             torch.empty(0, device=device)
         there = device.type != "cuda" or not here or (device.index or 0) < torch.cuda.device_count()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         there = False
     if not there:
         raise ValueError(f"device {name} is not to be had here; give cpu, or cuda where PyTorch finds a GPU")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FRONT_MATTER_LIMIT = 2**16  # characters; reading YAML takes its time
 
-_FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---\r?(?:\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n((?:.*?\r?\n)??)---\r?(?:\n|\Z)", re.DOTALL)
 
 
 def model_card(model: UNet, title: str, source: str) -> str:
@@ -65,7 +65,13 @@ Written by unetlib {installed_version()}. `config.json` has the network's option
 
 
 def training_card(
-    model: UNet, name: str, description: str, scores: Mapping[str, float], command: str, pictures: tuple[int, int]
+    model: UNet,
+    name: str,
+    description: str,
+    scores: Mapping[str, float],
+    command: str,
+    pictures: tuple[int, int],
+    size: Sequence[int] | None = None,
 ) -> str:
     """The card of weights that were just trained: what they are, how they came about and what they score.
 
@@ -76,6 +82,7 @@ def training_card(
         scores: "dice", "iou" and "accuracy" on the validation pictures, and "epoch", after which they were counted.
         command: what was run.
         pictures: how many were trained on, and how many validated on.
+        size: (H, W) at which these were scored; None: at their own size.
 
     Returns:
         Markdown: what `model_card` gives, then description, recipe and a table of the scores.
@@ -87,6 +94,7 @@ def training_card(
         >>> print(card.splitlines()[-1])
         | epoch 3, the best by Dice | 0.9800 | 0.9610 | 99.00% |
     """
+    scored_at = "at their own size" if size is None else "at {}x{}".format(*size)
     return f"""{model_card(model, name, f"path/to/{name}")}
 {description}
 
@@ -100,7 +108,7 @@ def training_card(
 
 ## Results
 
-| {pictures[1]} validation pictures, mean of each | Dice | IoU | pixel accuracy |
+| {pictures[1]} validation pictures {scored_at}, mean of each | Dice | IoU | pixel accuracy |
 |---|---|---|---|
 | epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
 """
@@ -132,7 +140,8 @@ def read_card(path: Path) -> dict[str, Any]:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block[1])):
             raise ValueError("aliases are not read")
         data = yaml.safe_load(block[1])
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # its constructors raise all
+    # Its constructors raise all of these.
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise ValueError(f"the front matter of {path} cannot be read: {' '.join(str(error).split())}") from error
     if data is not None and not isinstance(data, dict):
         raise ValueError(f"the front matter of {path} must be a mapping, got a {type(data).__name__}")

@@ -212,9 +212,9 @@ class UNetConfig(_JSONConfig):
 class Preprocessing(_JSONConfig):
     """How a picture becomes the network's input, and its logits a mask; saved beside the weights.
 
-    Pixels are scaled to [0, 1], resized (bilinear, antialiased), then `(x - mean) / std` for each channel. Logits are resized
-    back to the picture's own size (bilinear) before the decision: `sigmoid(logit) > threshold` for one output channel, the
-    largest logit for several; with `multilabel`, `sigmoid(logit) > threshold` in each channel.
+    Pixels are resized (bilinear, antialiased; bytes as bytes, rounded), scaled to [0, 1], then `(x - mean) / std` for each
+    channel. Logits are resized back to the picture's own size (bilinear) before the decision: `sigmoid(logit) > threshold`
+    for one output channel, the largest logit for several; with `multilabel`, `sigmoid(logit) > threshold` in each channel.
 
     Args:
         size: (height, width) every picture is resized to; None leaves that to `scale`.

@@ -32,6 +32,9 @@ def joined_processes(device: str) -> Iterator[Process]:
     Yields:
         Who this process is.
 
+    Raises:
+        ValueError: for "cuda" and several processes without a local rank.
+
     Example:
         >>> with joined_processes("cpu") as process:
         ...     process.rank, process.world_size, shared("mine")
@@ -41,6 +44,8 @@ def joined_processes(device: str) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, torch.device(device))
         return
+    if device == "cuda" and "LOCAL_RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE is set, but not LOCAL_RANK, which tells the GPUs apart; start with torchrun")
     own = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

@@ -80,10 +80,9 @@ def read_image(
             f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
             "and save it again."
         )
-    pixels = np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
     if halved:
-        _warn_if_dark(pixels, 2**4)
-    return pixels
+        _warn_if_dark(np.asarray(image.convert("RGB")), 2**4)
+    return np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
 
 
 def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:

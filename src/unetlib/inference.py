@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .arguments import is_number, not_a_unet, whole
+from .arguments import not_a_unet, whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .fast.network import untraced
@@ -29,6 +29,7 @@ from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
+from .targets import check_threshold
 from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def predict(
         threshold = model.preprocessing.threshold
     elif model.config.out_channels > 1 and not multilabel:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
-    elif not is_number(threshold) or not 0.0 < threshold < 1.0:
-        raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
+    else:
+        check_threshold(threshold)
     one = not isinstance(images, (list, tuple))
     pictures: Sequence[Picture] = [images] if one else images  # type: ignore[assignment, list-item]
     if out is not None:
@@ -162,7 +163,8 @@ def iter_logits(
         ...     metrics.update(logits[None], mask[None])
     """
     for size, pieces in _predictions(model, images, batch_size, tile, overlap, tta, False):
-        yield join(pieces, size)
+        logits = join(pieces, size)
+        yield logits.clone() if logits.is_inference() else logits  # a tensor that may be changed, and derived from
 
 
 def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
@@ -215,14 +217,16 @@ def evaluate(
         progress: show a progress bar.
         metrics: the `SegmentationMetrics` that count, to give them other options, to go on counting, or to merge them with
             those of other processes afterwards; None makes what the model needs. `SegmentationMetrics(3, ignore_index=255)`
-            leaves out what is 255 in masks of three classes.
+            leaves out what is 255 in masks of three classes. They decide by a threshold of their own, 0.5 unless they are made
+            with `threshold=model.preprocessing.threshold`.
 
     Returns:
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
 
     Raises:
         TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks.
-        ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes.
+        ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes; for
+            `metrics` that are multilabel and a model that is not, or the other way round.
 
     Example:
         >>> from unetlib import UNet
@@ -237,6 +241,11 @@ def evaluate(
 
         how = model.preprocessing
         metrics = SegmentationMetrics(model.config.out_channels, threshold=how.threshold, multilabel=how.multilabel)
+    if model.config.out_channels > 1 and metrics.multilabel != model.preprocessing.multilabel:
+        raise ValueError(
+            f"the model's preprocessing says multilabel={model.preprocessing.multilabel}, metrics {metrics.multilabel}; give "
+            f"SegmentationMetrics({model.config.out_channels}, multilabel={model.preprocessing.multilabel})"
+        )
     masks: deque[Tensor] = deque()
 
     def pictures() -> Iterator[Picture]:
@@ -474,6 +483,8 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
             f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
             + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
         )
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()  # half precision is too coarse to resize in
     if tensor.is_floating_point() and tensor.numel() > 0:
         low, high = float(tensor.amin()), float(tensor.amax())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # nor NaN
@@ -493,14 +504,20 @@ def _match_channels(picture: Tensor, channels: int, name: str) -> Tensor:
     if found == 1 and channels == 3:
         return picture.expand(3, -1, -1)
     if found == 3 and channels == 1:
-        from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-        grey: Tensor = rgb_to_grayscale(picture)
-        return grey
+        return _grey(picture)
     raise ValueError(
         f"{name} has {found} channels, but the network takes {channels}; expected (H, W, {channels}) as an array or "
         f"({channels}, H, W) as a tensor"
     )
+
+
+def _grey(picture: Tensor) -> Tensor:
+    """ITU-R 601 luma as Pillow computes it for mode L, so that a picture's form makes no difference: (3, H, W) to (1, H, W)."""
+    weights = torch.tensor([19595, 38470, 7471], device=picture.device).view(3, 1, 1)  # they sum to 2**16
+    if picture.is_floating_point():
+        return (picture * (weights / 2**16)).sum(0, keepdim=True)
+    luma = (picture.int() * weights.int()).sum(0, keepdim=True, dtype=torch.int32)
+    return (luma + 2**15 >> 16).to(torch.uint8)
 
 
 def _input_size(model: UNet, size: tuple[int, ...]) -> tuple[int, int]:

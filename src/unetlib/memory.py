@@ -21,8 +21,9 @@ _UNLIMITED = 2**63
 # Files of a control group: its limit, what it uses, and the field of memory.stat that says how much of that can be dropped.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt
-_LARGEST_TRIM_THRESHOLD, _MOST_MAPPINGS = 2**26, 2**16  # the first as glibc moves it by itself, the second its default
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # parameters of glibc's mallopt
+# The thresholds as far as glibc moves them by itself, which it gives up once one is set; and its default.
+_LARGEST_TRIM_THRESHOLD, _LARGEST_MMAP_THRESHOLD, _MOST_MAPPINGS = 2**26, 2**25, 2**16
 _kept = False
 
 
@@ -115,6 +116,7 @@ def release_freed() -> None:
     if (libc := _glibc()) is not None:
         libc.mallopt(_MMAP_MAX, _MOST_MAPPINGS)
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.malloc_trim(0)
 
 

@@ -181,7 +181,7 @@ def from_pretrained(
         ValueError: for a `device` that is not here, an unknown name, a `revision` of something that has none, a file that is
             not a U-Net's weights, or weights that do not fit their config or are not finite.
     """
-    check_device(device if isinstance(device, str) else str(torch.device(device)))
+    check_device(device)
     # Here, since a path has no use for the rest of them.
     known = ("revision", "device", "in_channels", "out_channels", "allow_nonfinite")
     check_options("from_pretrained", options, (*known, "cache_dir", "token", "local_files_only", "force_download"))

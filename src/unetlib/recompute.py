@@ -35,7 +35,7 @@ def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _without_statistics(block)
 
-    # torch.compile takes no contexts, and does not repeat what changes statistics.
+    # torch.compile takes no contexts. Before Inductor, AOTAutograd sees to it that nothing that changes statistics is repeated.
     options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
     output: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
     return output

@@ -154,9 +154,12 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
     Args:
         rotation: Largest angle either way, in degrees.
         scale: Least and largest factor of the zoom, or `None` for none.
+        outside: Class that comes from outside into a mask of integers, 0 to 255, such as the `ignore_index` of a loss; bool
+            and floating-point masks always get 0, background.
 
     Raises:
-        ValueError: `rotation` is negative, or `scale` no range of factors above 0.
+        TypeError: `outside` is no integer.
+        ValueError: `rotation` is negative, `scale` no range of factors above 0, or `outside` not from 0 to 255.
 
     Example:
         >>> image, mask = tv_tensors.Image(torch.ones(3, 32, 48)), tv_tensors.Mask(torch.ones(32, 48))
@@ -165,11 +168,12 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
         (torch.Size([3, 32, 48]), torch.Size([32, 48]))
     """
 
-    def __init__(self, rotation: float, scale: Sequence[float] | None = None) -> None:
-        """Keep the ranges."""
+    def __init__(self, rotation: float, scale: Sequence[float] | None = None, *, outside: int = 0) -> None:
+        """Keep the ranges and the class."""
         at_least("rotation", rotation, 0)
         scale = None if scale is None else rising("scale", scale, 0)
         super().__init__(rotation, scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
+        self.outside = whole("outside", outside, 0, 255)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw angle and zoom; torchvision calls this once for a picture and its mask."""
@@ -178,7 +182,7 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Turn one picture or mask; torchvision calls this for each."""
-        return _sample(inpt, params["grid"])
+        return _sample(inpt, params["grid"], self.outside)
 
 
 class RandomElastic(v2.Transform):  # type: ignore[misc]
@@ -186,15 +190,16 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
 
     The deformation of the U-Net paper (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597), which drew it on a 3x3
     grid with a standard deviation of 10 pixels. torchvision's `ElasticTransform` blurs noise at full size instead, which
-    takes minutes for bends as wide as these. What comes from outside the picture is black, and background.
+    takes minutes for bends as wide as these. What comes from outside the picture is black, and background or `outside`.
 
     Args:
         sigma: Standard deviation of the displacement of a grid point along each axis, in pixels.
         grid: Points along each side.
+        outside: Class that comes from outside into a mask of integers, as in `RandomAffine`.
 
     Raises:
-        TypeError: `grid` is no integer.
-        ValueError: `sigma` is negative, or `grid` below 2.
+        TypeError: `grid` or `outside` is no integer.
+        ValueError: `sigma` is negative, `grid` below 2, or `outside` not from 0 to 255.
 
     Example:
         >>> image, mask = tv_tensors.Image(torch.zeros(3, 32, 48)), tv_tensors.Mask(torch.ones(32, 48))
@@ -203,11 +208,11 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
         (torch.Size([3, 32, 48]), torch.Size([32, 48]))
     """
 
-    def __init__(self, sigma: float = 10.0, grid: int = 3) -> None:
-        """Keep strength and grid."""
+    def __init__(self, sigma: float = 10.0, grid: int = 3, *, outside: int = 0) -> None:
+        """Keep strength, grid and class."""
         super().__init__()
         at_least("sigma", sigma, 0)
-        self.sigma, self.grid = sigma, whole("grid", grid, 2)
+        self.sigma, self.grid, self.outside = sigma, whole("grid", grid, 2), whole("outside", outside, 0, 255)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the displacements; torchvision calls this once for a picture and its mask."""
@@ -219,7 +224,7 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Bend one picture or mask; torchvision calls this for each."""
-        return _sample(inpt, params["grid"])
+        return _sample(inpt, params["grid"], self.outside)
 
 
 class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
@@ -402,6 +407,7 @@ def train_transform(
     elastic: float = 0.0,
     quarter_turns: bool = False,
     reflect: bool = False,
+    outside: int = 0,
     low_resolution: float = 0.0,
     least_resolution: float = 0.2,
     noise: float = 0.0,
@@ -412,7 +418,7 @@ def train_transform(
 
     Args:
         size: (H, W) of the result, or `None` to keep each picture's size.
-        rotation: Turn by up to this many degrees either way; corners become black, and background in the mask.
+        rotation: Turn by up to this many degrees either way; corners become black, and `outside` in the mask.
         horizontal_flip: Probability of a left-right flip.
         vertical_flip: Probability of an upside-down flip.
         color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2).
@@ -424,6 +430,8 @@ def train_transform(
         quarter_turns: Turn by 0, 90, 180 or 270 degrees too, as in `RandomQuarterTurn`.
         reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
             as in `Mirrored`: for textures, such as microscopy.
+        outside: Class that rotation, zoom and bends bring into a mask of integers from outside the picture, 0 to 255, such as
+            the `ignore_index` of a loss; bool and floating-point masks always get 0, background.
         low_resolution: Probability of losing detail, as in `RandomLowResolution`.
         least_resolution: Least share of its height and width that a picture is then reduced to, above 0 and up to 1.
         noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to a picture with probability 0.5.
@@ -435,7 +443,7 @@ def train_transform(
         1e-6, before `mean` and `std`, and the mask HxW in its own dtype, or float32 where a bool one is resized.
 
     Raises:
-        TypeError: `size` is no pair of integers.
+        TypeError: `size` is no pair of integers, or `outside` no integer.
         ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
 
     Example:
@@ -453,6 +461,7 @@ def train_transform(
         at_least(name, value, 0, 1)
     for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
         at_least(name, value, 0)
+    whole("outside", outside, 0, 255)
     if not is_number(least_resolution) or not 0 < least_resolution <= 1:
         raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
     steps: list[torch.nn.Module] = []
@@ -467,7 +476,7 @@ def train_transform(
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip(vertical_flip))
     steps.append(v2.ToDtype(torch.float32, scale=True))
-    if warps := _warps(rotation, scale, elastic):
+    if warps := _warps(rotation, scale, elastic, outside):
         reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
         steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
     if color_jitter:
@@ -510,13 +519,13 @@ def eval_transform(
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
 
 
-def _warps(rotation: float, scale: Sequence[float] | None, elastic: float) -> list[torch.nn.Module]:
+def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:
     """What turns and bends."""
     warps: list[torch.nn.Module] = []
     if rotation or scale is not None:
-        warps.append(RandomAffine(rotation, scale))
+        warps.append(RandomAffine(rotation, scale, outside=outside))
     if elastic:
-        warps.append(RandomElastic(elastic))
+        warps.append(RandomElastic(elastic, outside=outside))
     return warps
 
 
@@ -536,19 +545,29 @@ def _pixel_grid(image: torch.Tensor, angle: float = 0.0, scale: float = 1.0) -> 
     return grid
 
 
-def _sample(inpt: torch.Tensor, grid: torch.Tensor) -> Any:
-    """A picture or mask (..., H, W) read at the places of a grid: bilinear, of a mask the nearest pixel; 0 outside."""
+def _sample(inpt: torch.Tensor, grid: torch.Tensor, outside: int) -> Any:
+    """A picture or mask (..., H, W) read at the places of a grid: bilinear, of a mask the nearest pixel.
+
+    Outside it is 0, of a mask of integers `outside`.
+    """
     pixels = inpt.as_subclass(torch.Tensor)
     if pixels.dtype == torch.bool:
         pixels = pixels.view(torch.uint8)  # a third of the time to become float
     channels = pixels.reshape(1, -1, *pixels.shape[-2:])
     dtype = torch.promote_types(pixels.dtype, torch.float32)
+    channels = channels.to(dtype)
+    if not isinstance(inpt, tv_tensors.Mask) or inpt.is_floating_point() or inpt.dtype == torch.bool:
+        outside = 0
+    if outside:
+        channels = channels - outside  # so that the 0 of grid_sample stands for it
     sampled = torch.nn.functional.grid_sample(
-        channels.to(dtype).contiguous(memory_format=torch.channels_last),  # half the time: channels lie side by side
+        channels.contiguous(memory_format=torch.channels_last),  # half the time: channels lie side by side
         grid.to(dtype),
         mode="nearest" if isinstance(inpt, tv_tensors.Mask) else "bilinear",
         align_corners=False,
     )
+    if outside:
+        sampled += outside
     if not inpt.is_floating_point():
         sampled.round_()
     return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)

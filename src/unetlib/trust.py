@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -242,7 +243,8 @@ def _load(path: Path, device: str, *, mmap: bool) -> Any:
         if code_asked_for(error) not in _NUMPY:
             raise
     # Only stand-ins go by these names: NumPy's own would believe a dtype of which a stranger says that it holds pointers.
-    with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _NUMPY.items()]):
+    # The names are the whole process's, so that another thread would lose them in the middle.
+    with _NAMES, torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _NUMPY.items()]):
         return load()
 
 
@@ -258,10 +260,13 @@ class _NumberType:
         self.type = self.type.newbyteorder(state[1])
 
 
-def _number(kind: _NumberType, data: bytes) -> Any:
+def _number(kind: Any, data: bytes) -> Any:
+    if type(kind) is not _NumberType:
+        raise UnpicklingError("GLOBAL numpy.dtype is allowed for numbers alone")
     return np.frombuffer(data, kind.type, count=1)[0].item()
 
 
+_NAMES = threading.Lock()
 _NUMPY: dict[str, Any] = {  # what a pickled scalar asks for, under NumPy 1 and 2
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,

@@ -133,8 +133,8 @@ def comparison(
 
     Raises:
         TypeError: for a picture or mask that is no array, or `classes`, `columns` or `height` that is no integer.
-        ValueError: for no picture, or unlike numbers of pictures and masks; for a class that is out of range or a fraction;
-            for `classes`, `columns` or `height` out of range.
+        ValueError: for no picture, or one that is not uint8 or of another shape; for unlike numbers of pictures and masks; for
+            a class that is out of range or a fraction; for `classes`, `columns` or `height` out of range.
 
     Example:
         >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
@@ -146,8 +146,11 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
-    for array in (*images, *masks, *predicted):
-        _check_array("a picture or mask", array)
+    for mask in (*masks, *predicted):
+        _check_array("a mask", mask)
+    images = [image[..., 0] if isinstance(image, np.ndarray) and image.shape[2:] == (1,) else image for image in images]
+    for image in images:
+        _check_picture(image)
     columns, height = whole("columns", columns, 1), whole("height", height, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
@@ -155,7 +158,7 @@ def comparison(
         return np.asarray(Image.fromarray(picture).convert("RGB").resize(size))
 
     kinds = (
-        [tile(image[..., 0] if image.shape[2:] == (1,) else image) for image in images],
+        [tile(image) for image in images],
         *([tile(mask_to_image(_whole(mask), classes)) for mask in kind] for kind in (masks, predicted)),
     )
     tiles: list[NDArray[np.uint8]] = []

@@ -49,15 +49,15 @@ def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
     That is `torch.compiler.disable`, which loads the compiler and so takes a second, at the first call that finds it loaded.
     """
-
-    @functools.cache
-    def alone() -> Callable[_Args, _Result]:
-        disabled: Callable[_Args, _Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-        return disabled
+    alone: list[Callable[_Args, _Result]] = []  # no cache of functools, of which the compiler would warn
 
     @functools.wraps(function)
     def run(*args: _Args.args, **options: _Args.kwargs) -> _Result:
-        return (alone() if "torch._dynamo" in sys.modules else function)(*args, **options)
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        if not alone:
+            alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return alone[0](*args, **options)
 
     return run
 

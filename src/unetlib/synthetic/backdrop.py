@@ -90,7 +90,8 @@ def draw_turntable(image: Image.Image, studio: Studio, angle: float) -> None:
 
 def cast_shadow(image: Image.Image, studio: Studio, car: Car, angle: float) -> None:
     """Darken the floor under the car: dark under the sills, a wide soft skirt away from the main lamp."""
-    (height, width), unit = studio.camera.size, studio.camera.unit
+    height, width = studio.camera.size
+    unit = max(studio.camera.unit, max(height, width) / 16)  # in thin pictures one would make the grid huge
     coarse = max(2, round(COARSE * width / unit)), max(2, round(COARSE * height / unit))
     light = np.ones((coarse[1], coarse[0]))
     for grow, blur, strength in ((-0.05, 0.009, 0.75), (0.12, 0.022, 0.45), (0.5, 0.05, 0.3)):
