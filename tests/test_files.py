@@ -95,10 +95,9 @@ import os, signal, sys, time
 from pathlib import Path
 from unetlib.files import only_writer
 with only_writer(Path(sys.argv[1])):
-    worker = os.fork()
-    if worker == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # the worker's, which has let go of the lock by now
         time.sleep(60)
-    print(worker, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
