@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     height, width = map(int, args.size.split("x"))
     torch.manual_seed(0)
-    with without_traceback():
-        model = UNet(features=args.features).eval().to(args.device)
     with without_traceback(), tempfile.TemporaryDirectory() as folder:
+        model = UNet(features=args.features).eval().to(args.device)
         picture = Path(folder) / "picture.npy"
         write_noise(picture, height, width)
         # Pages of mapped files are not counted: the system drops them where memory is short.

@@ -40,7 +40,7 @@ from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from unetlib.fast.cached import fast_copy
-from unetlib.imaging import read_image
+from unetlib.imaging import image_size
 from unetlib.synthetic import render_scene
 
 Way = Callable[[Path], np.ndarray]
@@ -176,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = find_picture(args.picture, Path(temporary))
         with without_traceback():
-            size = read_image(path).shape[1::-1]
-        print(f"{path.name}, {size[0]}x{size[1]}, {path.stat().st_size / 1024:.0f} KiB, seen at {preparation.size}")
+            height, width = image_size(path)
+        print(f"{path.name}, {width}x{height}, {path.stat().st_size / 1024:.0f} KiB, seen at {preparation.size}")
         rows = measure(ways(network, preparation.size, args.device), path, args.rounds, args.device)
     print_row("", "ms", "25%", "75%", *STAGES, "ratio", "25%", "75%", "unlike")
     for row in rows:
@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = [f"{1e3 * value:.1f}" for value in times] + [f"{value:.3f}" for value in spread(row["ratio"])]
         print_row(row["way"], *figures, f"{row['different']:.2%}")
     write_json(
-        args.json, {"command": command(argv), "machine": about, "picture": [*size], "seen": [*preparation.size], "rows": rows}
+        args.json,
+        {"command": command(argv), "machine": about, "picture": [width, height], "seen": [*preparation.size], "rows": rows},
     )
 
 

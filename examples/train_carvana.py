@@ -179,7 +179,7 @@ def train(
                     f"{', '.join(names[draw.item] for draw in draws)}; look at these, or {ADVICE}"
                 )
 
-    def check_finite() -> None:
+    def before_saving() -> None:
         read_losses()
         stored = (tensor.half() if tensor.dim() > 1 else tensor for tensor in model.state_dict().values())  # as in model/
         if not all(tensor.isfinite().all() for tensor in stored):
@@ -225,10 +225,10 @@ def train(
                 dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
                 bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
             if args.checkpoint_every and step % args.checkpoint_every == 0:
-                check_finite()
+                before_saving()
                 save()
         bar.close()
-        check_finite()
+        before_saving()
         epoch, step = epoch + 1, 0
 
         entry: dict[str, float] = {

@@ -265,6 +265,8 @@ def test_a_class_that_does_not_count_in_scores_leaves_the_others_their_numbers(e
     scores = json.loads(capsys.readouterr().out)
     assert scores["accuracy"] == pytest.approx(0.5, abs=0.02)
     assert scores["dice of each class"] == pytest.approx({"0": None, "1": 0, "2": 2 / 3}, abs=0.02)
+    with pytest.raises(SystemExit, match="names a value twice"):
+        example("evaluate").main([*options, "--mask-values", "0", "1", "1", "--ignore", "255"])
 
 
 def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):

@@ -597,39 +597,33 @@ def test_training_on_cuda(script, data, tmp_path, precision):
     assert history["loss"][-1] < history["loss"][0]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_rates_of_the_other_schedules(script, training_options, schedule):
-    args = script.parse_args(["--data", "carvana", "--schedule", schedule, "--warmup", "0.5", "--lr", "1"])
+def rates_of(script, training_options, schedule: str, warmup: float, steps: int) -> list[float]:
+    """The learning rate of each step."""
+    args = script.parse_args(["--data", "carvana", "--schedule", schedule, "--warmup", str(warmup), "--lr", "1"])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    plan, rates = training_options.make_schedule(args, optimizer, 8), []
-    for _ in range(8):
+    plan, rates = training_options.make_schedule(args, optimizer, steps), []
+    for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         plan.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rates_of_the_other_schedules(script, training_options, schedule):
+    rates = rates_of(script, training_options, schedule, 0.5, 8)
     rise, fall = [0.01 + 0.99 * k / 4 for k in range(4)], [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert rates == pytest.approx([1] * 8 if schedule == "constant" else rise + fall)
 
 
 def test_a_cosine_without_warm_up_begins_at_the_top(script, training_options):
-    args = script.parse_args(["--data", "carvana", "--warmup", "0", "--lr", "1"])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    plan, rates = training_options.make_schedule(args, optimizer, 4), []
-    for _ in range(4):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        plan.step()
+    rates = rates_of(script, training_options, "cosine", 0, 4)
     assert rates == pytest.approx([(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 10), (0.5, 2), (0.25, 4), (1.0, 1), (0.1, 1), (0.0, 3), (1.0, 7)])
 def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmup, steps):
-    args = script.parse_args(["--data", "carvana", "--schedule", "onecycle", "--warmup", str(warmup), "--lr", "1"])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = training_options.make_schedule(args, optimizer, steps), []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(script, training_options, "onecycle", warmup, steps)
     assert all(0 < rate <= 1 for rate in rates)
     if warmup * steps == 1 < steps:  # PyTorch's own formula at this point divides 0 by 0
         fall = [(1 + math.cos(math.pi * step / (steps - 1))) / 2 for step in range(steps)]
