@@ -28,6 +28,21 @@ def test_a_checkpoint_comes_back_and_the_one_before_is_kept(tmp_path):
     assert load_checkpoint(path)["step"] == 2
 
 
+def test_the_checkpoint_of_a_running_training_is_read_at_any_moment(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint({"step": 1}, path)
+    opens = Path.open
+
+    def open_too_late(file, *args):  # the first of the two renames of save_checkpoint comes between
+        if path.exists():
+            path.rename(f"{path}.previous")
+        return opens(file, *args)
+
+    monkeypatch.setattr(Path, "open", open_too_late)
+    assert load_checkpoint(path)["step"] == 1
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("left", [0, 10, 300])
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, caplog, left):
     path = tmp_path / "checkpoint.pt"

@@ -83,16 +83,16 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
         ValueError: neither can be read, or one holds anything but tensors and plain values.
     """
     path = Path(path)
-    found = [candidate for candidate in (path, _previous(path)) if candidate.is_file()]
-    if not found:
-        raise FileNotFoundError(f"there is no checkpoint {path}; expected a file that save_checkpoint wrote")
     problems = []
-    for candidate in found:
+    for candidate in (path, _previous(path)):
         try:
-            with zipfile.ZipFile(candidate) as archive:  # torch does not look at the checksums that it has
-                if spoilt := archive.testzip():
+            with candidate.open("rb") as file:
+                if spoilt := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums that it has
                     raise zipfile.BadZipFile(f"the bytes of {spoilt} have changed")
-            state: dict[str, Any] = torch.load(candidate, map_location=map_location, weights_only=True)
+                file.seek(0)
+                state: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
+        except FileNotFoundError:  # for a moment, too, while a running training renames it to the previous one
+            continue
         except Exception as error:  # torch.load raises many kinds for a damaged file
             code = code_asked_for(error)
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -101,6 +101,8 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
         if problems:
             logger.warning("%s; going on from %s", problems[0], candidate)
         return state
+    if not problems:
+        raise FileNotFoundError(f"there is no checkpoint {path}; expected a file that save_checkpoint wrote")
     raise ValueError(f"no checkpoint can be read ({'; '.join(problems)}); expected a file that save_checkpoint wrote")
 
 
