@@ -557,6 +557,12 @@ def test_empty_pictures_in_a_data_set() -> None:
     assert kaggle.compute()["dice"] == pytest.approx((2 / 3 + 1) / 3)
 
 
+@pytest.mark.parametrize("value", ["255", True, 255.0])
+def test_an_ignored_value_that_is_no_integer_is_refused_before_anything_is_counted(value):
+    with pytest.raises(TypeError, match=f"ignore_index={value!r} must be an integer, such as ignore_index=255, or None"):
+        SegmentationMetrics(3, ignore_index=value)
+
+
 def test_accumulator_names_bad_input() -> None:
     with pytest.raises(ValueError, match="num_classes=0 must be 1 or more"):
         SegmentationMetrics(0)

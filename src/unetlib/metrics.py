@@ -26,7 +26,7 @@ from .arguments import at_least, check_options, is_number, needed, whole
 from .boundary import edge_distances
 from .counts import SCORES, Cells, one_against_rest
 from .distributed import shared
-from .targets import Reading, check_threshold, read
+from .targets import Reading, check_ignore_index, check_threshold, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -434,7 +434,7 @@ class SegmentationMetrics:
         multilabel: one sigmoid a channel instead of one softmax.
 
     Raises:
-        TypeError: `num_classes` is no integer.
+        TypeError: `num_classes` or `ignore_index` is no integer.
         ValueError: `num_classes`, `threshold` or `empty` is out of its range.
 
     Attributes:
@@ -467,6 +467,7 @@ class SegmentationMetrics:
         self.include_background = include_background
         self.empty = _checked_empty(empty)
         self.keep_pictures = keep_pictures
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.multilabel = multilabel
         self.reset()

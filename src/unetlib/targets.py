@@ -99,6 +99,12 @@ class Reading(NamedTuple):
         return indices.unsqueeze(1) == classes.view(-1, *[1] * len(self.spatial))
 
 
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Refuse what is no mask value and not None."""
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral)):
+        raise TypeError(f"ignore_index={ignore_index!r} must be an integer, such as ignore_index=255, or None")
+
+
 def read(
     logits: Tensor, target: Tensor, *, multilabel: bool = False, ignore_index: int | None = None, soft: bool = False
 ) -> Reading:
@@ -123,8 +129,7 @@ def read(
         ([[[0, 1], [2, 0]]], [[[[True, True], [True, False]]]])
     """
     _check_form(logits, target, multilabel)
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral)):
-        raise TypeError(f"ignore_index={ignore_index!r} must be an integer, such as ignore_index=255, or None")
+    check_ignore_index(ignore_index)
     target = target.detach()
     channels = logits.shape[1]
     if logits.dtype != torch.float64:
