@@ -48,7 +48,6 @@ def test_table_and_json(picture, model, tmp_path, capsys):
         assert stages.shape == (4, 2)
         assert (stages > 0).all()
         assert (stages.sum(0) <= row["seconds"]).all()
-        assert stages.sum(0) == pytest.approx(row["seconds"], rel=0.5)
         assert float(lines[row["way"]][1]) == pytest.approx(1e3 * np.median(row["seconds"]), abs=0.06)
 
 

@@ -205,7 +205,7 @@ def unet_configs(draw):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(unet_configs())
 def test_a_unet_config_survives_json(config):
     assert UNetConfig.from_json(config.to_json()) == config
@@ -226,7 +226,7 @@ preprocessings = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(preprocessings)
 def test_a_preprocessing_survives_json(preprocessing):
     assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing

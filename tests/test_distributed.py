@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,11 +17,18 @@ from unetlib.distributed import joined_processes, shared
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
+def free_port() -> int:
+    """A port below those that the system gives to outgoing connections, one of which could take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+
+
 def run_processes(count: int, *command: str) -> str:
     """Start `count` processes as torchrun does, and return what the first printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {
         **os.environ,
         "WORLD_SIZE": str(count),

@@ -173,7 +173,8 @@ def test_the_study_runs_with_its_imports_changed(tmp_path):
             A.VerticalFlip(p=0.1),
             A.Normalize(mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0], max_pixel_value=255.0),
             ToTensorV2(),
-        ]
+        ],
+        seed=0,
     )
     dataset = CarvanaDataset(image_dir=str(tmp_path / "train"), mask_dir=str(tmp_path / "train_masks"), transform=transform)
     loader = DataLoader(dataset, batch_size=2, shuffle=True)

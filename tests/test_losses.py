@@ -686,7 +686,7 @@ def test_smp_lets_false_positives_on_empty_pictures_go_free() -> None:
 
 # Properties
 
-small = settings(max_examples=25, deadline=None)
+small = settings(max_examples=25)
 
 
 @small

@@ -481,7 +481,7 @@ def test_streamed_scores_are_those_of_the_functions(kind: str, include_backgroun
     assert torch.equal(metrics.confusion, table[0] if kind == "binary" else table)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from(KINDS), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
 def test_batches_order_and_merging_change_no_bit(seed: int, kind: str, sizes: list[int], data: st.DataObject) -> None:
     logits, target, _ = case(kind, (7,), seed, n=sum(sizes))

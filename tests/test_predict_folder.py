@@ -519,6 +519,7 @@ def test_ray_is_asked_for_where_it_is_missing(script, pictures, model, tmp_path,
 @pytest.fixture(scope="module")
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - it ends actors where others fill the memory
     ray = pytest.importorskip("ray", reason='Ray is not installed; `pip install ".[ray]"` has it')
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray

@@ -16,16 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import save, save_file
 from study import StudyUNet, randomize
 
 from unetlib import Preprocessing, UNet, UNetConfig, trust
 from unetlib.pretrained import model_info
 
-fuzz = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+fuzz = settings(max_examples=80)
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +418,7 @@ def study_checkpoint(legacy: bool) -> bytes:
     return stream.getvalue()
 
 
-@settings(fuzz, derandomize=True)  # torch's own reader is under test here: the same files every time
+@fuzz
 @given(data=st.data(), legacy=st.booleans())
 def test_any_checkpoint_is_a_network_or_a_value_error(tmp_path, data, legacy):
     path = tmp_path / "a.pth"
