@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from unetlib import UNet
 from unetlib.fast import cached
 from unetlib.fast.cached import fast_copy, free_memory
-from unetlib.fast.structure import difference
 from unetlib.inference import optimize_for_inference, predict
+from unetlib.structure import difference
 
 
 def model() -> UNet:

@@ -183,16 +183,58 @@ class Deeper(UNet):
         self.auxiliary = torch.nn.Conv2d(self.config.bottleneck, 2, 1)
 
 
+class Doubled(UNet):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class Another(UNet):
     def __init__(self, options):
         super().__init__(**options)
 
 
-def test_subclasses_are_saved_as_they_or_a_unet_load(tmp_path):
-    deeper = Deeper(features=(4,))
-    assert_same(deeper, Deeper.from_pretrained(deeper.save_pretrained(tmp_path / "deeper")))
+def change_activation(model):
+    model.bottleneck.act2 = torch.nn.Mish()
+
+
+def change_padding(model):
+    model.encoder[0].conv1.padding_mode = "reflect"
+
+
+def change_norm(model):
+    model.encoder[0].norm1.eps = 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(change_activation, "bottleneck.act2"), (change_padding, "encoder.0.conv1"), (change_norm, "encoder.0.norm1")],
+)
+def test_what_would_load_as_another_network_is_not_saved(model, tmp_path, change, named):
+    change(model)
+    with pytest.raises(ValueError, match=f"its module '{named}' is not that of a UNet of its config. A layer was replaced"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_changes_no_result_of_the_loaded_network_is_saved(model, tmp_path):
+    changed = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).requires_grad_(False)
+    changed.checkpoint_gradients = True
+    changed.encoder[0].norm1.momentum = 0.01
+    changed.encoder[0].register_forward_hook(lambda *_: None)
+    assert_same(model, UNet.from_pretrained(changed.save_pretrained(tmp_path / "saved")))
+
+
+def test_subclasses_are_saved_as_they_or_a_unet_load(tmp_path, caplog):
+    for kind in (Deeper, Doubled):
+        network = kind(features=(4,))
+        network.seen = torch.zeros(3)  # what a class keeps is its own matter
+        assert_same(network, kind.from_pretrained(network.save_pretrained(tmp_path / kind.__name__)))
+        name = kind.__name__
+        assert f"a {name} is more than its config says: load it by {name}.from_pretrained, not by UNet's" in caplog.text
+    caplog.clear()
     another = Another({"features": (4,)})
     assert_same(another, UNet.from_pretrained(another.save_pretrained(tmp_path / "another")))
+    assert not caplog.text
 
 
 def test_what_is_saved_must_load(model, tmp_path):
@@ -249,6 +291,17 @@ def test_a_card_is_named_after_the_folder_and_tells_the_scale(tmp_path, monkeypa
     card = (model.save_pretrained(".") / "README.md").read_text(encoding="utf-8")
     assert f"# {tmp_path.name}\n" in card
     assert "at 0.5 times its size" in card
+
+
+def test_a_card_that_was_written_for_the_network_that_is_replaced_goes_with_it(tmp_path):
+    folder = UNet(out_channels=6, features=(4,)).save_pretrained(tmp_path / "land")
+    UNet(out_channels=3, features=(4,)).save_pretrained(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "3 channels in, 3 out" in card
+    changed = card.replace("Its classes", "Made by hand. Its classes")
+    (folder / "README.md").write_text(changed, encoding="utf-8")
+    UNet(out_channels=2, features=(4,)).save_pretrained(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == changed
 
 
 def test_an_existing_card_is_kept_unless_another_is_given(folder, model):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import fnmatch
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,12 +30,15 @@ from .arguments import check_device, check_options, not_a_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
+from .structure import changed_module, parts_of
 from .version import installed_version
 
 if TYPE_CHECKING:
     from .unet import UNet
 
     Model = TypeVar("Model", bound=UNet)
+
+logger = logging.getLogger("unetlib")
 
 ZOO = Path(__file__).parent / "zoo"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -216,14 +220,14 @@ def save_pretrained(
         folder: where to; made where it does not exist.
         dtype: type in which convolution weights are stored (`torch.float16` halves the file); None keeps theirs. Everything of
             one dimension (biases, norms) keeps its type. Loading gives float32 again.
-        card: text of the model card; None writes a short one, unless the folder has a card already.
+        card: text of the model card; None writes a short one, unless the folder has a card that somebody else wrote.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: for a `dtype` that is no floating point type or too small for a weight; for a network that is no longer the
-            one of its config, as after replacing a layer.
+            one of its config, as after replacing a layer. Hooks are not seen, and not saved.
         OSError: where the folder cannot be written.
 
     Example:
@@ -247,9 +251,8 @@ def save_pretrained(
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, and a model is saved as a folder; give another name")
     folder.mkdir(parents=True, exist_ok=True)
-    if card is None and not (folder / CARD).exists():
-        title = folder.resolve().name
-        card = model_card(model, title, f"path/to/{title}")
+    if card is None and not _keeps_card(folder, type(model)):
+        card = _short_card(model, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         made = Path(name)
         (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt", "unetlib": text}))
@@ -374,18 +377,41 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
+def _short_card(model: UNet, folder: Path) -> str:
+    title = folder.resolve().name
+    return model_card(model, title, f"path/to/{title}")
+
+
+def _keeps_card(folder: Path, cls: type[UNet]) -> bool:
+    """Whether there is a card that is not just what a network of that class was given with the config that is there."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        config, preprocessing = trust.read_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        before = _skeleton(cls, config, str(folder))
+    except (ValueError, OSError):
+        return (folder / CARD).exists()
+    before.preprocessing = preprocessing
+    upto_version = "\nWritten by unetlib"
+    return text.partition(upto_version)[0] != _short_card(before, folder).partition(upto_version)[0]
+
+
 def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors as `save_pretrained` writes them."""
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
     if not hasattr(model, "preprocessing"):
         raise not_a_unet(model)
     # A subclass may have more layers, or a constructor of another kind, of which a UNet reads what it has in common.
-    base = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
-    problems = [_misfit(cls, model.config, tensors) for cls in dict.fromkeys((type(model), base))]
+    base: Any = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
+    problems = [_misfit(cls, model, tensors) for cls in dict.fromkeys((type(model), base))]
     if all(problems):
         raise ValueError(
             f"{problems[-1]}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
             "out_channels=5, or undo that before saving"
+        )
+    if problems[-1] or type(model).forward is not base.forward:
+        name = type(model).__name__
+        logger.warning(
+            "a %s is more than its config says: load it by %s.from_pretrained, not by %s's", name, name, base.__name__
         )
     stored = {
         key: (value.to(dtype) if dtype is not None and value.ndim > 1 else value).cpu().contiguous()
@@ -397,13 +423,14 @@ def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return stored
 
 
-def _misfit(cls: type[Model], config: UNetConfig, tensors: Mapping[str, Tensor]) -> str | None:
-    """Why a network of that class does not take these tensors."""
+def _misfit(cls: type[Model], model: UNet, tensors: Mapping[str, Tensor]) -> str | None:
+    """Why a network of that class with these tensors would not be the model."""
     try:
-        trust.check_fit(_skeleton(cls, config, "this model").state_dict(), tensors, "this model")
+        skeleton = _skeleton(cls, model.config, "this model")
+        trust.check_fit(skeleton.state_dict(), tensors, "this model")
     except ValueError as error:
         return str(error)
-    return None
+    return changed_module(model, parts_of(skeleton))
 
 
 def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:

@@ -223,7 +223,7 @@ class UNet(nn.Module):
         Args:
             folder: where to; made where it does not exist.
             dtype: type in which convolution weights are stored (`torch.float16` halves the file); loading gives float32.
-            card: text of the model card; None writes a short one, unless the folder has a card already.
+            card: text of the model card; None writes a short one, unless the folder has a card that somebody else wrote.
 
         Returns:
             The folder.
@@ -232,6 +232,13 @@ class UNet(nn.Module):
             ValueError: for a `dtype` that is no floating point type or too small for a weight, or a network that is no longer
                 that of its config.
             OSError: where the folder cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as name:
+            ...     folder = UNet(features=(8, 16)).save_pretrained(name, dtype=torch.float16)
+            ...     sorted(file.name for file in folder.iterdir()), UNet.from_pretrained(folder).config.features
+            (['README.md', 'config.json', 'model.safetensors'], (8, 16))
         """
         from .pretrained import save_pretrained
 

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..structure import difference
 from ..unet import UNet
 from .network import FastUNet, optimize_for_inference
-from .structure import difference
 
 
 class _Kept(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..arguments import not_a_unet
 from ..blocks import DoubleConv
 from ..memory import keep_freed, release_freed
+from ..structure import difference
 from ..unet import UNet, check_input
 from . import native_kernels, winograd
 from .cuda import CudaEnds, CudaLevel
@@ -27,7 +28,6 @@ from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
 from .pool import Pool, pooled
 from .replays import Replays
-from .structure import difference
 
 Way = Callable[[Parts, torch.dtype], Level]
 _Args = ParamSpec("_Args")

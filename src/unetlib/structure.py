@@ -1,4 +1,4 @@
-"""Whether a network is still what its config says: a copy made from the config's parts must not stand for another one."""
+"""Whether a network is still what its config says: what is made from the config alone must not stand for another one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..config import UNetConfig
-from ..unet import UNet
+from .config import UNetConfig
+from .unet import UNet
 
 _SAME: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: nn.BatchNorm2d}  # in evaluation mode
 _IDLE = {"training", "momentum", "inplace", "p", "checkpoint_gradients"}  # settings that change no result there
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a module of a network is."""
 
     name: str
@@ -39,37 +39,59 @@ def difference(model: UNet) -> str | None:
         return f"{type(model).__name__} has a forward of its own"
     if any(getattr(nn.modules.module, hooks, None) for hooks in ("_global_forward_hooks", "_global_forward_pre_hooks")):
         return "there are hooks for all modules"
-    for named, part in zip_longest(model.named_modules(), _parts(model.config)):
-        name, module = named or (part.name, None)
-        if module is None or part is None or not _is_like(module, part) or name != part.name:
-            return f"its module {name!r} is not that of a UNet of its config"
+    if other := changed_module(model, _parts_of_unet(model.config)):
+        return other
+    for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"its module {name!r} has hooks, or a forward of its own"
     return None
 
 
+def changed_module(model: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """The first module of a network that another one, of these parts, has not, or the other way round.
+
+    Example:
+        >>> model, parts = UNet(features=(8,)), parts_of(UNet(features=(8,)))
+        >>> model.bottleneck.act2 = nn.Mish()
+        >>> changed_module(model, parts)
+        "its module 'bottleneck.act2' is not that of a UNet of its config"
+    """
+    for named, part in zip_longest(model.named_modules(), parts):
+        name, module = named or (part.name, None)
+        if module is None or part is None or not _is_like(module, part) or name != part.name:
+            return f"its module {name!r} is not that of a UNet of its config"
+    return None
+
+
+def parts_of(model: nn.Module) -> tuple[Part, ...]:
+    """What a network consists of, without its weights.
+
+    Example:
+        >>> [part.name for part in parts_of(UNet(features=(8,)))][:3]
+        ['', 'encoder', 'encoder.0']
+    """
+    return tuple(Part(name, type(module), _settings(module), _shapes(module)) for name, module in model.named_modules())
+
+
 @functools.lru_cache
-def _parts(config: UNetConfig) -> tuple[_Part, ...]:
+def _parts_of_unet(config: UNetConfig) -> tuple[Part, ...]:
     with torch.device("meta"):
-        model = UNet.from_config(config)
-    return tuple(
-        _Part(
-            name,
-            type(module),
-            {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _IDLE},
-            _shapes(module),
-        )
-        for name, module in model.named_modules()
-    )
+        return parts_of(UNet.from_config(config))
 
 
-def _is_like(module: nn.Module, part: _Part) -> bool:
+def _is_like(module: nn.Module, part: Part) -> bool:
     kind = type(module)
     return (
         (kind is part.kind or _SAME.get(kind) is part.kind or not part.name)  # its own class may be one that adds methods
         and part.settings.items() <= vars(module).items()
         and _shapes(module) == part.shapes
     )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    if type(module).__module__.partition(".")[0] not in ("torch", "unetlib"):  # what others keep in theirs may change
+        return {}
+    return {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _IDLE}
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size | None]:
