@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 from study import randomize
 from torch import Tensor
 
 from unetlib import Preprocessing, UNet, UNetConfig
-from unetlib.config import ACTIVATIONS, NORMS
+from unetlib.config import ACTIVATIONS, MATCHES, NORMS
 
 
 def small(**options) -> UNet:
@@ -290,6 +291,19 @@ def test_compile_takes_every_size_in_one_graph(options):
     for size in [(16, 24), (17, 23), (12, 9), (33, 10)]:
         assert torch.equal(compiled(pictures(*size)), model(pictures(*size)))
     assert len(graphs) == 1
+
+
+@needs_native  # and with it a compiler for those of PyTorch
+@pytest.mark.parametrize("match", MATCHES)
+def test_a_compiled_network_has_the_gradients_of_the_network(match):
+    torch.compiler.reset()
+    model, x = small(match=match, features=(4,)).double(), pictures(17, 22).double()
+    gradients = []
+    for run in (model, torch.compile(model)):
+        run(x).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*gradients)
 
 
 def test_networks_of_patches_compile_and_export():

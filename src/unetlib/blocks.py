@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,10 @@ def _check_match(match: str) -> None:
         raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {match!r}")
 
 
+# Absent from PyTorch 2.6, which is taken to export, since a program with a bound on sizes is refused then.
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: True)
+
+
 def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
     """Bring `x` to the height and width of `skip`; an exact identity where they agree.
 
@@ -161,6 +165,10 @@ def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on the CPU, torch cannot do this in half precision
         smooth = x.device.type != "mps"  # where torch 2.6 cannot; a map that grows differs by rounding alone
         return F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=smooth).to(x.dtype)
+    # torch.compile fails in the gradient of F.pad's "replicate". Of a doubled map no more than a row and a column are missing.
+    if match == "replicate" and torch.compiler.is_compiling() and not _exporting():
+        x = torch.cat([x, x[..., -1:, :]], dim=-2).narrow(-2, 0, skip.shape[-2])
+        return torch.cat([x, x[..., -1:]], dim=-1).narrow(-1, 0, skip.shape[-1])
     missing = [0, skip.shape[-1] - x.shape[-1], 0, skip.shape[-2] - x.shape[-2]]  # left, right, top, bottom
     return F.pad(x, missing, mode="constant" if match == "zeros" else "replicate")
 
@@ -213,6 +221,9 @@ def conv_layers(
 def make_upsample(name: str, in_channels: int, out_channels: int, *, align_corners: bool = False, **options: Any) -> nn.Module:
     """The layer called `name` that doubles a map's height and width; `options` as in `conv_layers`, for "nearest_conv".
 
+    Raises:
+        ValueError: for another name than those of `UNetConfig`.
+
     Example:
         >>> make_upsample("nearest", 1, 1)(torch.tensor([[[[1.0, 2.0]]]]))
         tensor([[[[1., 1., 2., 2.],
@@ -232,7 +243,11 @@ def make_upsample(name: str, in_channels: int, out_channels: int, *, align_corne
 
 
 def make_norm(name: str, channels: int, *, affine: bool = True) -> nn.Module:
-    """The normalisation called `name` for maps of `channels` channels."""
+    """The normalisation called `name` for maps of `channels` channels.
+
+    Raises:
+        ValueError: for another name than those of `UNetConfig`.
+    """
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "instance":
@@ -245,7 +260,11 @@ def make_norm(name: str, channels: int, *, affine: bool = True) -> nn.Module:
 
 
 def make_activation(name: str, *, negative_slope: float = 0.1) -> nn.Module:
-    """The activation called `name`; `negative_slope` is of "leaky_relu"."""
+    """The activation called `name`; `negative_slope` is of "leaky_relu".
+
+    Raises:
+        ValueError: for another name than those of `UNetConfig`.
+    """
     if name == "relu":
         return nn.ReLU(inplace=True)
     if name == "leaky_relu":
