@@ -10,7 +10,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
@@ -383,7 +383,7 @@ def test_floats_may_lie_beside_the_range_by_rounding(model, picture):
     assert rounded.amin() < 0
     assert rounded.amax() > 1
     np.testing.assert_allclose(model.predict(rounded, probabilities=True), model.predict(exact, probabilities=True), atol=1e-5)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 1\.00199997"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 1\.00199997; .* as in training .*uint16: / 65535"):
         model.predict(exact * 1.002)
 
 
@@ -445,6 +445,17 @@ def test_tiles_give_what_the_whole_picture_gives(wide, out_channels, tile):
     np.testing.assert_allclose(logits.numpy(), logits_by_hand(model, wide).numpy(), rtol=1e-5, atol=1e-6)
     classes = model.predict(wide, tile=tile)
     np.testing.assert_array_equal(classes, tiles >= 0.5 if out_channels == 1 else tiles.argmax(axis=0))
+
+
+def test_tiles_of_a_network_that_somebody_changed_may_be_approximate_and_say_so(model, wide):
+    model.bottleneck.norm2 = torch.nn.InstanceNorm2d(32)
+    whole = model.predict(wide, probabilities=True)
+    with pytest.warns(UserWarning, match=r"its module 'bottleneck\.norm2' is not that .* more than the 24 around its tile"):
+        tiled = model.predict(wide, probabilities=True, tile=72)
+    assert np.abs(tiled - whole).max() > 1e-5
+    with pytest.warns(UserWarning, match="tiles are blended") as warned:
+        model.predict(wide, tile=72, overlap=8)
+    assert len(warned) == 1
 
 
 def test_a_picture_no_larger_than_a_tile_stays_whole(model, picture):
@@ -714,6 +725,13 @@ def test_evaluate_says_what_pairs_it_takes(model, picture, data):
         evaluate(model, data(picture, picture[..., 0] > 127))
 
 
+def test_evaluate_takes_no_batches(model, picture):
+    pairs = [(torch.from_numpy(picture).permute(2, 0, 1), picture[..., 0] > 127)]
+    with pytest.raises(TypeError, match="got a batch; give the data set, not its DataLoader"):
+        evaluate(model, torch.utils.data.DataLoader(pairs))
+    assert evaluate(model, torch.utils.data.DataLoader(pairs, batch_size=None)) == evaluate(model, pairs)
+
+
 def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):
     counted = []
     monkeypatch.setattr(SegmentationMetrics, "update", lambda self, logits, mask: counted.append(mask))
@@ -767,15 +785,51 @@ def test_files_in_a_list_are_named(model, picture, tmp_path):
     np.save(tmp_path / "none.npy", picture[:0])
     np.save(tmp_path / "good.npy", picture)
     for name, message in (
-        ("floats", "must be uint8"),
+        ("floats", r"must be uint8.*huge-pictures\.md"),
         ("four", "has 4 channels, but the network takes 3"),
         ("none", "is empty"),
     ):
         with pytest.raises(ValueError, match=rf"{name}\.npy.*{message}"):
             model.predict([tmp_path / "good.npy", str(tmp_path / f"{name}.npy")])
     Image.fromarray(picture).save(tmp_path / "colour.png")
-    with pytest.raises(ValueError, match=r"colour\.png has 3 channels, but the network takes 2"):
-        UNet(in_channels=2, features=(4,)).predict(tmp_path / "colour.png")
+
+
+def test_files_and_pil_pictures_are_for_networks_of_grey_or_colour(picture, tmp_path, monkeypatch):
+    four = np.concatenate([picture, picture[..., :1]], axis=-1)
+    network = UNet(in_channels=4, features=(4,))
+    Image.fromarray(four).save(tmp_path / "four.png")
+    tifffile.imwrite(tmp_path / "four.tif", four, photometric="minisblack", planarconfig="contig")  # which Pillow cannot read
+    reason = "would be read as grey or RGB, but the network takes 4 channels; pass an array, such as"
+    for name in ("four.png", "four.tif"):
+        with pytest.raises(ValueError, match=rf"{name} {reason} tifffile\.imread\(path\), uint8 \(H, W, 4\)"):
+            network.predict(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"the picture {reason} numpy\.asarray\(picture\), uint8"):
+        network.predict(Image.fromarray(four))
+    expected = network.predict(four)
+    for array in (tifffile.imread(tmp_path / "four.tif"), np.asarray(Image.open(tmp_path / "four.png"))):
+        np.testing.assert_array_equal(network.predict(array), expected)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        network.predict(tmp_path / "nowhere.tif")
+    monkeypatch.setattr(rasters, "_READ_WHOLE", 1)  # by region, all bands are read
+    np.testing.assert_array_equal(network.predict(tmp_path / "four.tif"), expected)
+    tifffile.imwrite(tmp_path / "rgba.tif", four, photometric="rgb")
+    with pytest.raises(ValueError, match=r"rgba\.tif, transparency aside, has 3 channels, but the network takes 4"):
+        network.predict(tmp_path / "rgba.tif")
+
+
+def test_frames_of_a_stack_in_a_list_are_pictures_of_their_own(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (0, 100, 200)]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    model = UNet(in_channels=1, features=(4,)).eval()
+    expected = model.predict(frames, probabilities=True)
+    with Image.open(tmp_path / "stack.tif") as stack:
+        with pytest.raises(ValueError, match=r"one PIL picture of 3 frames several times.*\[frame\.copy\(\) for frame in"):
+            model.predict(list(ImageSequence.Iterator(stack)))
+        copies = [frame.copy() for frame in ImageSequence.Iterator(stack)]
+        one_by_one = [logits.sigmoid()[0] for logits in iter_logits(model, ImageSequence.Iterator(stack))]
+    np.testing.assert_array_equal(model.predict(copies, probabilities=True), expected)
+    np.testing.assert_allclose(torch.stack(one_by_one), expected)
+    model.predict([frames[0], frames[0]])  # of one frame: the same twice
 
 
 def test_a_suffix_may_be_in_capitals(model, picture, tmp_path):

@@ -115,6 +115,14 @@ def test_augmented_later_pictures_are_what_workers_make_of_them():
             torch.testing.assert_close(found_masks, masks, rtol=0, atol=1e-7)
 
 
+def test_a_preset_moves_pictures_and_masks_of_plain_tensors_together():
+    image = torch.rand(4, 16, 16)
+    data = Augmented([(image, image[0])], train_transform(None, rotation=0, horizontal_flip=0.5))
+    pairs = [data[Draw(0, seed)][:2] for seed in range(8)]
+    assert all(torch.equal(found[0], mask) for found, mask in pairs)
+    assert {torch.equal(mask, image[0]) for _, mask in pairs} == {True, False}
+
+
 @pytest.mark.parametrize("values", [torch.bool, torch.uint8, torch.int64])
 def test_classes_stay_as_they_are(values):
     mask = torch.tensor([[0, 1], [1, 0]]).to(values)

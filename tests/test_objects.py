@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from itertools import combinations
 
 import numpy as np
@@ -115,6 +116,17 @@ def test_numbered_objects_keep_apart_where_they_touch():
     assert label_objects(np.array([[0, 9, 9, 4]], np.uint16)).tolist() == [[0, 2, 2, 1]]
     assert object_counts(numbered, numbered, thresholds=(0.9,)).tp.tolist() == [2]
     assert object_counts(numbered > 0, numbered, thresholds=(0.5,)) == ([0], [1], [2])  # an IoU of 0.5 is not above 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+def test_foreground_of_a_wider_type_is_warned_of(dtype):
+    mask = np.array([[1, 1, 0, 1]], dtype)
+    with pytest.warns(UserWarning, match=rf"of {np.dtype(dtype)} numbers its objects, .*several parts; .*pass mask > 0"):
+        assert label_objects(mask).tolist() == [[1, 1, 0, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plain in (mask[:, :3], np.array([[1, 1, 0, 2]], dtype), np.zeros((2, 2), dtype), mask > 0):
+            label_objects(plain)
 
 
 def test_an_iou_at_a_threshold_is_not_above_it():

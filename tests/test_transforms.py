@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -472,6 +473,50 @@ def test_size_none_keeps_each_size_and_the_default_is_the_studys():
     for preset in (eval_transform, train_transform):
         assert preset(None)(*pair(20, 31))[0].shape == (3, 20, 31)
         assert preset()(*pair(20, 31))[0].shape == (3, 160, 240)
+
+
+@pytest.mark.parametrize("preset", [train_transform(None), train_transform((30, 45)), eval_transform((30, 45))])
+@pytest.mark.parametrize("types", [(True, False), (False, True), (False, False)])
+def test_plain_tensors_move_together_as_typed_ones_do(preset, types):
+    image, mask = pair()
+    parts = [part if typed else part.as_subclass(torch.Tensor) for part, typed in zip((image, mask), types, strict=True)]
+    for transform in (preset, v2.Compose([preset]), pickle.loads(pickle.dumps(preset))):
+        results = []
+        for given in ((image, mask), parts):
+            torch.manual_seed(2)
+            results.append(transform(*given))
+        for expected, found in zip(*results, strict=True):
+            assert type(found) is torch.Tensor
+            assert torch.equal(found, expected)
+    assert preset(parts[0]).dtype == torch.float32  # a picture alone
+    assert "ToPureTensor" in repr(preset)
+
+
+def test_what_a_preset_would_leave_as_it_was_is_refused():
+    image, mask = (part.as_subclass(torch.Tensor) for part in pair())
+    for preset in (train_transform(None, rotation=0), eval_transform(None)):
+        for parts in ((image.permute(1, 2, 0).numpy(), mask), (image, mask.numpy()), ((image, mask),)):
+            with pytest.raises(TypeError, match=r"as two tensors, not a (ndarray|tuple); of arrays: .*to_tensor\(picture\)"):
+                preset(*parts)
+        for dtype in (torch.int32, torch.int64):
+            with pytest.raises(TypeError, match=rf"a picture of {dtype} has no known range; give .*uint8, uint16 or floats"):
+                preset(tv_tensors.Image(image.to(dtype)), mask)
+    sixteen = (torch.arange(4 * 6) * 1000).to(torch.uint16).view(1, 4, 6)
+    torch.testing.assert_close(eval_transform(None)(sixteen, mask[:4, :6])[0], sixteen.float() / 65535)
+
+
+@pytest.mark.parametrize("option", ["color_jitter", "grayscale"])
+def test_options_for_grey_and_colour_are_named_where_channels_are_others(option):
+    image, mask = torch.rand(4, 32, 32), torch.ones(32, 32)
+    transform = train_transform((16, 16), **{option: 0.1})
+    for channels in (1, 3):
+        assert transform(image[:channels], mask)[0].shape == (channels, 16, 16)
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=rf"^{option} is for pictures of 1 or 3 channels, got {channels}; leave it out"):
+            transform(image[:channels], mask)
+    others = {"scale": (0.8, 1.2), "elastic": 2, "crop": (0.5, 1), "quarter_turns": True, "reflect": True}
+    others |= {"low_resolution": 1, "noise": 0.1, "invert": 1}
+    assert train_transform((16, 16), **others)(image, mask)[0].shape == (4, 16, 16)
 
 
 def test_class_masks_stay_class_masks():

@@ -354,7 +354,11 @@ def refuse_slice(index: Any) -> None:
 
 
 def check_transform(transform: Any) -> None:
-    """Refuse what `apply_transform` cannot call; None is no transform."""
+    """Refuse what `apply_transform` cannot call; None is no transform.
+
+    Raises:
+        TypeError: for what cannot be called, or not with a picture and its mask.
+    """
     if transform is None:
         return
     if not callable(transform):
@@ -367,7 +371,11 @@ def check_transform(transform: Any) -> None:
 
 
 def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mask: NDArray[Any]) -> tuple[Any, Any]:
-    """Call a transform in its way, see `ImageMaskDataset`, on a picture (H, W, C) and its mask (H, W)."""
+    """Call a transform in its way, see `ImageMaskDataset`, on a picture (H, W, C) and its mask (H, W).
+
+    Raises:
+        TypeError: if it does not give a picture and a mask.
+    """
     if _by_keyword(transform):
         mask = mask.astype(np.float32) if mask.dtype == np.bool_ else mask  # OpenCV takes no bools
         result = transform(image=image, mask=mask)

@@ -312,7 +312,12 @@ def _load(
         one = image is source or image.format == "MPO"
         frames = 1 if one else getattr(image, "n_frames", 1)
         halved = _halved(image)
-        refusal = f"holds {frames} frames; save each as a file of its own" if frames > 1 else _refusal(image, exact)
+        refusal = _refusal(image, exact)
+        if frames > 1:
+            refusal = (
+                f"holds {frames} frames; save each as a file of its own, or give predict the list "
+                "[frame.copy() for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
+            )
         if refusal is None:
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).

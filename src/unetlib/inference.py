@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from .fast.network import untraced
 from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
+from .structure import difference
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .targets import check_threshold
 from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
@@ -62,7 +64,8 @@ def predict(
     anything else with `shape`, `dtype` and `[rows, columns]`.
 
     Args:
-        model: the network; its `preprocessing` says how a picture becomes its input. Training mode and device stay as they are.
+        model: the network; its `preprocessing` says how a picture becomes its input. It runs in evaluation mode, where
+            dropout does nothing; afterwards its modules are in the modes that they were in.
         images: one picture or a list of them: a path, a PIL picture, a uint8 array (H, W) or (H, W, C), or a tensor (C, H, W),
             uint8 or floating point in [0, 1]. Grey pictures are repeated for a network of three channels, colour ones turned
             into grey for a network of one.
@@ -224,7 +227,7 @@ def evaluate(
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
 
     Raises:
-        TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks.
+        TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks, or batches.
         ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes; for
             `metrics` that are multilabel and a model that is not, or the other way round.
 
@@ -362,6 +365,12 @@ class _Passes:
             picture = _resize(read(_ALL, _ALL), size)
             read = partial(_region, picture)
         plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
+        if plan.exact and not isinstance(self.model, FastUNet) and (otherwise := difference(self.model)):
+            warnings.warn(
+                f"tiles give the whole picture's result for a UNet of the model's config, but {otherwise}; where a pixel then "
+                f"depends on more than the {plan.overlap} around its tile, the result is approximate",
+                stacklevel=2,
+            )
         forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
         pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
         return pieces if size == source.size else [_one_piece(_resize(join(pieces, size), source.size))]
@@ -428,12 +437,22 @@ def _several(images: Iterable[Picture]) -> Iterable[Picture]:
     """Pictures; one alone would be taken for several, row by row or letter by letter."""
     if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) in (2, 3)):
         raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
+    seen: set[int] = set()
+    for image in images if isinstance(images, (list, tuple)) else ():
+        if id(image) in seen and getattr(image, "n_frames", 1) > 1:
+            raise ValueError(
+                f"the list holds one PIL picture of {image.n_frames} frames several times, and only the frame it is at can be "
+                "read; pass [frame.copy() for frame in ImageSequence.Iterator(picture)]"
+            )
+        seen.add(id(image))
     return images
 
 
 def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     """A pair of a data set, the mask as a tensor."""
     picture, mask = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
+    if getattr(picture, "ndim", 0) == 4:
+        raise TypeError("expected pairs of one picture and its mask, got a batch; give the data set, not its DataLoader")
     if not isinstance(mask, Tensor):
         array = np.asarray(mask)
         if array.dtype.kind not in "biuf":
@@ -446,14 +465,26 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
-_OTHER_NUMBERS = "scale other numbers to 0..255, or pass a tensor (C, H, W) of floats in [0, 1]"
+_OTHER_NUMBERS = (
+    "scale other numbers to 0..255 (of a huge array by region, as docs/huge-pictures.md shows), or pass a tensor (C, H, W) of "
+    "floats in [0, 1]"
+)
 
 
 def _open(picture: Picture, channels: int) -> _Source:
     """The picture, in memory or to be read by region."""
     name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
-    if isinstance(picture, (str, PathLike)) and (Path(picture).suffix.lower() == ".npy" or is_huge_tiff(picture)):
+    if isinstance(picture, (str, PathLike)) and is_huge_tiff(picture):
+        picture, name = open_raster(picture), f"{picture}, transparency aside,"
+    elif isinstance(picture, (str, PathLike)) and Path(picture).suffix.lower() == ".npy":
         picture = open_raster(picture)
+    by_pillow = isinstance(picture, Image.Image) or (isinstance(picture, (str, PathLike)) and Path(picture).is_file())
+    if by_pillow and channels not in (1, 3):
+        array = "numpy.asarray(picture)" if isinstance(picture, Image.Image) else "tifffile.imread(path)"
+        raise ValueError(
+            f"{name} would be read as grey or RGB, but the network takes {channels} channels; pass an array, such as "
+            f"{array}, uint8 (H, W, {channels})"
+        )
     if isinstance(picture, (str, PathLike, Tensor)) or not isinstance(picture, Raster):  # NumPy's strings look like rasters
         tensor = _match_channels(_read(picture, channels), channels, name)
         return _Source((tensor.shape[1], tensor.shape[2]), tensor.dtype, partial(_region, tensor))
@@ -489,8 +520,8 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
         low, high = float(tensor.amin()), float(tensor.amax())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # nor NaN
             raise ValueError(
-                f"a picture of floats must lie in [0, 1], got {low:.9g} to {high:.9g}; "
-                "divide by 255, and leave mean and std to the model's preprocessing"
+                f"a picture of floats must lie in [0, 1], got {low:.9g} to {high:.9g}; bring it there as in training (uint8: / "
+                "255, uint16: / 65535), and leave mean and std to the model's preprocessing"
             )
     if 0 in tensor.shape:
         raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")

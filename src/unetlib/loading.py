@@ -171,7 +171,7 @@ class Augmented(Dataset[tuple[Any, Any, Draw]]):
     """A data set with augmentation whose chance comes from the `Draw` alone; the random state outside stays as it was.
 
     Args:
-        dataset: its items are pairs of picture and mask.
+        dataset: its items are pairs of picture and mask, as `transform` takes them: tensors for a preset.
         transform: takes and returns such a pair, and draws its chance from torch's global generator, as
             `torchvision.transforms.v2` does; None where pictures are augmented later, on their device:
             `unetlib.transforms.PerPicture` takes the seeds of the draws.
@@ -202,14 +202,30 @@ class Augmented(Dataset[tuple[Any, Any, Draw]]):
 
 
 def stacked(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> tuple[Tensor, Tensor, list[Draw]]:
-    """A loader's `collate_fn` for items of `Augmented`: pictures and masks of one size as batches, draws as they are."""
+    """A loader's `collate_fn` for items of `Augmented`: pictures and masks of one size as batches, draws as they are.
+
+    Raises:
+        ValueError: for pictures of several sizes.
+
+    Example:
+        >>> images, masks, draws = stacked([(torch.zeros(3, 4, 5), torch.zeros(4, 5), Draw(n, seed=7)) for n in range(2)])
+        >>> images.shape, masks.shape, [draw.item for draw in draws]
+        (torch.Size([2, 3, 4, 5]), torch.Size([2, 4, 5]), [0, 1])
+    """
     images, masks, draws = zip(*samples)
     check_one_size(images)
     return default_collate([*images]), default_collate([*masks]), [*draws]
 
 
 def listed(samples: Sequence[tuple[Tensor, Tensor, Draw]]) -> list[list[Any]]:
-    """The same for pictures of any sizes: lists, to be augmented on their device."""
+    """A loader's `collate_fn` for items of `Augmented` of any sizes: lists instead of batches, to be augmented on their device.
+
+    Example:
+        >>> small, large = (torch.zeros(3, *size) for size in ((2, 3), (4, 5)))
+        >>> images, masks, draws = listed([(small, small[0], Draw(0, seed=7)), (large, large[0], Draw(1, seed=8))])
+        >>> [image.shape for image in images], [draw.item for draw in draws]
+        ([torch.Size([3, 2, 3]), torch.Size([3, 4, 5])], [0, 1])
+    """
     return [[*part] for part in zip(*samples)]
 
 

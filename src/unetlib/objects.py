@@ -10,6 +10,7 @@ Needs scipy, which the `metrics` extra installs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ def label_objects(mask: ArrayLike) -> NDArray[np.int32]:
     """Number the objects of a mask 1, 2, ...; 0 is background.
 
     Args:
-        mask: (H, W), bool or uint8 with one value besides 0, or numbered objects of a wider integer type.
+        mask: (H, W), bool or uint8 with one value besides 0, or numbered objects of a wider integer type. Of these a single
+            object in several parts is a warning, since it may be foreground that became wider.
 
     Returns:
         int32 (H, W).
@@ -56,6 +58,12 @@ def label_objects(mask: ArrayLike) -> NDArray[np.int32]:
         raise ValueError(f"objects are numbered from 1, got {pixels.min()}")
     if pixels.dtype != bool and pixels.dtype != np.uint8:
         values, numbered = np.unique(pixels, return_inverse=True)
+        if np.count_nonzero(values) == 1 and _ndimage().label(pixels)[1] > 1:
+            warnings.warn(
+                f"a mask of {pixels.dtype} numbers its objects, and this one has a single object in several parts; if it is "
+                "foreground and background, pass mask > 0",
+                stacklevel=2,
+            )
         return np.asarray(numbered.reshape(pixels.shape) + (0 not in values), np.int32)
     foreground = pixels[pixels > 0]
     if (foreground != foreground.max(initial=0)).any():

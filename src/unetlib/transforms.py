@@ -1,8 +1,8 @@
 """Presets for training and evaluation over `torchvision.transforms.v2`: a picture and its mask move together.
 
-They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`, on any device; `PerPicture`
-takes whole batches through them. The mean and standard deviation of a model belong to its `Preprocessing`; set them here only
-where no model does it.
+They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`, or plain tensors, on any
+device; `PerPicture` takes whole batches through them. The mean and standard deviation of a model belong to its
+`Preprocessing`; set them here only where no model does it.
 """
 
 from __future__ import annotations
@@ -421,8 +421,9 @@ def train_transform(
         rotation: Turn by up to this many degrees either way; corners become black, and `outside` in the mask.
         horizontal_flip: Probability of a left-right flip.
         vertical_flip: Probability of an upside-down flip.
-        color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2).
-        grayscale: Probability of losing colour.
+        color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2), of
+            pictures of 1 or 3 channels.
+        grayscale: Probability of losing colour, of pictures of 1 or 3 channels.
         invert: Probability of the negative, dark for light: microscopes show the same things either way.
         crop: Least and largest share of the picture's area that a random part covers, which `size` then gets: (0.25, 1.0).
         scale: Least and largest factor of a random zoom about the middle: (0.8, 1.25). The size stays.
@@ -439,12 +440,15 @@ def train_transform(
         std: Divides each channel after that.
 
     Returns:
-        A transform from (`tv_tensors.Image` uint8 CxHxW, `tv_tensors.Mask` HxW) to tensors: float32 CxHxW in [0, 1], to
-        1e-6, before `mean` and `std`, and the mask HxW in its own dtype, or float32 where a bool one is resized.
+        A transform from a picture CxHxW, uint8 (or uint16, or floats in [0, 1]), and its mask HxW, as plain tensors or
+        `tv_tensors`, to tensors: float32 CxHxW in [0, 1], to 1e-6, before `mean` and `std`, and the mask HxW in its own
+        dtype, or float32 where a bool one is resized.
 
     Raises:
-        TypeError: `size` is no pair of integers, or `outside` no integer.
-        ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
+        TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
+            picture of wider integers, whose range is unknown.
+        ValueError: Only one of `mean` and `std` is given, or a number is out of its range; when called, for a picture of
+            neither 1 nor 3 channels with `color_jitter` or `grayscale`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -464,7 +468,8 @@ def train_transform(
     whole("outside", outside, 0, 255)
     if not is_number(least_resolution) or not 0 < least_resolution <= 1:
         raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
-    steps: list[torch.nn.Module] = []
+    colour = [name for name in ("color_jitter", "grayscale") if shares[name]]
+    steps: list[torch.nn.Module] = [_PictureAndMask(colour)]
     if size is not None:
         steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
     if quarter_turns:
@@ -506,7 +511,7 @@ def eval_transform(
         A transform as `train_transform` gives.
 
     Raises:
-        TypeError: `size` is no pair of integers.
+        TypeError: `size` is no pair of integers; when called, as that of `train_transform`.
         ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
 
     Example:
@@ -516,7 +521,37 @@ def eval_transform(
         (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
     """
     steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
+    return v2.Compose([_PictureAndMask(), *steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
+
+
+class _PictureAndMask(torch.nn.Module):
+    """What a preset begins with: plain tensors beside the picture become masks, which torchvision would leave as they are.
+
+    What it would pass through untouched, or scale by a range that pictures do not fill, is refused.
+    """
+
+    def __init__(self, colour: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.colour = colour  # options that torchvision has for grey and RGB alone
+
+    def forward(self, image: Any, *masks: Any) -> Any:
+        for part in (image, *masks):
+            if not isinstance(part, torch.Tensor):
+                raise TypeError(
+                    f"a preset takes a picture (C, H, W) and its mask (H, W) as two tensors, not a {type(part).__name__}; of "
+                    "arrays: transform(unetlib.imaging.to_tensor(picture), torch.from_numpy(mask))"
+                )
+        if not image.is_floating_point() and image.element_size() > 2:
+            raise TypeError(
+                f"a picture of {image.dtype} has no known range; give a preset uint8, uint16 or floats in [0, 1], such as "
+                "picture / 10000 where 10000 is white"
+            )
+        if self.colour and (channels := F.get_num_channels(image)) not in (1, 3):
+            raise ValueError(
+                f"{self.colour[0]} is for pictures of 1 or 3 channels, got {channels}; leave it out of train_transform"
+            )
+        typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
+        return (image, *typed) if masks else image
 
 
 def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:
