@@ -1,6 +1,6 @@
 """Samples a second from the same files, in one run: the study's data set with albumentations, and unetlib's.
 
-    pip install unetlib[test]
+    pip install "unetlib[bench]"
     UNETLIB_DATA=... python benchmarks/data.py              # its folder carvana/; without it scenes are rendered
     python benchmarks/data.py --data carvana --sizes 160x240 --files 48 --workers 4 --json data.json
     python benchmarks/data.py --files 2 --repeats 1         # does it run?
@@ -192,12 +192,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with train/ and train_masks/ (default: $UNETLIB_DATA/carvana)")
     parser.add_argument("--sizes", nargs="+", default=["160x240", "full"], metavar="HEIGHTxWIDTH", help="full: no resize")
-    parser.add_argument("--files", type=int, default=24, help="pairs in an epoch")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs of each contestant; 0: no comparison")
-    parser.add_argument("--workers", type=int, default=0, help="processes of the loader; 0: this one alone")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--steps", type=int, default=50 if cuda else 0, help="training steps for the busy share; 0: none")
-    parser.add_argument("--batch", type=int, default=16, help="pictures in a training step")
+    parser.add_argument("--files", type=int, default=24, help="pairs in an epoch (24)")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs of each contestant (3); 0: no comparison")
+    parser.add_argument("--workers", type=int, default=0, help="processes of the loader (0: this one alone)")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="as PyTorch names it (cuda where there is one)")
+    parser.add_argument(
+        "--steps", type=int, default=50 if cuda else 0, help="training steps for the busy share (50 on CUDA, else 0: none)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="pictures in a training step (16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args(argv)
     if args.files < 1 or args.repeats < 0:

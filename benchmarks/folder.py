@@ -63,12 +63,14 @@ def measure(model: UNet, names: Sequence[str], args: argparse.Namespace, folder:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, help="one folder; UNETLIB_DATA's carvana/val, or rendered scenes")
-    parser.add_argument("--model", default="carvana")
-    parser.add_argument("--files", type=int, default=90, help="pictures in a round, at most")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--model", default="carvana", help="what UNet.from_pretrained takes (carvana)")
+    parser.add_argument("--files", type=int, default=90, help="pictures in a round, at most (90)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of both (3)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="pictures in a forward pass of the script (4)")
+    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="of the script (%(default)s)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
     check(parser, args)

@@ -64,18 +64,23 @@ COLUMNS = ("GFLOP", "ms", "25%", "75%", "pictures/s", "GFLOP/s", "of roof", "err
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(cuda where there is one)",
+    )
     parser.add_argument(
         "--networks", nargs="+", default=[STUDY, "carvana"], help="study, narrow, or a name for UNet.from_pretrained"
     )
     parser.add_argument("--shapes", nargs="+", metavar="BATCHxHEIGHTxWIDTH", help="such as 4x320x480")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of the passes")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="the contestants beside study (default: all)")
     parser.add_argument("--rounds", type=int, help="timed passes of each contestant")
     parser.add_argument("--memory", action="store_true", help="measure peak memory on a CPU too, a process for each row")
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, after each case")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures there (pip install unetlib[bench])")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures there (pip install 'unetlib[bench]')")
     parser.add_argument("--peak-of", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for option, value in (DEFAULTS[args.device] | (QUICK if args.quick else {})).items():

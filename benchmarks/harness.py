@@ -206,6 +206,7 @@ def traffic(model: nn.Module, batch: int, height: int, width: int) -> int:
 
 def peak_allocated(call: Call, device: str) -> int:
     """Most bytes that PyTorch's allocator held at a time during a call, beyond what it held before."""
+    gc.collect()  # what the collector freed during the call would be taken off
     if is_cuda(device):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -328,7 +329,7 @@ def new_plot(x: str, y: str, panels: Sequence[str]) -> tuple[Any, list[Any]]:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise SystemExit("plots need matplotlib: pip install unetlib[bench]") from error
+        raise SystemExit("plots need matplotlib: pip install 'unetlib[bench]'") from error
     figure = Figure(figsize=(2 + 4 * len(panels), 4), layout="constrained")
     axes = [*figure.subplots(1, len(panels), squeeze=False)[0]]
     for panel, title in zip(axes, panels):

@@ -26,10 +26,17 @@ from unetlib import UNet
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="16384x16384", metavar="HEIGHTxWIDTH")
-    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32, 64], help="widths of the network's levels")
+    parser.add_argument("--size", default="16384x16384", metavar="HEIGHTxWIDTH", help="of the picture (%(default)s)")
+    parser.add_argument(
+        "--features", type=int, nargs="+", default=[8, 16, 32, 64], help="widths of the network's levels (8 16 32 64)"
+    )
     parser.add_argument("--tile", type=int, help="side of a tile (default: as predict chooses)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(cuda where there is one)",
+    )
     parser.add_argument("--out", type=Path, help="keep the mask there: .npy or .tif")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.size):

@@ -153,7 +153,7 @@ def table(row: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["carvana", STUDY], help=f"zoo names, model folders, or {STUDY!r}")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="timed loads of each contestant (20)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -3,7 +3,7 @@
 All contestants run in one process, taking turns, on the same logits and the same int64 masks; a ratio above 1 says that
 unetlib is faster, or needs less memory.
 
-    pip install unetlib[bench]
+    pip install "unetlib[bench]"
     python benchmarks/losses.py                                   # CUDA if there, else CPU
     python benchmarks/losses.py --batch 8 --size 512 --classes 21 --json losses.json
     python benchmarks/losses.py --batch 1 --size 32 --rounds 1    # does it run?
@@ -140,11 +140,16 @@ def line(row: dict[str, object]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--size", type=int, default=256, help="side of the square pictures")
-    parser.add_argument("--classes", type=int, default=8, help="channels of the multiclass losses")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(cuda where there is one)",
+    )
+    parser.add_argument("--batch", type=int, default=4, help="pictures in a batch (4)")
+    parser.add_argument("--size", type=int, default=256, help="side of the square pictures (256)")
+    parser.add_argument("--classes", type=int, default=8, help="channels of the multiclass losses (8)")
+    parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant (11)")
     parser.add_argument("--only", nargs="+", help="names of losses, such as dice")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)

@@ -157,10 +157,17 @@ def measure(contestants: dict[str, tuple[nn.Module, Way]], path: Path, rounds: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="carvana", help="what UNet.from_pretrained takes; it must have a size of its own")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(cuda where there is one)",
+    )
+    parser.add_argument(
+        "--model", default="carvana", help="what UNet.from_pretrained takes; it must have a size of its own (carvana)"
+    )
     parser.add_argument("--picture", type=Path, help="a file; by default a photograph of UNETLIB_DATA, or a rendered scene")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="timed pictures of each contestant (10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args(argv)
     check(parser, args)

@@ -145,12 +145,26 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--shape", default="32x160x240" if cuda else "4x160x240", metavar="BATCHxHEIGHTxWIDTH")
-    parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256, 512] if cuda else [16, 32, 64, 128])
-    parser.add_argument("--rounds", type=int, default=30 if cuda else 7)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="(cuda where there is one)"
+    )
+    parser.add_argument(
+        "--shape", default="32x160x240" if cuda else "4x160x240", metavar="BATCHxHEIGHTxWIDTH", help="of a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--features",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512] if cuda else [16, 32, 64, 128],
+        help="widths of the levels (64 128 256 512 on CUDA, else 16 32 64 128)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30 if cuda else 7, help="timed turns of each contestant (30 on CUDA, else 7)"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="a compiled contestant too (on CUDA)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args(argv)
     args.shapes = [args.shape]
     check(parser, args)

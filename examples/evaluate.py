@@ -54,10 +54,12 @@ def score_objects(model: UNet, dataset, tta: bool | str = False, ignored: int | 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="carvana", help="zoo name, folder, file or Hub repository")
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--masks", type=Path)
-    parser.add_argument("--mask-suffix", default="_mask", help="what a mask's name has after its picture's")
+    parser.add_argument("--model", default="carvana", help="zoo name, folder, file or Hub repository (carvana)")
+    parser.add_argument("--images", type=Path, help="folder of pictures")
+    parser.add_argument("--masks", type=Path, help="folder of their masks")
+    parser.add_argument(
+        "--mask-suffix", default="_mask", help="what a mask's name has after its picture's (_mask); \"\" where names are equal"
+    )
     parser.add_argument("--nonzero", action="store_true", help="masks: 0 is background, all else foreground")
     parser.add_argument("--mask-values", type=int, nargs="+", help="one for each class, in their order")
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the scenes (1280 1918)")
     parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
+    )
     args = parser.parse_args(argv)
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")

@@ -199,7 +199,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder as above")
     add("--val-last", type=int, default=0, metavar="N", help="hold out the last N pictures by name: slices, frames")
     add("--val-share", type=float, metavar="SHARE", help="hold out such a part at random (0.1)")
-    add("--mask-suffix", default="", help="what a mask's name has after its picture's: _mask")
+    add("--mask-suffix", default="", help="what a mask's name has after its picture's, such as _mask (nothing)")
     add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
     add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")

@@ -386,10 +386,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("pictures", type=Path, help="folder of pictures, with folders in it if you like")
     add("masks", type=Path, help="folder for the masks; made where there is none")
-    add("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository")
+    add("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository (carvana)")
     add("--overwrite", action="store_true", help="segment again what has a mask")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("float32", "bfloat16", "float16", "int8"), default="float32", help="int8: on CPUs, by OpenVINO")
+    add(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
+    )
+    add(
+        "--precision",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        default="float32",
+        help="float16: on GPUs; int8: on CPUs, by OpenVINO (float32)",
+    )
     add(
         "--threshold",
         type=float,
@@ -398,9 +405,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--tile", type=int, metavar="PIXELS", help="side of what the network sees at a time; as memory allows if left out")
     add("--overlap", type=int, metavar="PIXELS", help="of tiles; as much as the whole picture's result takes if left out")
-    add("--tta", nargs="?", const=True, default=False, choices=("mirror",), help="average over turned and mirrored pictures")
-    add("--batch-size", type=int, default=4, help="pictures in one forward pass")
-    add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that read and write; the cores of a Ray actor")
+    add(
+        "--tta",
+        nargs="?",
+        const="all",
+        default=False,
+        choices=("mirror", "all"),
+        help="average over the mirrored picture, or turned ones too; all where neither is named",
+    )
+    add("--batch-size", type=int, default=4, help="pictures in one forward pass (4)")
+    add(
+        "--threads",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="that read and write (%(default)s); the cores of a Ray actor",
+    )
     add("--ray", action="store_true", help="work in the actors of a Ray cluster, or of this machine where there is none")
     add("--ray-address", metavar="HOST:PORT", help="of the cluster, where this machine is part of several")
     add(
@@ -420,6 +439,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
+    args.tta = args.tta == "all" or args.tta  # as `predict` takes it
     args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere
     if args.pictures.is_relative_to(args.masks) or args.masks.is_relative_to(args.pictures):
         parser.error(f"{args.pictures} and {args.masks} lie in one another; keep masks in a folder apart")

@@ -80,9 +80,13 @@ def find_pictures(paths: list[Path]) -> list[Path]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="*", default=[SAMPLE], help="pictures, or folders of them")
-    parser.add_argument("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder or a file")
-    parser.add_argument("--out", type=Path, default=Path("segmented"), help="folder for the masks and overlays")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository (carvana)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("segmented"), help="folder for the masks and overlays (%(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
+    )
     args = parser.parse_args(argv)
     try:
         check_device(args.device)

@@ -319,9 +319,17 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="defaults of a whole recipe; options given beside it win")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="defaults of a whole recipe, not those in brackets; options given beside it win"
+    )
     parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
-    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="N rendered scenes (too), rounded up to fours")
+    parser.add_argument(
+        "--synthetic",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train on N rendered scenes, beside --data or alone (8 or more); rounded up to fours",
+    )
     args = parse_options(parser, argv)
     if args.synthetic < 0:
         parser.error(f"--synthetic must be 0 or more, not {args.synthetic}")

@@ -91,56 +91,81 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Everything about the loop: model, augmentation, optimizer, precision, output."""
     cuda = torch.cuda.is_available()
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures")
+    add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures (%(default)s)")
     add("--init", help="start from these weights: a zoo name, model folder, checkpoint file or Hub repository")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--features", type=int, nargs="+", help="width of each level (64 128 256 512); with --init, to grow to")
-    add("--bottleneck", type=int, help="width of the deepest block; with --init, to grow to")
-    add("--patch-size", type=int, metavar="PIXELS", help="side of the squares that the first level takes as one pixel")
-    add("--match", choices=MATCHES, help="how the decoder meets odd sizes")
-    add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"))
-    add("--epochs", type=int, default=3)
-    add("--batch-size", type=int, default=32, help="all processes together")
-    add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N shares, for want of memory")
-    add("--lr", type=float, default=1e-3, help="learning rate, the highest of a schedule")
-    add("--weight-decay", type=float, default=0.01)
-    add("--schedule", choices=("constant", "cosine", "onecycle"), default="cosine")
-    add("--warmup", type=float, default=0.1, help="share of the schedule spent rising")
-    add("--clip", type=float, default=0.0, metavar="NORM", help="largest norm of the gradients")
-    add("--ema", type=float, default=0.99, metavar="DECAY", help="validate and keep an average of the weights; 0: the weights")
-    add("--loss", choices=("bce", "bce-dice"), default="bce-dice", help="of several classes, cross-entropy instead of BCE")
-    add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice")
-    add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that makes a pixel an edge pixel")
-    add("--rotation", type=float, default=0.0, help="degrees either way")
-    add("--horizontal-flip", type=float, default=0.5)
-    add("--vertical-flip", type=float, default=0.0)
-    add("--color-jitter", type=float, default=0.2)
-    add("--grayscale", type=float, default=0.0, metavar="P", help="probability of losing colour")
-    add("--invert", type=float, default=0.0, metavar="P", help="probability of the negative")
+    add("--bottleneck", type=int, help="width of the deepest block (twice the last of --features); with --init, to grow to")
+    add("--patch-size", type=int, metavar="PIXELS", help="side of the squares that the first level takes as one pixel (1)")
+    add("--match", choices=MATCHES, help="how the decoder meets odd sizes (resize)")
+    add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"), help="of the network's input (160 240)")
+    add("--epochs", type=int, default=3, help="how often each picture is trained on (3)")
+    add("--batch-size", type=int, default=32, help="pictures in a step, all processes together (32)")
+    add("--accumulate", type=int, default=1, metavar="N", help="take a batch in N shares, for want of memory (1)")
+    add("--lr", type=float, default=1e-3, help="learning rate, the highest of a schedule (0.001)")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
+    add("--schedule", choices=("constant", "cosine", "onecycle"), default="cosine", help="of the learning rate (cosine)")
+    add("--warmup", type=float, default=0.1, help="share of a schedule that is not constant spent rising (0.1)")
+    add("--clip", type=float, default=0.0, metavar="NORM", help="largest norm of the gradients (0: no limit)")
+    add("--ema", type=float, default=0.99, metavar="DECAY", help="validate and keep an average of the weights (0.99; 0: none)")
+    add(
+        "--loss",
+        choices=("bce", "bce-dice"),
+        default="bce-dice",
+        help="bce: cross-entropy alone; bce-dice: with Dice (bce-dice). Of several classes it is that of a softmax",
+    )
+    add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice (1)")
+    add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that finds edge pixels (41)")
+    add("--rotation", type=float, default=0.0, help="degrees either way (0)")
+    add("--horizontal-flip", type=float, default=0.5, metavar="P", help="probability of a left-right flip (0.5)")
+    add("--vertical-flip", type=float, default=0.0, metavar="P", help="probability of an upside-down flip (0)")
+    add("--color-jitter", type=float, default=0.2, help="strength of random brightness, contrast and saturation, 0 to 1 (0.2)")
+    add("--grayscale", type=float, default=0.0, metavar="P", help="probability of losing colour (0)")
+    add("--invert", type=float, default=0.0, metavar="P", help="probability of the negative (0)")
     add("--crop", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="train on parts that cover such shares of a picture")
     add("--window", action="store_true", help="train on parts of --size pixels, cut out at the picture's own scale")
     add("--scale", type=float, nargs=2, metavar=("LEAST", "LARGEST"), help="factors of a random zoom")
-    add("--elastic", type=float, default=0.0, metavar="PIXELS", help="strength of random bends")
+    add("--elastic", type=float, default=0.0, metavar="PIXELS", help="strength of random bends (0)")
     add("--quarter-turns", action="store_true", help="turn by 0, 90, 180 or 270 degrees")
     add("--reflect", action="store_true", help="mirror the picture where turns, zoom and bends reach beyond it")
-    add("--low-resolution", type=float, default=0.0, metavar="P", help="probability of losing detail")
-    add("--least-resolution", type=float, default=0.2, metavar="FACTOR", help="of the size, left by --low-resolution")
-    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian noise, of pixels from 0 to 1, in half the pictures")
-    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda)
+    add("--low-resolution", type=float, default=0.0, metavar="P", help="probability of losing detail (0)")
+    add(
+        "--least-resolution", type=float, default=0.2, help="least share of height and width that --low-resolution leaves (0.2)"
+    )
+    add(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="STD",
+        help="standard deviation of Gaussian noise on pixels from 0 to 1, added to half of the pictures (0)",
+    )
+    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32", help="(bf16 on CUDA, else fp32)")
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda, help="layout for tensor cores (on CUDA)")
     add("--compile", action="store_true", help="torch.compile")
     add("--checkpoint-gradients", action="store_true", help="compute maps again instead of keeping them: slower, less memory")
     add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
-    add("--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures; the rest is decoded again")
-    add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures")
-    add("--augment-on", choices=("workers", "device"), default="device" if cuda else "workers", help="place of augmentation")
-    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end")
-    add("--validate-every", type=int, default=1, metavar="EPOCHS")
-    add("--validate-at", choices=("original", "size"), default="original", help="score at the pictures' own size or at --size")
-    add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar")
-    add("--tensorboard", action="store_true")
-    add("--device", default="cuda" if cuda else "cpu")
-    add("--seed", type=int, default=0)
+    add(
+        "--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures (8); the rest is decoded again"
+    )
+    add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures (8 on CUDA, else 0)")
+    add(
+        "--augment-on",
+        choices=("workers", "device"),
+        default="device" if cuda else "workers",
+        help="place of augmentation (device on CUDA, else workers)",
+    )
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end (0: only there)")
+    add("--validate-every", type=int, default=1, metavar="EPOCHS", help="and after the last one (1)")
+    add(
+        "--validate-at",
+        choices=("original", "size"),
+        default="original",
+        help="score at the pictures' own size or at --size (original)",
+    )
+    add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar (0.5)")
+    add("--tensorboard", action="store_true", help="write the scores of each epoch for TensorBoard too, into --out")
+    add("--device", default="cuda" if cuda else "cpu", help="as PyTorch names it (cuda where there is one)")
+    add("--seed", type=int, default=0, help="of new weights, order and augmentation (0)")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -144,6 +144,15 @@ def test_peak_allocated_counts_what_is_held_at_a_time():
     assert harness.peak_allocated(call, "cpu") == pytest.approx(36_000_000, rel=0.01)
 
 
+def test_peak_allocated_is_not_lowered_by_what_the_collector_frees_during_the_call():
+    def call():
+        gc.collect()
+        of_itself = [torch.empty(1_000_000)]
+        of_itself.append(of_itself)
+
+    assert [harness.peak_allocated(call, "cpu") for _ in range(2)] == pytest.approx([4_000_000] * 2, rel=0.01)
+
+
 @LINUX
 def test_resident_peak_is_of_the_call_alone():
     gc.collect()

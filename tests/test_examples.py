@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -23,13 +24,39 @@ from unetlib import CarvanaDataset, Preprocessing, UNet, rasters
 from unetlib.synthetic import write_carvana
 
 ROOT = Path(__file__).parents[1]
+FILES = [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]
+SCRIPTS = sorted(script for script in FILES if "ArgumentParser(" in script.read_text("utf-8"))
 
 
 def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    return loaded(ROOT / "examples" / f"{name}.py")
+
+
+def loaded(script):
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def explained(add_argument):
+    """`add_argument` of a parser that takes only options with a help text, which names a number that is the default."""
+
+    def add(parser, *names, **options):
+        assert options.get("help"), names
+        if type(default := options.get("default")) in (int, float) and default:
+            assert re.search(rf"\b{default:g}\b", options["help"] % options), names
+        return add_argument(parser, *names, **options)
+
+    return add
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_explains_every_option(script, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", explained(argparse.ArgumentParser.add_argument))
+    with pytest.raises(SystemExit, match="0"):
+        loaded(script).main(["--help"])
 
 
 def test_segmenting_files_and_folders(tmp_path, capsys):

@@ -67,7 +67,7 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        pytest.skip(f"{name} is not installed; it comes with the test extra: pip install unetlib[test]")
+        pytest.skip(f"{name} is not installed; it comes with the test extra: pip install 'unetlib[test]'")
 
 
 def case(kind: str, shape: tuple[int, ...], seed: int = 0, n: int = 2) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

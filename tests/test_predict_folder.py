@@ -99,7 +99,8 @@ def test_options_go_to_predict(script, pictures, model, tmp_path, monkeypatch):
     options = ["--threshold", "0.7", "--tile", "32", "--overlap", "4", "--tta", "mirror", "--batch-size", "1"]
     assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", *options]) == 0
     assert asked[0] == {"batch_size": 1, "threshold": 0.7, "tile": 32, "overlap": 4, "tta": "mirror"}
-    assert script.parse_args([str(pictures), str(tmp_path / "masks"), "--tta"]).tta is True
+    for all_of_them in (["--tta"], ["--tta", "all"]):
+        assert script.parse_args([str(pictures), str(tmp_path / "masks"), *all_of_them]).tta is True
 
 
 def test_a_threshold_that_cannot_be_is_said_before_the_work(script, pictures, model, tmp_path, capsys):

@@ -81,6 +81,17 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
     Raises:
         FileNotFoundError: there is neither the file nor a previous one.
         ValueError: neither can be read, or one holds anything but tensors and plain values.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "checkpoint.pt"
+        ...     for step in (1, 2):
+        ...         save_checkpoint({"step": step}, path)
+        ...     newest = load_checkpoint(path)
+        ...     path.unlink()
+        ...     newest, load_checkpoint(path)  # the one before it
+        ({'step': 2}, {'step': 1})
     """
     path = Path(path)
     problems = []

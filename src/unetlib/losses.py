@@ -1,6 +1,6 @@
 """Losses for segmentation: each a pure function, and a thin module with the same keywords.
 
-Losses take **logits**, never probabilities; the two cannot be told apart, so nothing warns. `unetlib.targets` says what
+Losses take **logits**, never probabilities; the two cannot be told apart, so nothing warns. [`unetlib.targets`][] says what
 logits and masks look like. Everything is computed in float32, whatever type the logits have and whatever autocast does
 (float64 stays float64). The common keywords mean the same everywhere:
 
@@ -61,7 +61,7 @@ def cross_entropy_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         pos_weight: factor on the t log p of a sigmoid, shape (C,); above 1 it favours recall.
         label_smoothing: the share of each mask value that is spread evenly over the outcomes.
         weight: a factor for each class, (C,).
@@ -104,7 +104,7 @@ def focal_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         gamma: how much well classified pixels are played down; 0 is cross-entropy.
         alpha: for sigmoids: factor on the positive pixels, 1 - alpha on the others. For a softmax use ``weight``.
         weight: a factor for each class, (C,).
@@ -152,7 +152,7 @@ def dice_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         squared: sum p^2 and t^2 in the denominator (Milletari et al., "V-Net", 2016).
         log: -log(score) in place of 1 - score.
         smooth: imaginary right pixels added to the sums of each class.
@@ -194,7 +194,7 @@ def jaccard_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         log: -log(score) in place of 1 - score.
         smooth: imaginary right pixels added to the sums of each class.
         batch: pool the sums over the batch, instead of a score for each picture.
@@ -240,7 +240,7 @@ def tversky_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         alpha: weight of false positives.
         beta: weight of false negatives; above `alpha` it favours recall.
         gamma: exponent; below 1 it raises the gradient of classes that are nearly right.
@@ -289,7 +289,7 @@ def generalized_dice_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         smooth: imaginary right pixels added to the sums of each class.
         batch: pool the sums over the batch, instead of a score for each picture.
         ignore_index: the mask value whose pixels count for nothing.
@@ -334,7 +334,7 @@ def mcc_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         smooth: imaginary right pixels added to the sums of each class.
         batch: pool the sums over the batch, instead of a score for each picture.
         weight: a factor for each class, (C,).
@@ -382,7 +382,7 @@ def lovasz_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         batch: pool the sums over the batch, instead of a score for each picture.
         weight: a factor for each class, (C,).
         ignore_index: the mask value whose pixels count for nothing.
@@ -432,7 +432,7 @@ def soft_cldice_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         iterations: erosions of the skeleton; at least half the width of the thickest structure in pixels.
         smooth: imaginary right pixels added to the sums of each class.
         batch: pool the sums over the batch, instead of a score for each picture.
@@ -486,7 +486,7 @@ def bce_dice_loss(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         border_weight: weight of the pixels at a border; the others weigh 1.
         border_size: side of the window in pixels, odd.
         smooth: imaginary right pixels added to the sums of each class.
@@ -552,7 +552,7 @@ class Loss(nn.Module):
         self.options = options
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits, (N, C, *spatial), and a mask of any form."""
+        """Return the loss of logits, (N, C, *spatial), and a mask as [`unetlib.targets`][] describes it."""
         return type(self).function(logits, target, **self.options, **dict(self.named_buffers()))
 
     def extra_repr(self) -> str:

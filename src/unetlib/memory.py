@@ -53,6 +53,10 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
     The most is held at the decoder's last level: all skips, the map below, the concatenation, and the outputs of a convolution
     and its norm.
 
+    Args:
+        config: the network's.
+        dtype: of its maps.
+
     Example:
         >>> bytes_per_pixel(UNetConfig()), bytes_per_pixel(UNetConfig(), torch.bfloat16)
         (2856, 1428)
@@ -71,6 +75,9 @@ def available_memory(device: str | torch.device = "cpu") -> int:
 
     On CUDA what the driver has free and PyTorch keeps unused. On the CPU what the system calls available, or less, where a
     container's limit is nearer.
+
+    Args:
+        device: whose memory: a GPU on CUDA; for all others it is the system's.
 
     Example:
         >>> available_memory() > 0

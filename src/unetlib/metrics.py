@@ -1,6 +1,6 @@
 """Metrics for segmentation: functions for one batch, and an accumulator for a data set.
 
-Metrics take **logits**, never probabilities, and the masks that losses take; `unetlib.targets` says what both look
+Metrics take **logits**, never probabilities, and the masks that losses take; [`unetlib.targets`][] says what both look
 like. Predictions are the largest class of a softmax, or the sigmoids above ``threshold``. Counts are exact integers.
 
 The rule for empty masks: where a class is absent from picture and prediction (TP = FP = FN = 0) there is nothing to
@@ -80,7 +80,8 @@ def confusion_matrix(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form; soft masks are cut at 0.5, or by their largest class.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][];
+            soft masks are cut at 0.5, or by their largest class.
         threshold: probability above which a sigmoid is a yes.
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
@@ -111,7 +112,7 @@ def pixel_accuracy(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         threshold: probability above which a sigmoid is a yes.
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
@@ -136,7 +137,7 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         **options: see `ScoreOptions`.
 
     Returns:
@@ -149,6 +150,11 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
     Example:
         >>> dice_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
         0.8
+        >>> logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 9.0, 9.0], [0.0, 0.0, 0.0]]])
+        >>> dice_score(logits, torch.tensor([[0, 1, 1]]), reduction="none").tolist()  # the last class is in neither mask
+        [[1.0, 1.0, nan]]
+        >>> dice_score(logits, torch.tensor([[0, 1, 0]]), include_background=False).item()
+        0.6666666666666666
     """
     return _score(counts.dice, logits, target, **options)
 
@@ -158,7 +164,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         beta: 1 is Dice.
         **options: see `ScoreOptions`.
 
@@ -182,7 +188,7 @@ def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         **options: see `ScoreOptions`.
 
     Returns:
@@ -204,7 +210,7 @@ def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptio
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         **options: see `ScoreOptions`.
 
     Returns:
@@ -226,7 +232,7 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         **options: see `ScoreOptions`.
 
     Returns:
@@ -250,7 +256,7 @@ def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOpt
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         **options: see `ScoreOptions`.
 
     Returns:
@@ -274,7 +280,7 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         distance: width of the bands in pixels; by default 2% of the picture's diagonal, as in the paper.
         **options: see `ScoreOptions`; with ``batch=True`` the bands' counts are pooled.
 
@@ -309,7 +315,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         tolerance: in pixels.
         **options: see `PictureOptions`.
 
@@ -350,7 +356,7 @@ def hausdorff_distance(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         percentile: 95 gives HD95: that percentile of the distances in place of the largest, the larger of both ways.
         spacing: size of a pixel along each axis, by default 1.
         **options: see `PictureOptions`.
@@ -387,7 +393,7 @@ def calibration_error(
 
     Args:
         logits: (N, C, *spatial).
-        target: a mask of any form.
+        target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         bins: number of equal bins from 0 to 1.
         ignore_index: the mask value whose pixels count for nothing.
         multilabel: one sigmoid a channel instead of one softmax.
@@ -488,7 +494,8 @@ class SegmentationMetrics:
 
         Args:
             logits: (N, num_classes, *spatial); pictures may differ in size from batch to batch.
-            target: a mask of any form.
+            target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see
+                [`unetlib.targets`][].
 
         Raises:
             TypeError: as `confusion_matrix`.
@@ -523,6 +530,14 @@ class SegmentationMetrics:
 
         Raises:
             ValueError: if its options differ.
+
+        Example:
+            >>> metrics, other = SegmentationMetrics(keep_pictures=True), SegmentationMetrics(keep_pictures=True)
+            >>> metrics.update(torch.tensor([[[9.0, -9.0]]]), torch.tensor([[1, 0]]))
+            >>> other.update(torch.tensor([[[9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0]]))
+            >>> metrics.merge(other)
+            >>> metrics.per_picture()["dice"], metrics.per_class()["dice"], metrics.per_class()["dice_pooled"]
+            ([1.0, 0.5], [0.75], [0.6666666666666666])
         """
         mine, theirs = self._options(), other._options()
         if str(mine) != str(theirs):  # as text, for nan is not equal to itself
@@ -546,9 +561,10 @@ class SegmentationMetrics:
         """The scores so far, as a flat dictionary; nan where nothing was scored.
 
         Returns:
-            For dice, iou, precision, recall and specificity the mean over pictures of each picture's mean over its
-            classes; with ``_pooled`` the mean over classes of the score of all pixels together; and ``accuracy``, the
-            share of all pixels that are right.
+            ``dice``, ``iou``, ``precision``, ``recall`` and ``specificity``: the mean over pictures of each picture's mean
+            over its classes; ``dice_pooled``, ``iou_pooled``, ``precision_pooled``, ``recall_pooled`` and
+            ``specificity_pooled``: the mean over classes of the score of all pixels together; and ``accuracy``: the share
+            of all pixels that are right.
         """
         result, pooled = {}, self._pooled()
         for name, means in self._means().items():

@@ -243,7 +243,14 @@ def run_tiles(
 
 
 def join(pieces: Iterable[Piece], size: tuple[int, int]) -> Tensor:
-    """Put pieces together: (..., h, w) each to (..., H, W)."""
+    """Put pieces together: (..., h, w) each to (..., H, W).
+
+    Example:
+        >>> left, right = torch.tensor([[1, 2], [4, 5]]), torch.tensor([[3], [6]])
+        >>> join([Piece(slice(0, 2), slice(0, 2), left), Piece(slice(0, 2), slice(2, 3), right)], (2, 3))
+        tensor([[1, 2, 3],
+                [4, 5, 6]])
+    """
     result = None
     for piece in pieces:
         if piece.values.shape[-2:] == size:
@@ -256,7 +263,14 @@ def join(pieces: Iterable[Piece], size: tuple[int, int]) -> Tensor:
 
 
 def iter_bands(pieces: Iterable[Piece]) -> Iterator[Tensor]:
-    """Put together the pieces that stand side by side: (..., h, w) each to (..., h, W), from the top down."""
+    """Put together the pieces that stand side by side: (..., h, w) each to (..., h, W), from the top down.
+
+    Example:
+        >>> values = torch.arange(6).view(2, 3)
+        >>> pieces = [Piece(slice(y, y + 1), slice(x, x + 1), values[y : y + 1, x : x + 1]) for y in range(2) for x in range(3)]
+        >>> list(iter_bands(pieces))
+        [tensor([[0, 1, 2]]), tensor([[3, 4, 5]])]
+    """
     for _, row in groupby(pieces, key=lambda piece: piece.rows.start):
         yield torch.cat([piece.values for piece in row], dim=-1)
 
