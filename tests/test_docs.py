@@ -133,6 +133,14 @@ def test_the_site_has_every_public_name(site: Path) -> None:
     assert not private
 
 
+def test_the_site_has_the_cards_and_the_changelog(site: Path) -> None:
+    for model in unetlib.list_pretrained():
+        page = (site / "zoo" / model / "index.html").read_text(encoding="utf-8")
+        assert f'<h1 id="{model}">{model}<' in page
+        assert "library_name" not in page, "the lines of the snippet begin in the card's front matter"
+    assert "notable changes" in (site / "changelog" / "index.html").read_text(encoding="utf-8")
+
+
 def test_the_site_asks_no_other_server(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(MODULES)
@@ -148,6 +156,24 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert links
     assert not missing
+
+
+def test_the_home_page_has_every_extra() -> None:
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    table = (DOCS / "index.md").read_text(encoding="utf-8").split("### Extras")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == re.findall(r"^(\w+) = \[", extras, re.MULTILINE)
+
+
+def test_ci_has_what_builds_the_site_before_it_tests() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert ci.index(".[docs]") < ci.index("\npytest\n")
+
+
+def test_the_lists_of_carvana_are_of_different_cars() -> None:
+    splits = [(ROOT / "benchmarks" / "splits" / f"carvana-{part}.txt").read_text().split() for part in ("train", "val")]
+    assert [len(set(names)) for names in splits] == [768, 90]
+    train, val = ({name.split("_")[0] for name in names} for names in splits)
+    assert not train & val
 
 
 def test_the_training_page_has_every_option() -> None:
