@@ -28,7 +28,7 @@ def test_a_checkpoint_comes_back_and_the_one_before_is_kept(tmp_path):
     assert load_checkpoint(path)["step"] == 2
 
 
-def test_the_checkpoint_of_a_running_training_is_read_at_any_moment(tmp_path, monkeypatch):
+def test_the_checkpoint_of_a_running_training_is_read_at_any_moment(tmp_path, monkeypatch, caplog):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint({"step": 1}, path)
     opens = Path.open
@@ -41,6 +41,7 @@ def test_the_checkpoint_of_a_running_training_is_read_at_any_moment(tmp_path, mo
     monkeypatch.setattr(Path, "open", open_too_late)
     assert load_checkpoint(path)["step"] == 1
     assert not path.exists()
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("left", [0, 10, 300])
