@@ -22,6 +22,7 @@ import torch
 from harness import (
     PRECISIONS,
     WARM_UP,
+    add_device,
     check,
     command,
     flop,
@@ -64,12 +65,7 @@ COLUMNS = ("GFLOP", "ms", "25%", "75%", "pictures/s", "GFLOP/s", "of roof", "err
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(cuda where there is one)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--networks", nargs="+", default=[STUDY, "carvana"], help="study, narrow, or a name for UNet.from_pretrained"
     )

@@ -269,6 +269,12 @@ def sizes(shape: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option where to run, of the benchmarks that know both kinds of machine."""
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=there, help="(cuda where there is one)")
+
+
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with an error where `--shapes`, `--rounds` or `--json` cannot be right."""
     try:

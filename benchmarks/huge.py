@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import resident, without_traceback
+from harness import add_device, resident, without_traceback
 
 from unetlib import UNet
 
@@ -31,12 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--features", type=int, nargs="+", default=[8, 16, 32, 64], help="widths of the network's levels (8 16 32 64)"
     )
     parser.add_argument("--tile", type=int, help="side of a tile (default: as predict chooses)")
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(cuda where there is one)",
-    )
+    add_device(parser)
     parser.add_argument("--out", type=Path, help="keep the mask there: .npy or .tif")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.size):

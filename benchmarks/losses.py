@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import check, command, machine, peak_allocated, spread, time_turns, write_json
+from harness import add_device, check, command, machine, peak_allocated, spread, time_turns, write_json
 from torch import Tensor
 
 from unetlib import losses
@@ -140,12 +140,7 @@ def line(row: dict[str, object]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(cuda where there is one)",
-    )
+    add_device(parser)
     parser.add_argument("--batch", type=int, default=4, help="pictures in a batch (4)")
     parser.add_argument("--size", type=int, default=256, help="side of the square pictures (256)")
     parser.add_argument("--classes", type=int, default=8, help="channels of the multiclass losses (8)")

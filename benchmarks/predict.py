@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import (
+    add_device,
     carvana_folder,
     check,
     command,
@@ -157,12 +158,7 @@ def measure(contestants: dict[str, tuple[nn.Module, Way]], path: Path, rounds: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(cuda where there is one)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--model", default="carvana", help="what UNet.from_pretrained takes; it must have a size of its own (carvana)"
     )

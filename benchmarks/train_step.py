@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from harness import (
     LAYOUTS,
+    add_device,
     check,
     command,
     is_cuda,
@@ -145,9 +146,7 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="(cuda where there is one)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--shape", default="32x160x240" if cuda else "4x160x240", metavar="BATCHxHEIGHTxWIDTH", help="of a batch (%(default)s)"
     )
