@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Options of `unetlib.transforms.train_transform`.
 AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale")
-AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "noise")
+AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "jpeg", "noise")
 
 # What may differ between the parts of a resumed run; everything else decides where it ends.
 FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
@@ -132,6 +132,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--least-resolution", type=float, default=0.2, help="least share of height and width that --low-resolution leaves (0.2)"
     )
+    add("--jpeg", type=float, default=0.0, metavar="P", help="probability that what --low-resolution reduces is a JPEG (0)")
     add(
         "--noise",
         type=float,

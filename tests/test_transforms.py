@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import math
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -188,6 +190,44 @@ def test_low_resolution_halves_as_often_at_any_scale():
     factors = [transform.make_params([])["factor"] for _ in range(300)]
     for most in (0.25, 0.5, 1.0):  # three halvings
         assert 70 < sum(most / 2 <= factor <= most for factor in factors) < 130
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_jpegs_are_those_of_pillow(channels, dtype):
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, channels, 24, 36), (96, 144), mode="bicubic").clamp(0, 1)[0]
+    pixels = (smooth * 255).round().to(torch.uint8)
+    transform = RandomLowResolution(p=1.0, factor=(0.25, 0.25), jpeg=1.0)
+    image, mask = tv_tensors.Image(v2.functional.to_dtype(pixels, dtype, scale=True)), pair(96, 144)[1]
+    params = transform.make_params([image]) | {"quality": 80}
+    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+    stored = io.BytesIO()
+    picture.resize((36, 24), Image.Resampling.BICUBIC).save(stored, "JPEG", quality=params["quality"])
+    expected = np.asarray(Image.open(stored).resize((144, 96), Image.Resampling.BILINEAR), dtype=np.float32)
+    result = transform.transform(image, params)
+    assert (type(result), result.dtype) == (tv_tensors.Image, dtype)
+    enlarged = {"small": result, "unstored": transform.transform(image, params | {"quality": None})}
+    apart = {
+        name: np.abs(
+            255 * v2.functional.to_dtype(pixels, torch.float32, scale=True).permute(1, 2, 0).squeeze(-1).numpy() - expected
+        )
+        for name, pixels in enlarged.items()
+    }
+    assert apart["small"].mean() < apart["unstored"].mean() / 3
+    assert torch.equal(transform(image, mask)[1], mask)
+
+
+def test_small_jpegs_are_a_share_of_what_is_reduced():
+    torch.manual_seed(0)
+    transform = RandomLowResolution(p=0.5, jpeg=0.5)
+    drawn = [transform.make_params([]) for _ in range(400)]
+    qualities = [params["quality"] for params in drawn if params["quality"]]
+    assert 70 < len(qualities) < 130
+    assert 50 <= min(qualities) < 60
+    assert 85 < max(qualities) <= 95
+    assert not any(params["quality"] for params in drawn if params["factor"] == 1.0)
+    assert not any(RandomLowResolution(p=1.0).make_params([])["quality"] for _ in range(20))
 
 
 @pytest.mark.parametrize("factor", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
@@ -505,10 +545,10 @@ def test_what_a_preset_would_leave_as_it_was_is_refused():
     torch.testing.assert_close(eval_transform(None)(sixteen, mask[:4, :6])[0], sixteen.float() / 65535)
 
 
-@pytest.mark.parametrize("option", ["color_jitter", "grayscale"])
+@pytest.mark.parametrize("option", ["color_jitter", "grayscale", "jpeg"])
 def test_options_for_grey_and_colour_are_named_where_channels_are_others(option):
     image, mask = torch.rand(4, 32, 32), torch.ones(32, 32)
-    transform = train_transform((16, 16), **{option: 0.1})
+    transform = train_transform((16, 16), **({option: 0.1} | ({"low_resolution": 1.0} if option == "jpeg" else {})))
     for channels in (1, 3):
         assert transform(image[:channels], mask)[0].shape == (channels, 16, 16)
     for channels in (2, 4):
@@ -618,6 +658,18 @@ def test_low_resolution_in_the_preset_leaves_the_mask():
     assert min(flat(image, pair(60, 90)[1])[0].std().item() for _ in range(20)) < 0.02
 
 
+def test_small_jpegs_in_the_preset_are_among_what_is_reduced():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.randint(256, (3, 60, 90), dtype=torch.uint8))
+    seen = []
+    with mock.patch("unetlib.transforms._as_jpeg", lambda small, quality: seen.append(quality) or small):
+        for _ in range(10):
+            train_transform(None, **PLAIN, low_resolution=1.0, jpeg=0.5)(image, pair(60, 90)[1])
+    assert 0 < len(seen) < 10
+    with pytest.raises(ValueError, match=r"^jpeg=0\.5 is a share of the pictures that low_resolution reduces"):
+        train_transform(None, jpeg=0.5)
+
+
 def test_the_corners_of_the_studys_rotation_are_black_and_background():
     torch.manual_seed(0)
     transform = train_transform((60, 60), **(PLAIN | {"rotation": 35}))
@@ -644,6 +696,7 @@ def test_scales_that_cannot_be(scale):
         {"low_resolution": 1, "least_resolution": 0},
         {"least_resolution": 7},
         {"least_resolution": "0.2"},
+        {"low_resolution": 1, "jpeg": 1.5},
         {"rotation": -1},
         {"horizontal_flip": 2},
         {"vertical_flip": -1},

@@ -8,10 +8,12 @@ device; `PerPicture` takes whole batches through them. The mean and standard dev
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -113,35 +115,46 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
     Args:
         p: Probability.
         factor: Least and largest factor; drawn uniformly on a logarithmic scale, so that each halving is as likely.
+        jpeg: Probability that a reduced picture is one as websites keep them: reduced by the sharper bicubic rule, and
+            stored as a JPEG of a quality from 50 to 95, on the CPU. For pictures of 1 or 3 channels, uint8 or floats in [0, 1].
 
     Raises:
-        ValueError: `p` is outside [0, 1], or `factor` no range within (0, 1].
+        ValueError: `p` or `jpeg` is outside [0, 1], or `factor` no range within (0, 1].
 
     Example:
         >>> image = tv_tensors.Image(torch.randint(256, (3, 32, 48), dtype=torch.uint8))
-        >>> RandomLowResolution(p=1.0)(image).shape
+        >>> RandomLowResolution(p=1.0, jpeg=0.5)(image).shape
         torch.Size([3, 32, 48])
     """
 
-    def __init__(self, p: float, factor: tuple[float, float] = (0.2, 1.0)) -> None:
-        """Keep the probability and the range."""
+    def __init__(self, p: float, factor: tuple[float, float] = (0.2, 1.0), jpeg: float = 0.0) -> None:
+        """Keep the probabilities and the range."""
         super().__init__()
         at_least("p", p, 0, 1)
-        self.p, self.factor = p, rising("factor", factor, 0, 1)
+        at_least("jpeg", jpeg, 0, 1)
+        self.p, self.factor, self.jpeg = p, rising("factor", factor, 0, 1), jpeg
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the factor; torchvision calls this once for a picture and its mask."""
+        """Draw factor and quality; torchvision calls this once for a picture and its mask."""
         skip = torch.rand(()) >= self.p
         least, largest = map(math.log, self.factor)
-        return {"factor": 1.0 if skip else math.exp(torch.empty(()).uniform_(least, largest).item())}
+        factor = 1.0 if skip else math.exp(torch.empty(()).uniform_(least, largest).item())
+        stored = self.jpeg and not skip and torch.rand(()) < self.jpeg
+        return {"factor": factor, "quality": int(torch.randint(50, 96, ())) if stored else None}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Reduce and enlarge a picture; torchvision calls this for each."""
-        if isinstance(inpt, tv_tensors.Mask) or params["factor"] == 1.0:
+        if isinstance(inpt, tv_tensors.Mask) or (params["factor"] == 1.0 and not params["quality"]):
             return inpt
         height, width = inpt.shape[-2:]
         reduced = [max(1, round(params["factor"] * side)) for side in (height, width)]
-        return F.resize(F.resize(inpt, reduced, antialias=True), [height, width], antialias=True)
+        if params["quality"]:
+            # As floats, since the bicubic rule overshoots, which integers of more than 8 bits take for the other end.
+            small = F.resize(F.to_dtype(inpt, torch.float32, scale=True), reduced, v2.InterpolationMode.BICUBIC, antialias=True)
+            small = F.to_dtype(_as_jpeg(small.clamp(0, 1), params["quality"]), inpt.dtype, scale=True)
+        else:
+            small = F.resize(inpt, reduced, antialias=True)
+        return tv_tensors.wrap(F.resize(small, [height, width], antialias=True), like=inpt)
 
 
 class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
@@ -410,6 +423,7 @@ def train_transform(
     outside: int = 0,
     low_resolution: float = 0.0,
     least_resolution: float = 0.2,
+    jpeg: float = 0.0,
     noise: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -435,6 +449,7 @@ def train_transform(
             the `ignore_index` of a loss; bool and floating-point masks always get 0, background.
         low_resolution: Probability of losing detail, as in `RandomLowResolution`.
         least_resolution: Least share of its height and width that a picture is then reduced to, above 0 and up to 1.
+        jpeg: Probability that such a picture is a small JPEG, as in `RandomLowResolution`; of 1 or 3 channels.
         noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to a picture with probability 0.5.
         mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
         std: Divides each channel after that.
@@ -447,8 +462,8 @@ def train_transform(
     Raises:
         TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
             picture of wider integers, whose range is unknown.
-        ValueError: Only one of `mean` and `std` is given, or a number is out of its range; when called, for a picture of
-            neither 1 nor 3 channels with `color_jitter` or `grayscale`.
+        ValueError: Only one of `mean` and `std` is given, `jpeg` without `low_resolution`, or a number is out of its range;
+            when called, for a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -459,8 +474,10 @@ def train_transform(
     """
     if crop is not None and size is None:
         raise ValueError("crop needs the size that the cut out part is to have; got size=None")
+    if jpeg and not low_resolution:
+        raise ValueError(f"jpeg={jpeg!r} is a share of the pictures that low_resolution reduces, and that is 0; give both")
     shares = {"horizontal_flip": horizontal_flip, "vertical_flip": vertical_flip, "color_jitter": color_jitter}
-    shares |= {"grayscale": grayscale, "invert": invert, "low_resolution": low_resolution}
+    shares |= {"grayscale": grayscale, "invert": invert, "low_resolution": low_resolution, "jpeg": jpeg}
     for name, value in shares.items():
         at_least(name, value, 0, 1)
     for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
@@ -468,7 +485,7 @@ def train_transform(
     whole("outside", outside, 0, 255)
     if not is_number(least_resolution) or not 0 < least_resolution <= 1:
         raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
-    colour = [name for name in ("color_jitter", "grayscale") if shares[name]]
+    colour = [name for name in ("color_jitter", "grayscale", "jpeg") if shares[name]]
     steps: list[torch.nn.Module] = [_PictureAndMask(colour)]
     if size is not None:
         steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
@@ -491,7 +508,7 @@ def train_transform(
     if invert:
         steps.append(v2.RandomInvert(invert))
     if low_resolution:
-        steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0)))
+        steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0), jpeg))
     if noise:
         steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
     return v2.Compose([*steps, *_last_steps(mean, std)])
@@ -606,6 +623,14 @@ def _sample(inpt: torch.Tensor, grid: torch.Tensor, outside: int) -> Any:
     if not inpt.is_floating_point():
         sampled.round_()
     return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)
+
+
+def _as_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    """Floats in [0, 1] of shape (C, H, W), stored as a JPEG and read again: uint8. torchvision's `F.jpeg` is on its way out."""
+    file = io.BytesIO()
+    F.to_pil_image((255 * image).round().to(torch.uint8).cpu()).save(file, "JPEG", quality=quality)
+    stored: torch.Tensor = F.pil_to_tensor(PIL.Image.open(file))
+    return stored.to(image.device)
 
 
 def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
