@@ -439,6 +439,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
+    if args.masks.exists() and not args.masks.is_dir():
+        parser.error(f"{str(args.masks)!r} is a file; name the folder that gets the masks, which is made where missing")
     args.tta = args.tta == "all" or args.tta  # as `predict` takes it
     args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere
     if args.pictures.is_relative_to(args.masks) or args.masks.is_relative_to(args.pictures):

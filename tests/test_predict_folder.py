@@ -376,11 +376,16 @@ def test_a_full_disk_stops_the_run_and_leaves_no_part_of_a_mask(script, pictures
     assert files(masks) == MASKS
 
 
-def test_a_place_that_cannot_be_written_to_is_found_before_the_first_picture(script, pictures, model, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_to_is_found_before_the_first_picture(
+    script, pictures, model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(script, "predict_files", lambda *_: pytest.fail("began"))
-    (tmp_path / "masks").touch()
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write to .*masks"):
-        script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"])
+        script.main([str(pictures), str(tmp_path / "file" / "masks"), "--model", model, "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        script.main([str(pictures), str(tmp_path / "file"), "--model", model, "--device", "cpu"])
+    assert "file' is a file; name the folder that gets the masks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

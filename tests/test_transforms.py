@@ -538,9 +538,21 @@ def test_what_a_preset_would_leave_as_it_was_is_refused():
         for parts in ((image.permute(1, 2, 0).numpy(), mask), (image, mask.numpy()), ((image, mask),)):
             with pytest.raises(TypeError, match=r"as two tensors, not a (ndarray|tuple); of arrays: .*to_tensor\(picture\)"):
                 preset(*parts)
-        for dtype in (torch.int32, torch.int64):
+        for dtype in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
             with pytest.raises(TypeError, match=rf"a picture of {dtype} has no known range; give .*uint8, uint16 or floats"):
                 preset(tv_tensors.Image(image.to(dtype)), mask)
+        floats = torch.rand(3, 8, 9)
+        for wrong, found in (
+            (image.float(), "0 to 255"),
+            (floats - 0.5, "-0.49"),
+            (floats / 0, "inf"),
+            (floats * math.nan, "nan to nan"),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"^a picture of floats must lie in \[0, 1\], got .*{found}.*; bring it there"
+            ):
+                preset(wrong, mask)
+        preset(1.0005 * floats.round(), mask[:8, :9])  # as resizing leaves them
     sixteen = (torch.arange(4 * 6) * 1000).to(torch.uint16).view(1, 4, 6)
     torch.testing.assert_close(eval_transform(None)(sixteen, mask[:4, :6])[0], sixteen.float() / 65535)
 

@@ -6,7 +6,10 @@ import importlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -76,6 +79,16 @@ def at_least(name: str, value: float, low: float, high: float = math.inf) -> Non
     if not is_number(value) or not low <= value <= high:
         allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def check_range(picture: Tensor) -> None:
+    """Refuse a picture whose floats are outside [0, 1], but for what rounding adds where it was resized."""
+    low, high = map(float, picture.aminmax()) if picture.numel() else (0.0, 1.0)
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # nor NaN
+        raise ValueError(
+            f"a picture of floats must lie in [0, 1], got {low:.9g} to {high:.9g}; bring it there as in training (uint8: / "
+            "255, uint16: / 65535), and leave mean and std to the model's preprocessing"
+        )
 
 
 def needed(module: str, what: str, extra: str) -> Any:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .arguments import not_a_unet, whole
+from .arguments import check_range, not_a_unet, whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .fast.network import untraced
@@ -265,7 +265,6 @@ def evaluate(
 
 
 _ALL = slice(None)
-_ROUNDING = 1e-3  # by which floats may lie beside [0, 1], as resizing leaves them
 _MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
 _modes_lent = threading.RLock()  # held while a network in training is in evaluation mode, which all threads see
 
@@ -516,13 +515,8 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
         )
     if tensor.is_floating_point() and tensor.element_size() < 4:
         tensor = tensor.float()  # half precision is too coarse to resize in
-    if tensor.is_floating_point() and tensor.numel() > 0:
-        low, high = float(tensor.amin()), float(tensor.amax())
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # nor NaN
-            raise ValueError(
-                f"a picture of floats must lie in [0, 1], got {low:.9g} to {high:.9g}; bring it there as in training (uint8: / "
-                "255, uint16: / 65535), and leave mean and std to the model's preprocessing"
-            )
+    if tensor.is_floating_point():
+        check_range(tensor)
     if 0 in tensor.shape:
         raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
     return tensor

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .arguments import at_least, height_and_width, is_number, rising, whole
+from .arguments import at_least, check_range, height_and_width, is_number, rising, whole
 
 
 class Resize(v2.Transform):  # type: ignore[misc]
@@ -461,9 +461,10 @@ def train_transform(
 
     Raises:
         TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
-            picture of wider integers, whose range is unknown.
+            picture of other integers, whose range is unknown.
         ValueError: Only one of `mean` and `std` is given, `jpeg` without `low_resolution`, or a number is out of its range;
-            when called, for a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
+            when called, for floats outside [0, 1], and for a picture of neither 1 nor 3 channels with `color_jitter`,
+            `grayscale` or `jpeg`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -558,7 +559,9 @@ class _PictureAndMask(torch.nn.Module):
                     f"a preset takes a picture (C, H, W) and its mask (H, W) as two tensors, not a {type(part).__name__}; of "
                     "arrays: transform(unetlib.imaging.to_tensor(picture), torch.from_numpy(mask))"
                 )
-        if not image.is_floating_point() and image.element_size() > 2:
+        if image.is_floating_point():
+            check_range(image)
+        elif image.dtype not in (torch.uint8, torch.uint16):
             raise TypeError(
                 f"a picture of {image.dtype} has no known range; give a preset uint8, uint16 or floats in [0, 1], such as "
                 "picture / 10000 where 10000 is white"
