@@ -659,21 +659,22 @@ def test_the_real_folders_are_read(example, name, options, counts):
 # ---- evaluate.py --------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys):
+@pytest.mark.parametrize(("given", "tta"), [(["--tta", "mirror"], "mirror"), (["--tta", "all"], True), (["--tta"], True)])
+def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys, given, tta):
     write(tmp_path, count=2)
     model = randomize(UNet(features=(8,)))
     with torch.no_grad():  # half of the pixels are found
         model.head.bias -= next(iter_logits(model, [tmp_path / "train" / "0.png"])).median()
     model.save_pretrained(tmp_path / "model")
     folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
-    options = ["--objects", "--device", "cpu", "--tta", "mirror"]
+    options = ["--objects", "--device", "cpu", *given]
     example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *options])
     scores = json.loads(capsys.readouterr().out)
     pairs = [[np.asarray(Image.open(tmp_path / part / f"{k}.png")) for part in ("train", "train_masks")] for k in range(2)]
-    expected = [rand_f_score(label_objects(model.eval().predict(picture, tta="mirror")), mask) for picture, mask in pairs]
+    expected = [rand_f_score(label_objects(model.eval().predict(picture, tta=tta)), mask) for picture, mask in pairs]
     assert scores["pictures"] == 2
     zeros_and_ones = [(picture, (mask > 0).astype(np.uint8)) for picture, mask in pairs]
-    assert scores["dice"] == pytest.approx(evaluate(model, zeros_and_ones, tta="mirror")["dice"])
+    assert scores["dice"] == pytest.approx(evaluate(model, zeros_and_ones, tta=tta)["dice"])
     assert scores["dice"] != pytest.approx(evaluate(model, zeros_and_ones)["dice"])
     assert scores["rand"] == pytest.approx(np.mean(expected))
     assert 0 <= scores["ap"] <= scores["ap50"] <= 1
