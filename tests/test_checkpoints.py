@@ -57,11 +57,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, caplog, left)
         load_checkpoint(path)
 
 
-def test_a_damaged_checkpoint_does_not_replace_the_whole_one_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-10], lambda whole: whole.replace(b"step", b"stop"), lambda _: b""])
+def test_a_damaged_checkpoint_does_not_replace_the_whole_one_before(tmp_path, monkeypatch, damage):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint({"step": 1}, path)
     save_checkpoint({"step": 2}, path)
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(damage(path.read_bytes()))
     replace = os.replace
 
     def killed(source, target):

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
-from unetlib.console import print_any_letter
+from unetlib.console import print_any_letter, printable
 
 
 def test_letters_that_the_encoding_lacks_are_escapes(monkeypatch):
@@ -17,3 +18,9 @@ def test_letters_that_the_encoding_lacks_are_escapes(monkeypatch):
 def test_what_takes_all_letters_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     print_any_letter()
+
+
+def test_a_name_that_is_no_text_becomes_one():
+    name = os.fsdecode(b"caf\xe9-\xc3\xa9")
+    assert printable(name) == "caf\\udce9-é"
+    assert printable("車 é") == "車 é"

@@ -28,6 +28,25 @@ def test_a_file_appears_when_it_is_whole_and_replaces_the_one_before(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path):
+    path = tmp_path / f"{'a' * 250}.txt"
+    with whole_file(path) as partial:
+        partial.write_text("all of it")
+    assert path.read_text() == "all of it"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    for text in ("first", "second"):
+        with whole_file(tmp_path / "link.txt") as partial:
+            partial.write_text(text)
+        assert (tmp_path / "elsewhere" / "a.txt").read_text() == text
+    assert (tmp_path / "link.txt").is_symlink()
+    assert names(tmp_path / "elsewhere") == ["a.txt"]
+
+
 def write_half(path, error):
     with whole_file(path) as partial:
         partial.write_text("half")

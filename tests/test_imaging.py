@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from unetlib import UNet
 from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask
@@ -235,7 +235,7 @@ def test_several_frames_are_refused(tmp_path):
     frames = [Image.fromarray(np.full((4, 4), v, np.uint8)) for v in (0, 100, 200)]
     for name in ("stack.tif", "film.gif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        with pytest.raises(ValueError, match=rf"{name} holds 3 frames; save each .*or give predict .*frame\.copy\(\)"):
+        with pytest.raises(ValueError, match=rf"{name} holds 3 frames; save each .*or give predict .*\.read_image\(frame\)"):
             read_image(tmp_path / name)
     with Image.open(tmp_path / "stack.tif") as stack:  # an open one is at the frame its owner chose
         stack.seek(1)
@@ -281,8 +281,38 @@ def test_files_that_may_be_sound_are_not_to_be_removed(tmp_path, monkeypatch):
 
 
 def test_a_mode_without_a_reading_as_colour_is_named():
-    with pytest.raises(ValueError, match=r"the given picture has the mode 'La'.*PNG"):
-        read_image(Image.new("La", (2, 2)))
+    with pytest.raises(ValueError, match=r"the given picture has the mode 'LAB'.*PNG"):
+        read_image(Image.new("LAB", (2, 2)), "L")
+
+
+def test_grey_that_transparency_was_multiplied_into_is_divided_by_it(tmp_path):
+    image = Image.new("La", (1, 1))
+    image.putpixel((0, 0), (50, 128))
+    for mode in ("L", "RGB"):
+        assert {*read_image(image, mode).flat} == {99}
+
+
+def test_an_index_counts_beside_transparency():
+    mask = Image.new("P", (2, 1))
+    mask.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 0])
+    mask.putdata([2, 1])
+    assert read_mask(mask.convert("PA"), (0, 1, 2)).tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("levels", [(0, 1000, 2048, 4095), (0, 20000, 65535)])
+def test_the_pages_of_a_stack_are_read_as_files_of_their_own_would_be(tmp_path, levels):
+    """By the way that the error names; `Image.copy` would lose what the tags say."""
+    page = np.array([levels], np.uint16)
+    kinds = {"photometric": "miniswhite" if max(levels) > 4095 else "minisblack"}
+    tifffile.imwrite(tmp_path / "one.tif", page, **kinds)
+    with tifffile.TiffWriter(tmp_path / "stack.tif") as stack:
+        for pixels in (page, page[:, ::-1]):
+            stack.write(pixels, contiguous=False, metadata=None, **kinds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 12 of 16 bits are nearly black
+        one = read_image(tmp_path / "one.tif", "L")
+        pages = [read_image(frame, "L") for frame in ImageSequence.Iterator(Image.open(tmp_path / "stack.tif"))]
+    assert [page.tolist() for page in pages] == [one.tolist(), one[:, ::-1].tolist()]
 
 
 # --- reduced while decoding

@@ -15,6 +15,7 @@ from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
 from unetlib import Preprocessing, UNet, inference, rasters
+from unetlib.imaging import read_image
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.metrics import SegmentationMetrics
 from unetlib.tiling import plan_tiles
@@ -823,11 +824,13 @@ def test_frames_of_a_stack_in_a_list_are_pictures_of_their_own(tmp_path):
     model = UNet(in_channels=1, features=(4,)).eval()
     expected = model.predict(frames, probabilities=True)
     with Image.open(tmp_path / "stack.tif") as stack:
-        with pytest.raises(ValueError, match=r"one PIL picture of 3 frames several times.*\[frame\.copy\(\) for frame in"):
+        with pytest.raises(
+            ValueError, match=r"one PIL picture of 3 frames several times.*\[unetlib\.imaging\.read_image\(frame\)"
+        ):
             model.predict(list(ImageSequence.Iterator(stack)))
-        copies = [frame.copy() for frame in ImageSequence.Iterator(stack)]
+        pages = [read_image(frame) for frame in ImageSequence.Iterator(stack)]
         one_by_one = [logits.sigmoid()[0] for logits in iter_logits(model, ImageSequence.Iterator(stack))]
-    np.testing.assert_array_equal(model.predict(copies, probabilities=True), expected)
+    np.testing.assert_array_equal(model.predict(pages, probabilities=True), expected)
     np.testing.assert_allclose(torch.stack(one_by_one), expected)
     model.predict([frames[0], frames[0]])  # of one frame: the same twice
 

@@ -101,16 +101,25 @@ def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize(("patch_size", "side"), [(1, 768), (2, 1024)])
-def test_the_estimate_is_above_what_a_pass_takes_and_not_far(patch_size, side):
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        ({"features": (16, 32)}, 768),
+        ({"features": (16, 32), "patch_size": 2}, 1024),
+        ({"features": (4,), "bottleneck": 512}, 320),
+        ({"features": (16, 512)}, 256),
+        ({"features": (16, 32), "up_features": (16, 256)}, 512),
+    ],
+)
+def test_the_estimate_is_above_what_a_pass_takes_and_not_far(options, side):
     """The pass is in a process of its own, whose high-water mark is set back before it."""
     code = """
-import re, sys, torch
+import ast, re, sys, torch
 from pathlib import Path
 from unetlib import UNet
 def resident(field): return 1024 * int(re.findall(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
-patch_size, side = map(int, sys.argv[1:])
-model, picture = UNet(features=(16, 32), patch_size=patch_size).eval(), torch.rand(1, 3, side, side)
+options, side = map(ast.literal_eval, sys.argv[1:])
+model, picture = UNet(**options).eval(), torch.rand(1, 3, side, side)
 with torch.inference_mode():
     model(picture[..., :64, :64])
     before = resident("VmRSS")
@@ -118,9 +127,9 @@ with torch.inference_mode():
     model(picture)
 print((resident("VmHWM") - before) / side**2)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(patch_size), str(side)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(options), str(side)], capture_output=True, text=True, check=True)
     taken = float(re.findall(r"[\d.]+", done.stdout)[0])
-    assert taken / 1.15 < bytes_per_pixel(UNetConfig(features=(16, 32), patch_size=patch_size)) < 3 * taken
+    assert taken / 1.15 < bytes_per_pixel(UNetConfig(**options)) < 3 * taken
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")

@@ -168,6 +168,14 @@ def test_scores_equal_smp(kind: str) -> None:
     torch.testing.assert_close(fbeta.float(), smp.fbeta_score(*stats, beta=0.5, reduction="none"))
 
 
+def test_fbeta_is_computed_in_float64() -> None:
+    target = torch.ones(1, 10)
+    logits = torch.tensor([[[9.0] * 3 + [-9.0] * 7]])
+    exact = 1.09 * 3 / (1.09 * 3 + 0.09 * 7)
+    assert fbeta_score(logits, target, beta=0.3).item() == pytest.approx(exact, rel=1e-15)
+    assert fbeta_score(logits, target, beta=1.0).item() == dice_score(logits, target).item()
+
+
 def test_scores_equal_torchmetrics() -> None:
     tm = library("torchmetrics.functional.classification")
     logits, target, _ = case("multiclass", (8, 9))
@@ -428,7 +436,8 @@ def test_distances_are_on_the_cpu_whatever_the_default_device() -> None:
     ("score", "options", "message"),
     [
         (calibration_error, {"bins": 0}, "bins=0 must be 1 or more"),
-        (fbeta_score, {"beta": -1}, "beta must be 0 or more, not -1"),
+        (fbeta_score, {"beta": -1}, r"beta must be from 0 to 1e\+06, not -1"),
+        (fbeta_score, {"beta": math.inf}, r"beta must be from 0 to 1e\+06, not inf"),
         (boundary_f_score, {"tolerance": -1}, "tolerance must be 0 or more, not -1"),
         (hausdorff_distance, {"percentile": 101}, "percentile must be from 0 to 100, not 101"),
         (hausdorff_distance, {"spacing": (1.0, 0.0)}, r"spacing .* 2 numbers above 0, not \(1\.0, 0\.0\)"),

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from unetlib import objects
 from unetlib.objects import (
     THRESHOLDS,
     ObjectMetrics,
@@ -180,6 +181,20 @@ def test_without_objects_there_is_nothing_to_score():
 
 
 # ---- the accumulator ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_scored_is_not_counted_half(monkeypatch):
+    def without_scipy(*_):
+        raise ImportError("scipy")
+
+    metrics = ObjectMetrics()
+    monkeypatch.setattr(objects, "rand_f_score", without_scipy)
+    with pytest.raises(ImportError, match="scipy"):
+        metrics.update(blobs(1), blobs(1))
+    monkeypatch.undo()
+    metrics.update(~blobs(1), blobs(1))
+    assert metrics.pictures == 1
+    assert metrics.compute()["ap"] == metrics.compute()["ap_pooled"] < 1
 
 
 def test_a_data_sets_scores_are_means_over_pictures_and_pooled_counts():

@@ -293,6 +293,16 @@ def test_a_card_is_named_after_the_folder_and_tells_the_scale(tmp_path, monkeypa
     assert "at 0.5 times its size" in card
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_a_folder_whose_name_is_no_text_has_a_card(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for features in ((4,), (5,)):  # the second time the card is known again
+        UNet(features=features).save_pretrained(folder)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "# caf\\udce9\n" in card
+        assert f"widths ({features[0]},)" in card
+
+
 def test_a_card_that_was_written_for_the_network_that_is_replaced_goes_with_it(tmp_path):
     folder = UNet(out_channels=6, features=(4,)).save_pretrained(tmp_path / "land")
     UNet(out_channels=3, features=(4,)).save_pretrained(folder)
@@ -453,7 +463,7 @@ def test_an_unknown_option_is_refused_whatever_the_name_stands_for(zoo, no_netwo
 def test_home_is_expanded(no_network, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    UNet(features=(5,)).save_pretrained(tmp_path / "mine")
+    assert UNet(features=(5,)).save_pretrained("~/mine") == tmp_path / "mine"
     assert UNet.from_pretrained("~/mine").config.features == (5,)
     with pytest.raises(FileNotFoundError, match="is no model folder"):
         UNet.from_pretrained("~")

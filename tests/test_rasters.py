@@ -9,6 +9,7 @@ import tifffile
 from PIL import Image
 
 from unetlib import rasters
+from unetlib.imaging import read_image
 from unetlib.rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
 
 
@@ -88,6 +89,36 @@ def test_grey_sixteen_bits_and_transparency(picture, tmp_path):
     tifffile.imwrite(tmp_path / "rgba.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
     assert open_raster(tmp_path / "rgba.tif").shape == picture.shape
     np.testing.assert_array_equal(open_raster(tmp_path / "rgba.tif")[REGION], picture[REGION])
+
+
+def test_alpha_may_be_any_band_beside_colour(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 5), np.uint8)
+    for kinds, kept in ((["unassalpha", "unspecified"], [0, 1, 2, 4]), (["unspecified", "unassalpha"], [0, 1, 2, 3])):
+        for planar in ("contig", "separate"):
+            stored = pixels if planar == "contig" else np.moveaxis(pixels, -1, 0)
+            tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar, extrasamples=kinds)
+            raster = open_raster(tmp_path / "a.tif")
+            assert raster.shape == (20, 30, 4)
+            np.testing.assert_array_equal(raster[3:9, 2:5], pixels[3:9, 2:5, kept])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("bands", [2, 4])
+def test_colours_that_transparency_was_multiplied_into_are_those_that_pillow_reads(tmp_path, dtype, bands):
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, bands))
+    levels[:4, :, -1] = 0
+    levels[..., :-1] = levels[..., :-1] * levels[..., -1:] // 255
+    levels[0] = 0
+    pixels = (levels * (1 if dtype == np.uint8 else 257)).astype(dtype)
+    if bands == 2 and dtype == np.uint16:
+        pytest.skip("Pillow does not read it")
+    photometric = "rgb" if bands == 4 else "minisblack"
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric=photometric, planarconfig="contig", extrasamples=["assocalpha"])
+    expected = read_image(tmp_path / "a.tif", "RGB" if bands == 4 else "L")
+    found = open_raster(tmp_path / "a.tif")[:, :]
+    seen = levels[..., -1] > 0
+    np.testing.assert_array_equal(found[seen], expected[seen])
+    assert found.shape == (20, 30, bands - 1)
 
 
 def test_a_slide_gives_its_full_resolution(picture, tmp_path):

@@ -49,6 +49,16 @@ def test_frozen_batch_norm_stays_frozen():
     assert twin.encoder[0].norm1.num_batches_tracked == 0
 
 
+def test_synchronized_batch_norm_too():
+    torch.manual_seed(0)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(UNet(features=(8, 16)))
+    twin = copy.deepcopy(model)
+    twin.checkpoint_gradients = True
+    kept, again = after_two_batches(model, None), after_two_batches(twin, None)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert twin.encoder[0].norm1.num_batches_tracked == 2
+
+
 def test_batch_norm_is_itself_again_after_an_error():
     def breaks_the_second_time(*_):
         if len(passes) == 2:

@@ -63,6 +63,20 @@ def test_the_mask_stays_where_the_picture_is(size):
     assert (small_image[0] / 255 - small_mask).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_bytes_become_one_column_as_floats_do(channels):
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (channels, 40, 5), dtype=torch.uint8)
+    for height in (1, 7):
+        column = Resize((height, 1))(tv_tensors.Image(pixels))
+        assert (type(column), column.dtype) == (tv_tensors.Image, torch.uint8)
+        expected = torch.nn.functional.interpolate(pixels[None].float(), (height, 1), mode="bilinear", antialias=True)[0]
+        torch.testing.assert_close(column.float().as_subclass(torch.Tensor), expected, rtol=0, atol=0.51)
+    narrow = RandomLowResolution(1.0, (0.2, 0.2))(tv_tensors.Image(pixels))
+    floats = RandomLowResolution(1.0, (0.2, 0.2))(tv_tensors.Image(pixels.float() / 255))
+    torch.testing.assert_close(narrow.float() / 255, floats.as_subclass(torch.Tensor), rtol=0, atol=1.1 / 255)
+
+
 def test_torchvisions_own_rule_shifts_the_mask():
     # The reason for this class; when this fails, torchvision's Resize will do.
     mask = pair()[1]

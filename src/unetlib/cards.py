@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import printable
 from .trust import read_small
 from .version import installed_version
 
@@ -27,7 +28,7 @@ def model_card(model: UNet, title: str, source: str) -> str:
         source: what `from_pretrained` takes for it, in the card's example.
 
     Returns:
-        Markdown with YAML front matter.
+        Markdown with YAML front matter; what is no text in a file's name is escaped, here and in `training_card`.
 
     Example:
         >>> from unetlib import UNet
@@ -41,7 +42,7 @@ def model_card(model: UNet, title: str, source: str) -> str:
         size = "at its own size" if preprocessing.scale is None else f"at {preprocessing.scale} times its size"
     classes = ", ".join(preprocessing.class_names or ()) or "not named"
     overlap = ", which may overlap" if preprocessing.multilabel else ""
-    return f"""---
+    return printable(f"""---
 library_name: unetlib
 pipeline_tag: image-segmentation
 tags:
@@ -61,7 +62,7 @@ mask = UNet.from_pretrained("{source}").predict("picture.jpg")
 ```
 
 Written by unetlib {installed_version()}. `config.json` has the network's options and the preprocessing; `predict` applies it.
-"""
+""")
 
 
 def training_card(
@@ -95,7 +96,7 @@ def training_card(
         | epoch 3, the best by Dice | 0.9800 | 0.9610 | 99.00% |
     """
     scored_at = "at their own size" if size is None else "at {}x{}".format(*size)
-    return f"""{model_card(model, name, f"path/to/{name}")}
+    return printable(f"""{model_card(model, name, f"path/to/{name}")}
 {description}
 
 ## Recipe
@@ -111,7 +112,7 @@ def training_card(
 | {pictures[1]} validation pictures {scored_at}, mean of each | Dice | IoU | pixel accuracy |
 |---|---|---|---|
 | epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
-"""
+""")
 
 
 def read_card(path: Path) -> dict[str, Any]:

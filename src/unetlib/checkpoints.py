@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | PathLike[str]) -> None
             os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
             raise pickle.PicklingError(f"it needs {', '.join(code)} to be read")
-        if zipfile.is_zipfile(path):  # one cut off would take the place of the whole one that the run went on from
+        if _is_whole(path):  # a damaged one would take the place of the whole one that the run went on from
             os.replace(path, _previous(path))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch hides what the system says behind a RuntimeError of its own
@@ -98,8 +98,7 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
     for candidate in (path, _previous(path)):
         try:
             with candidate.open("rb") as file:
-                if spoilt := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums that it has
-                    raise zipfile.BadZipFile(f"the bytes of {spoilt} have changed")
+                _check(file)
                 file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
         except FileNotFoundError:  # for a moment, too, while a running training renames it to the previous one
@@ -115,6 +114,21 @@ def load_checkpoint(path: str | PathLike[str], *, map_location: str | torch.devi
     if not problems:
         raise FileNotFoundError(f"there is no checkpoint {path}; expected a file that save_checkpoint wrote")
     raise ValueError(f"no checkpoint can be read ({'; '.join(problems)}); expected a file that save_checkpoint wrote")
+
+
+def _check(file: Path | BinaryIO) -> None:
+    """See that a checkpoint is whole; torch does not look at the checksums that it has."""
+    with zipfile.ZipFile(file) as archive:
+        if spoilt := archive.testzip():
+            raise zipfile.BadZipFile(f"the bytes of {spoilt} have changed")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _check(path)
+    except Exception:  # there is none, or zipfile raises one of many kinds
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What is printed."""
+"""What is printed, and written for people."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ def print_any_letter() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none, and takes all letters
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    r"""Text that any file and terminal take, though a file's name need not be text.
+
+    Example:
+        >>> printable("car\udce9.jpg")
+        'car\\udce9.jpg'
+    """
+    return text.encode(errors="backslashreplace").decode()

@@ -91,7 +91,7 @@ def dice(cells: Cells, empty: float) -> Tensor:
 def fbeta(cells: Cells, empty: float, *, beta: float) -> Tensor:
     """(1 + beta^2) TP / ((1 + beta^2) TP + beta^2 FN + FP)."""
     hits = (1 + beta**2) * cells.tp.double()
-    return _divide(hits, hits + beta**2 * cells.fn + cells.fp, cells, empty)
+    return _divide(hits, hits + beta**2 * cells.fn.double() + cells.fp, cells, empty)
 
 
 def iou(cells: Cells, empty: float) -> Tensor:

@@ -15,7 +15,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A hidden file to write beside `path`, which takes that name when all of it is written, and goes on an error.
 
     Its name is no other's, on any machine that shares the folder, and keeps the suffix, which Pillow goes by. Others may read
-    it, unlike what tempfile makes.
+    it, unlike what tempfile makes. Where `path` is a link, what it leads to is replaced.
 
     Example:
         >>> import tempfile
@@ -25,10 +25,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['a.txt']
     """
-    partial = path.with_name(f".{uuid4().hex}-{path.name}")
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 

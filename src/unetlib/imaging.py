@@ -40,8 +40,9 @@ def read_image(
 
     EXIF orientation is applied. Transparency is dropped, as `PIL.Image.convert("RGB")` does: the colour stored under it
     stays. 16-bit grey is scaled from 0..65535 to 0..255 with rounding, never clipped, and so is a TIFF's of 12 bits; of
-    16-bit colour Pillow keeps the high byte. A warning says so where 12 of the 16 bits hold all values, since such a picture
-    becomes nearly black. Grey is repeated for `"RGB"`; colour becomes ITU-R 601 luma for `"L"`.
+    16-bit colour, and of 16-bit grey with transparency, Pillow keeps the high byte. A warning says so where 12 of the 16
+    bits hold all values, since such a picture becomes nearly black. Grey is repeated for `"RGB"`; colour becomes ITU-R 601
+    luma for `"L"`.
 
     Args:
         source: Path of a picture, or an open PIL picture (left unchanged).
@@ -316,7 +317,7 @@ def _load(
         if frames > 1:
             refusal = (
                 f"holds {frames} frames; save each as a file of its own, or give predict the list "
-                "[frame.copy() for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
+                "[unetlib.imaging.read_image(frame) for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
             )
         if refusal is None:
             if min_size is not None and image is not source:
@@ -391,6 +392,8 @@ def _convert(image: Image.Image, mode: Literal["RGB", "L"], source: Source) -> I
     try:
         if image.mode in ("P", "PA"):  # by way of RGBA, since Pillow warns about transparent palettes otherwise
             image = image.convert("RGBA").convert("RGB")
+        elif image.mode == "La":
+            image = image.convert("LA")
         return image if image.mode == mode else image.convert(mode)
     except ValueError as error:
         raise ValueError(
@@ -452,8 +455,8 @@ def _stored_or_color(image: Image.Image, source: Source) -> tuple[NDArray[Any], 
 
 def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
     """The number a file stores for each pixel: the index in a palette mask, 0 and 1 in a 1-bit one."""
-    if image.mode == "LA":
-        return np.asarray(image.getchannel("L"))
+    if image.mode in ("LA", "PA"):
+        return np.asarray(image.getchannel(0))
     if _is_grey(image) or image.mode == "P":
         return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
     rgb = np.asarray(_convert(image, "RGB", source))

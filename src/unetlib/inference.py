@@ -441,7 +441,7 @@ def _several(images: Iterable[Picture]) -> Iterable[Picture]:
         if id(image) in seen and getattr(image, "n_frames", 1) > 1:
             raise ValueError(
                 f"the list holds one PIL picture of {image.n_frames} frames several times, and only the frame it is at can be "
-                "read; pass [frame.copy() for frame in ImageSequence.Iterator(picture)]"
+                "read; pass [unetlib.imaging.read_image(frame) for frame in ImageSequence.Iterator(picture)]"
             )
         seen.add(id(image))
     return images

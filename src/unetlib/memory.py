@@ -42,7 +42,8 @@ def pixels_in_one_pass(
         >>> pixels_in_one_pass(UNetConfig(features=(8, 16))) > 160 * 240
         True
     """
-    widest = max((config.features[0] + config.up_features[0]) / config.patch_size**2, config.in_channels)
+    concatenations = (sum(widths) / 4**level for level, widths in enumerate(zip(config.features, config.up_features)))
+    widest = max(max(concatenations) / config.patch_size**2, config.in_channels)
     room = max(0, available_memory(device) // _SHARE - held)
     return min(room // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
 
@@ -50,8 +51,8 @@ def pixels_in_one_pass(
 def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> int:
     """Memory of a forward pass for each pixel of the picture, an estimate on the high side.
 
-    The most is held at the decoder's last level: all skips, the map below, the concatenation, and the outputs of a convolution
-    and its norm.
+    The most is held at a level of the decoder, mostly the last: all skips, the map below, the concatenation, and either the
+    doubled map or the outputs of a convolution and its norm. In networks that are wide at depth it is held at the bottleneck.
 
     Args:
         config: the network's.
@@ -62,10 +63,13 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
         (2856, 1428)
     """
     skips = sum(width / 4**level for level, width in enumerate(config.features))
-    below = (*config.decoder_features[1:], config.bottleneck)[0] / 4
-    concatenation = config.features[0] + config.up_features[0]
-    outputs = 2 * max(config.mid_features[0], config.decoder_features[0])
-    maps = (skips + below + concatenation + outputs) / config.patch_size**2
+    deeper = (*config.decoder_features[1:], config.bottleneck)
+    most = (config.features[-1] + 2 * config.bottleneck) / 4**config.depth
+    for level, (skip, doubled, middle, out, below) in enumerate(
+        zip(config.features, config.up_features, config.mid_features, config.decoder_features, deeper)
+    ):
+        most = max(most, (below / 4 + skip + doubled + max(doubled, 2 * middle, 2 * out)) / 4**level)
+    maps = (skips + most) / config.patch_size**2
     patches = config.in_channels + config.out_channels if config.patch_size > 1 else 0  # copies in another order
     return int(_LIBRARY * (maps + patches) * dtype.itemsize)
 

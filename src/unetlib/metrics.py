@@ -179,7 +179,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
         >>> fbeta_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]), beta=0).item()
         0.6666666666666666
     """
-    at_least("beta", beta, 0)
+    at_least("beta", beta, 0, 1e6)
     return _score(functools.partial(counts.fbeta, beta=beta), logits, target, **options)
 
 

@@ -208,10 +208,10 @@ class ObjectMetrics:
             TypeError: as `object_counts`.
             ImportError: as `object_counts`.
         """
-        counts = object_counts(predicted, true)
+        counts, rand = object_counts(predicted, true), rand_f_score(predicted, true)
         self._counts += counts
         self._precisions.append(_precision(counts))
-        self._rand.append(rand_f_score(predicted, true))
+        self._rand.append(rand)
 
     def merge(self, other: ObjectMetrics) -> None:
         """Add what another accumulator has counted."""

@@ -247,7 +247,7 @@ def save_pretrained(
     }
     text = json.dumps(config, indent=2)
     trust.read_config(json.loads(text))
-    folder = Path(folder)
+    folder = hub.local_path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, and a model is saved as a folder; give another name")
     folder.mkdir(parents=True, exist_ok=True)

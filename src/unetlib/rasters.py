@@ -191,8 +191,10 @@ class _TiffRaster:
         self._channels_first = series.axes in ("SYX", "CYX")
         shape: tuple[int, ...] = self._array.shape
         shape = (*shape[1:], shape[0]) if self._channels_first else shape
-        transparent = [kind for kind in page.extrasamples if kind in (1, 2)]  # the two kinds of alpha, which come last
-        self.shape: tuple[int, ...] = (*shape[:2], *(channels - len(transparent) for channels in shape[2:]))
+        kinds = [0] * (math.prod(shape[2:]) - len(page.extrasamples)) + [*page.extrasamples]  # of each band; 1, 2: alpha
+        self._kept = [band for band, kind in enumerate(kinds) if kind not in (1, 2)]
+        self._alpha = kinds.index(1) if 1 in kinds else None  # by which the colours are multiplied
+        self.shape: tuple[int, ...] = (*shape[:2], len(self._kept)) if shape[2:] else shape
 
     def __getitem__(self, region: tuple[slice, ...]) -> NDArray[np.uint8]:
         region = (slice(None), *region) if self._channels_first else region
@@ -203,7 +205,14 @@ class _TiffRaster:
         pixels = np.moveaxis(pixels, 0, -1) if self._channels_first else pixels
         if self._bits != 8:
             pixels = to_bytes(pixels, self._bits)
-        return pixels[..., : self.shape[2]] if pixels.ndim == 3 else pixels
+        if pixels.ndim == 2:
+            return pixels
+        kept = pixels[..., self._kept]
+        if self._alpha is not None:
+            kept = np.minimum(255 * kept.astype(np.uint16) // np.maximum(pixels[..., self._alpha, None], 1), 255).astype(
+                np.uint8
+            )
+        return kept
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -43,11 +43,14 @@ def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Leave batch norm's running statistics as the forward pass, which has counted the batch, left them."""
+    """Leave batch norm's running statistics as the forward pass, which has counted the batch, left them.
+
+    It counts on a copy meanwhile: a SyncBatchNorm asks for something to count on.
+    """
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, batches) in zip(norms, kept):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if batches is None else batches.clone()
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ class Resize(v2.Transform):  # type: ignore[misc]
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize one picture or mask; torchvision calls this for each."""
         if not isinstance(inpt, tv_tensors.Mask):
-            return F.resize(inpt, self.size, antialias=True)
+            return _resize_picture(inpt, self.size)
         # As a picture of one channel, since torchvision resizes masks by `nearest` alone.
         mask = inpt.as_subclass(torch.Tensor)[None]
         bits = mask.dtype == torch.bool
@@ -150,11 +150,11 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         reduced = [max(1, round(params["factor"] * side)) for side in (height, width)]
         if params["quality"]:
             # As floats, since the bicubic rule overshoots, which integers of more than 8 bits take for the other end.
-            small = F.resize(F.to_dtype(inpt, torch.float32, scale=True), reduced, v2.InterpolationMode.BICUBIC, antialias=True)
+            small = _resize_picture(F.to_dtype(inpt, torch.float32, scale=True), reduced, v2.InterpolationMode.BICUBIC)
             small = F.to_dtype(_as_jpeg(small.clamp(0, 1), params["quality"]), inpt.dtype, scale=True)
         else:
-            small = F.resize(inpt, reduced, antialias=True)
-        return tv_tensors.wrap(F.resize(small, [height, width], antialias=True), like=inpt)
+            small = _resize_picture(inpt, reduced)
+        return tv_tensors.wrap(_resize_picture(small, [height, width]), like=inpt)
 
 
 class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
@@ -572,6 +572,17 @@ class _PictureAndMask(torch.nn.Module):
             )
         typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
         return (image, *typed) if masks else image
+
+
+def _resize_picture(
+    picture: torch.Tensor, size: list[int], rule: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
+) -> torch.Tensor:
+    if picture.dtype == torch.uint8 and size[1] == 1:  # PyTorch's kernel for bytes mixes up the rows of a single column
+        resized = _resize_picture(picture.float(), size, rule).round().to(torch.uint8)
+    else:
+        resized = F.resize(picture, size, rule, antialias=True)
+    same_kind: torch.Tensor = tv_tensors.wrap(resized, like=picture)
+    return same_kind
 
 
 def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:

@@ -2,7 +2,7 @@
 
 Winograd's method pays for narrow maps too where nothing between its steps goes to memory, and no library does that. The code is
 compiled by the machine's C++ compiler in a second or two, and kept in the user's cache folder; where that cannot be done,
-`available` is False and other ways are taken. The relative error of a convolution is below 1e-6, where a direct one has a few
+`available` is False and other ways are taken. The relative error of a convolution is about 1e-6, where a direct one has a few
 1e-7. With products in bfloat16 it is 1e-2, where a direct one of maps in bfloat16 has 2e-3; but here maps are not rounded.
 """
 
