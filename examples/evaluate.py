@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--nonzero is for masks of two classes and --mask-values names each class; give one, not both")
     if args.ignore is not None and not args.mask_values:
         parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1")
+    if args.mask_values and len({*args.mask_values} - {args.ignore}) < 2:
+        parser.error(f"--ignore {args.ignore} leaves one class of --mask-values, and scores need two; give another value")
     try:
         whole("--synthetic", args.synthetic, 0)
         size = height_and_width(args.size or (1280, 1918), "--size")

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
-from unetlib.console import print_any_letter
+from unetlib.console import print_any_letter, printable
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
@@ -116,7 +116,8 @@ def check_tile(model: UNet, tile: int | None, overlap: int | None, *, mirrored: 
 def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[str], int, dict[str, str]]:
     """Names below `pictures` that need a mask, the number of those that have one, and what fails before it is read.
 
-    Each folder is listed once, and its masks' folder once. What a killed run was just writing is removed there.
+    Each folder is listed once, by whichever link it is reached, and its masks' folder once. What a killed run was just writing
+    is removed there.
     """
     names: list[str] = []
     present = 0
@@ -125,7 +126,12 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
     def unreadable(error: OSError) -> None:
         failed[os.path.relpath(error.filename, pictures)] = f"the folder cannot be read: {error.strerror}"
 
-    for folder, subfolders, files in os.walk(pictures, onerror=unreadable):
+    seen = {identity(masks)} if masks.is_dir() else set()
+    for folder, subfolders, files in os.walk(pictures, onerror=unreadable, followlinks=True):
+        if identity(folder) in seen:  # links may lead round in circles
+            subfolders.clear()
+            continue
+        seen.add(identity(folder))
         subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
         below = os.path.relpath(folder, pictures)
         of_mask: dict[str, list[str]] = {}
@@ -142,6 +148,12 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
             else:
                 names += sharing
     return names, present, failed
+
+
+def identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder's names and links have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def finished(folder: Path) -> set[str]:
@@ -376,15 +388,10 @@ class RayActor:
         return outcomes
 
 
-def printable(text: str) -> str:
-    """Text that any terminal and Arrow take, though a file's name need not be text."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("pictures", type=Path, help="folder of pictures, with folders in it if you like")
+    add("pictures", type=Path, help="folder of pictures, with folders in it if you like, linked ones too")
     add("masks", type=Path, help="folder for the masks; made where there is none")
     add("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository (carvana)")
     add("--overwrite", action="store_true", help="segment again what has a mask")
@@ -439,6 +446,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
+    if not args.ray and (args.ray_address or args.actors):
+        parser.error("--ray-address and --actors are for --ray; add that, or leave them out")
     if args.masks.exists() and not args.masks.is_dir():
         parser.error(f"{str(args.masks)!r} is a file; name the folder that gets the masks, which is made where missing")
     args.tta = args.tta == "all" or args.tta  # as `predict` takes it

@@ -329,7 +329,8 @@ def check_same(checkpoint: Path, state: Mapping[str, Any], now: Mapping[str, Any
         raise SystemExit(f"{checkpoint} is not from this script; {ANEW}")
     was = state["settings"]
     data = ("pictures", "classes")
-    changed = [name for name in now if now[name] != was.get(name) and name not in data]
+    # An option that is off has no part in it: the script of the run may have been an older one, without it.
+    changed = [name for name in now if now[name] != was.get(name) and (now[name] or name in was) and name not in data]
     moved = changed == ["init"] and None not in (now["init"], was.get("init"))
     if changed and not moved:
         words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]

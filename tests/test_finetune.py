@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,12 @@ def test_a_class_that_does_not_count_in_scores_leaves_the_others_their_numbers(e
     assert scores["dice of each class"] == pytest.approx({"0": None, "1": 0, "2": 2 / 3}, abs=0.02)
     with pytest.raises(SystemExit, match="names a value twice"):
         example("evaluate").main([*options, "--mask-values", "0", "1", "1", "--ignore", "255"])
+
+
+def test_no_class_to_score_is_left_out(example, capsys):
+    with pytest.raises(SystemExit):
+        example("evaluate").main(shlex.split("--images a --masks b --mask-values 0 255 --ignore 255"))
+    assert "--ignore 255 leaves one class of --mask-values, and scores need two" in capsys.readouterr().err
 
 
 def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):

@@ -291,6 +291,26 @@ def test_a_folder_in_the_place_of_a_mask_fails_one_picture(script, pictures, mod
     assert all(reason.startswith("its mask cannot be written") for reason in failed.values())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_linked_folders_are_followed_and_each_once(script, pictures, model, tmp_path):
+    elsewhere, masks = tmp_path / "elsewhere", tmp_path / "masks"
+    draw(elsewhere / "g.jpg")
+    (elsewhere / "back").symlink_to(pictures)
+    (pictures / "linked").symlink_to(elsewhere)
+    (pictures / "again").symlink_to(pictures)
+    (pictures / "masks").symlink_to(masks)
+    for _ in range(2):
+        assert script.main([str(pictures), str(masks), "--model", model, "--device", "cpu"]) == 0
+        assert files(masks) == sorted([*MASKS, "linked/g.png"])
+
+
+def test_options_of_ray_without_it_are_refused(script, pictures, tmp_path, capsys):
+    for option in (["--actors", "3"], ["--ray-address", "10.0.0.1:6379"]):
+        with pytest.raises(SystemExit):
+            script.main([str(pictures), str(tmp_path / "masks"), *option])
+        assert "--ray-address and --actors are for --ray; add that, or leave them out" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_listed_is_reported(script, pictures, model, tmp_path, monkeypatch):
     listing = os.scandir
 

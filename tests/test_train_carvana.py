@@ -217,6 +217,17 @@ def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script,
         script.main([*options, *others])
 
 
+def test_a_run_of_an_older_script_is_resumed_where_what_it_lacked_is_off(script, data, tmp_path):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"]
+    script.main(options)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    del state["settings"]["jpeg"]
+    save_checkpoint(state, tmp_path / "checkpoint.pt")
+    script.main([*options, "--resume"])
+    with pytest.raises(SystemExit, match=r"from a run with other options: --low-resolution 0\.0, without --jpeg; resume"):
+        script.main([*options, "--low-resolution", "0.1", "--jpeg", "0.5", "--resume"])
+
+
 def test_a_run_is_not_resumed_without_its_best_weights(script, data, tmp_path):
     options = ["--data", str(data), *TINY, "--epochs", "1", "--out"]
     script.main([*options, str(tmp_path / "run")])
