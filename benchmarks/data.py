@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
     dataset = CachedDataset(carvana, size, transform=None if on_device else augment)
     for index in range(len(dataset)):
         dataset[index]
-    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=args.batch * (args.steps + 2))
+    ahead = 2 * args.workers  # batches that the workers load before they are asked for
+    count = args.batch * (2 + ahead + args.steps + ahead)
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=count)
     loader = DataLoader(dataset, args.batch, sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda")
     per_picture = PerPicture(augment)
     model = model.to(device, memory_format=torch.channels_last)
@@ -164,17 +167,21 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
         wait(args.device)
         return time.perf_counter()
 
+    # With loading first, since workers load ahead during steps alone, and those batches would cost nothing later. The first
+    # that they have loaded are read before the clock starts, and some are left at its end, so that no worker is idle by then.
     batches = iter(loader)
-    ready = [load(next(batches)) for _ in range(2)]
-    for batch in ready:  # warm up
-        step(*batch)
+    for batch in islice(batches, 2 + ahead):  # warm up
+        ready = load(batch)
+        step(*ready)
+    began = clock()
+    for batch in islice(batches, args.steps):
+        step(*load(batch))
+    loading = clock() - began
+    del batches  # ends the workers, which would take the CPU from what follows
     began = clock()
     for _ in range(args.steps):
-        step(*ready[0])
-    alone, began = clock() - began, clock()
-    for batch in batches:
-        step(*load(batch))
-    return alone / (clock() - began)
+        step(*ready)
+    return (clock() - began) / loading
 
 
 def find_files(args: argparse.Namespace, temporary: Path) -> tuple[CarvanaDataset, str]:
@@ -229,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results["rows"].append(row)
                 cpu, wall = (1e3 * statistics.median(row[f"{clock}_seconds"]) for clock in ("cpu", "wall"))
                 figures = f"{cpu:>9.2f}{wall:>9.2f}{1e3 / wall:>11.1f}{row['cpu_ratio']:>8.2f}{row['wall_ratio']:>8.2f}"
+                figures = figures.replace("nan", "  -")  # the CPU time of workers is not known
                 print(f"{row['size']:<9}{row['data']:<46}{figures}", flush=True)
         if args.steps:
             for size in args.sizes:

@@ -33,11 +33,12 @@ import predict_folder
 
 
 def plain_loop(model: UNet, names: Sequence[str], pictures: Path, masks: Path) -> None:
-    masks.mkdir(parents=True, exist_ok=True)
     for name in names:
         mask = model.predict(pictures / name)
         image = mask_to_image(mask) if model.config.out_channels == 1 else mask
-        Image.fromarray(image).save(predict_folder.mask_path(masks, name))
+        path = predict_folder.mask_path(masks, name)
+        path.parent.mkdir(parents=True, exist_ok=True)  # a picture may lie in a subfolder
+        Image.fromarray(image).save(path)
 
 
 def measure(model: UNet, names: Sequence[str], args: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from unetlib.console import as_json
 from unetlib.files import whole_file
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -324,10 +326,15 @@ def mebibytes(count: int | None) -> str:
 
 
 def write_json(path: Path | None, results: dict[str, Any]) -> None:
-    """Replace the file whole, or leave it as it was; nothing for None."""
+    """Replace the file whole, or leave it as it was; nothing for None. JSON has no NaN, for which null stands."""
     if path is not None:
         with whole_file(path) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(as_json(results, indent=1) + "\n", encoding="utf-8")
+
+
+def file_part(network: str) -> str:
+    """A network's name as a part of a file's, with its folders: "study" stays, "runs/a/model" becomes "runs-2Fa-2Fmodel"."""
+    return quote(network, safe="").replace("%", "-")
 
 
 def new_plot(x: str, y: str, panels: Sequence[str]) -> tuple[Any, list[Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import re
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import LAYOUTS, PRECISIONS, is_cuda, sizes
+from harness import LAYOUTS, PRECISIONS, file_part, is_cuda, sizes
 from study import DoubleConv, StudyUNet, randomize
 from torch import Tensor, nn
 
@@ -261,7 +260,7 @@ def optimized_openvino(network: Network, case: Case, device: str, folder: Path) 
 
 def export_file(folder: Path, case: Case, suffix: str) -> Path:
     """Where the network lies for this shape, whatever the precision, for this process and those that measure memory."""
-    return folder / f"{re.sub(r'[^0-9a-zA-Z]', '-', case.network)}-{case.shape}.{suffix}"
+    return folder / f"{file_part(case.network)}-{case.shape}.{suffix}"
 
 
 def example(case: Case) -> Tensor:

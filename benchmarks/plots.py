@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import new_plot, save_plot, sizes
+from harness import file_part, new_plot, save_plot, sizes
 
 HERE = Path(__file__).parent
 RESULTS, PLOTS = HERE / "results", HERE.parent / "docs" / "plots"
@@ -66,19 +66,17 @@ def draw_roofline(rows: Sequence[Row], roofs: dict[str, Any], file: Path) -> Non
     figure, panels = new_plot("FLOP a byte", "GFLOP/s", precisions)
     for panel, precision in zip(panels, precisions):
         own = [row for row in rows if row["precision"] == precision]
-        intensity = {row["shape"]: sizes(row["shape"])[0] * row["flop_per_picture"] / row["bytes_per_pass"] for row in own}
         ceiling, slope = roofs["flop_per_second"][precision], roofs["bytes_per_second"]
-        x = np.geomspace(min(ceiling / slope, *intensity.values()) / 4, 4 * max(ceiling / slope, *intensity.values()))
+        points: dict[str, list[tuple[float, float]]] = {}  # of each contestant, since one may be another network
+        for row in own:
+            flop = sizes(row["shape"])[0] * row["flop_per_picture"]
+            points.setdefault(row["peer"], []).append((flop / row["bytes_per_pass"], flop / median(row) / 1e9))
+        bounds = [ceiling / slope, *(intensity for found in points.values() for intensity, _ in found)]
+        x = np.geomspace(min(bounds) / 4, 4 * max(bounds))
         panel.plot(x, np.minimum(ceiling, slope * x) / 1e9, color="black", linewidth=1)
         for colour, peer in enumerate(in_order(rows, "peer")):
-            speeds = {
-                row["shape"]: sizes(row["shape"])[0] * row["flop_per_picture"] / median(row) / 1e9
-                for row in own
-                if row["peer"] == peer
-            }
-            if speeds:
-                points = [intensity[shape] for shape in speeds], [*speeds.values()]
-                panel.plot(*points, color=f"C{colour}", marker="o", markersize=4, linestyle="", label=peer)
+            if peer in points:
+                panel.plot(*zip(*points[peer]), color=f"C{colour}", marker="o", markersize=4, linestyle="", label=peer)
     add_legend(figure, panels)
     save_plot(figure, file)
 
@@ -88,7 +86,7 @@ def draw_forward(results: dict[str, Any], folder: Path, stem: str = "forward") -
     files = []
     for network in in_order(results["rows"], "network"):
         rows = [row for row in results["rows"] if row["network"] == network]
-        name = f"{stem}-{Path(network).name}"
+        name = f"{stem}-{file_part(network)}"
         files += [folder / f"{name}-time.svg", folder / f"{name}-roofline.svg"]
         draw_time(rows, files[-2])
         draw_roofline(rows, results["roofs"], files[-1])

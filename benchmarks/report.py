@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from harness import mebibytes, sizes, spread
+from harness import file_part, mebibytes, sizes, spread
 from plots import PLOTS, RESULTS, Row, in_order, median, pixels, read_scores
 from predict import STAGES
 
@@ -92,13 +92,13 @@ def forward_section(results: dict[str, Any], stem: str) -> str:
     parts = [f"### {stem}", about(results), f"Roofs of this machine: {speeds}; {roofs['bytes_per_second'] / 1e9:.1f} GB/s."]
     parts.append(best(results))
     for network in in_order(results["rows"], "network"):
-        name = Path(network).name
+        drawn = f"plots/{stem}-{file_part(network)}"
         own = [row for row in results["rows"] if row["network"] == network]
-        parts += [f"![Time of a pass of {name} against its pixels](plots/{stem}-{name}-time.svg)"]
-        parts += [f"![Roofline of {name}](plots/{stem}-{name}-roofline.svg)"]
+        parts += [f"![Time of a pass of {network} against its pixels]({drawn}-time.svg)"]
+        parts += [f"![Roofline of {network}]({drawn}-roofline.svg)"]
         for precision in in_order(own, "precision"):
             rows = [row for row in own if row["precision"] == precision]
-            parts += [f"**{name}, {precision}**", times(rows), details(rows, roofs)]
+            parts += [f"**{network}, {precision}**", times(rows), details(rows, roofs)]
     return "\n\n".join(parts)
 
 

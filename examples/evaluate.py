@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_options import as_json, ignored, set_aside, without_traceback
+from training_options import ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
 from unetlib.arguments import check_device, height_and_width, whole
+from unetlib.console import as_json
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene

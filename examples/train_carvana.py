@@ -37,7 +37,6 @@ from training_options import (
     ADVICE,
     CHECKPOINT,
     PRESETS,
-    as_json,
     check_new,
     check_shares,
     ignored,
@@ -59,7 +58,7 @@ from unetlib import CarvanaDataset, ImageMaskDataset, SegmentationMetrics, UNet,
 from unetlib.averaging import follow
 from unetlib.cards import training_card
 from unetlib.checkpoints import check_space, random_state, save_checkpoint, set_random_state
-from unetlib.console import print_any_letter
+from unetlib.console import as_json, print_any_letter
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
 from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches

@@ -392,19 +392,6 @@ def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
 
 
-def as_json(value: Any, indent: int) -> str:
-    """JSON of scores; it has no NaN, for which null stands."""
-
-    def nulled(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: nulled(inner) for key, inner in part.items()}
-        if isinstance(part, list):
-            return [nulled(inner) for inner in part]
-        return None if isinstance(part, float) and math.isnan(part) else part
-
-    return json.dumps(nulled(value), indent=indent, allow_nan=False)
-
-
 def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
     """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
     return {**class_of_value([*values]), ignore: IGNORED}

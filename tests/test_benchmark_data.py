@@ -97,12 +97,59 @@ def test_without_data_scenes_are_rendered(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_the_busy_share_is_the_time_of_steps_over_that_with_loading(folder, on_device, monkeypatch):
-    clock = iter([1.0, 4.0, 5.0, 9.0])  # two steps take 3 seconds alone, and 4 with loading
+    clock = iter([1.0, 5.0, 6.0, 9.0])  # two steps take 4 seconds with loading, and 3 alone
     monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     carvana = CarvanaDataset(folder / "train", folder / "train_masks")
     args = data.parse(["--device", "cpu", "--steps", "2", "--batch", "2"])
     assert data.busy_share(carvana, (32, 48), args, UNet(features=(4,)), on_device) == 0.75
     assert next(clock, None) is None
+
+
+@pytest.mark.parametrize("workers", [1, 4, 8])
+def test_batches_that_workers_load_ahead_do_not_count(folder, workers, monkeypatch):
+    """A machine with a clock of its own: a step takes a second, and the workers together load a batch in two."""
+    now = 0
+    left = []
+
+    class Step(torch.nn.Conv2d):
+        def forward(self, images):
+            nonlocal now
+            now += 1
+            return super().forward(images)
+
+    class Loader:
+        def __init__(self, dataset, batch, *, sampler, num_workers, **_):
+            self.batches = [dataset[0]] * (len(sampler) // batch)
+            assert num_workers == workers
+
+        def __iter__(self):
+            nonlocal now
+            asked = [now] * 2 * workers  # each reading asks for one more, two for each worker at first
+            loaded = [now] * workers
+            for index, (image, mask) in enumerate(self.batches, start=1):
+                loaded.append(max(asked[index - 1], loaded[-workers]) + 2 * workers)
+                now = max(now, loaded[-1])
+                asked.append(now)
+                left.append(len(self.batches) - index)
+                yield image[None], mask[None]
+
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    args = data.parse(["--device", "cpu", "--steps", "40", "--batch", "1", "--workers", str(workers)])
+    carvana = CarvanaDataset(folder / "train", folder / "train_masks")
+    assert data.busy_share(carvana, (32, 48), args, Step(3, 1, 1), on_device=False) == 0.5
+    assert left[-1] == 2 * workers  # to the last step none is without work
+
+
+def test_figures_that_are_not_known_are_a_dash_and_null(folder, tmp_path, capsys):
+    options = ("--sizes", "32x48", "--files", "2", "--repeats", "1", "--workers", "1", "--device", "cpu", "--batch", "2")
+    data.main(["--data", str(folder), *options, "--steps", "1", "--json", str(tmp_path / "figures.json")])
+    printed = capsys.readouterr().out
+    assert printed.count("  - ") == 2 * len(data.ROWS)
+    assert "nan" not in printed
+    results = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
+    assert [row["cpu_seconds"] for row in results["rows"]] == [[None]] * len(data.ROWS)
+    assert all(0 < busy["share"] < 10 for busy in results["busy"])  # of steps with a real worker
 
 
 @pytest.mark.parametrize(

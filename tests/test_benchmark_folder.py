@@ -36,6 +36,14 @@ def test_ratio_and_json(options, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "model", "pictures"]
 
 
+def test_pictures_in_subfolders(options, tmp_path, capsys):
+    (tmp_path / "pictures" / "a" / "b").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / "pictures" / f"{i}.png").rename(tmp_path / "pictures" / "a" / "b" / f"{i}.png")
+    folder.main([*options, "--rounds", "1"])
+    assert "4 pictures, 1 rounds" in capsys.readouterr().out
+
+
 def test_nothing_is_compared_where_the_masks_differ(options, monkeypatch):
     write = folder.predict_folder.write
     monkeypatch.setattr(folder.predict_folder, "write", lambda masks, classes, item: write(masks, 1, (item[0], 1 - item[1])))

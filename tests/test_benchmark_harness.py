@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
+import re
 import statistics
 import sys
 
@@ -179,6 +181,19 @@ def test_json_is_replaced_whole(tmp_path):
     harness.write_json(file, {"rows": [1]})
     assert json.loads(file.read_text()) == {"rows": [1]}
     assert os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_json_has_null_for_nan(tmp_path):
+    harness.write_json(tmp_path / "figures.json", {"rows": [{"seconds": [0.5, math.nan], "ratio": math.nan}]})
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"rows": [{"seconds": [0.5, None], "ratio": None}]}
+
+
+def test_networks_have_files_of_their_own():
+    names = ("runs/a/model", "runs/b/model", "./my_model", "./my-model", "owner/name")
+    parts = [harness.file_part(name) for name in names]
+    assert len({*parts}) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+", part) for part in parts)
+    assert harness.file_part("study") == "study"
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):

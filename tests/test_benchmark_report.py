@@ -187,6 +187,28 @@ def test_points_lie_under_the_measured_roof(monkeypatch, tmp_path):
     assert list(points[1].get_ydata()) == pytest.approx([1e6 / 2e-4 / 1e9, 2e6 / 8e-4 / 1e9])
 
 
+def test_each_contestant_lies_at_its_own_intensity(monkeypatch, tmp_path):
+    """A contestant that is another network, as monai's, moves other bytes."""
+    figures = []
+    monkeypatch.setattr(plots, "save_plot", lambda figure, file: figures.append(figure))
+    found = forward_results()
+    for row in found["rows"]:
+        row["bytes_per_pass"] //= 1 + PEERS.index(row["peer"])
+    plots.draw_roofline(found["rows"], found["roofs"], tmp_path / "a.svg")
+    _, *points = figures[0].axes[0].get_lines()
+    for count, line in enumerate(points, start=1):
+        assert list(line.get_xdata()) == pytest.approx([count * 1e6 / 1e7, count * 2e6 / 4e7])
+
+
+def test_networks_whose_paths_end_alike_have_plots_of_their_own(results, tmp_path):
+    found = forward_results()
+    found["rows"] = [{**row, "network": network} for network in ("runs/a/model", "runs/b/model") for row in found["rows"]]
+    assert len({*plots.draw_forward(found, tmp_path, "forward-cpu")}) == 4
+    section = report.forward_section(found, "forward-cpu")
+    assert {tmp_path / name for name in re.findall(r"\]\(plots/([^)]+)\)", section)} == {*tmp_path.glob("*.svg")}
+    assert section.count("**runs/a/model, float32**") == section.count("**runs/b/model, float32**") == 1
+
+
 def test_bad_folders(capsys):
     with pytest.raises(SystemExit):
         plots.main(["--out", "no/such/folder"])

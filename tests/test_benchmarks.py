@@ -276,6 +276,12 @@ def test_figures_are_drawn_where_asked(small, tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {"forward-study-time.svg", "forward-study-roofline.svg"}
 
 
+def test_networks_are_exported_to_files_of_their_own(tmp_path):
+    cases = [peers.Case(network, "1x16x16", "float32") for network in ("./my_model", "./my-model", "study")]
+    assert len({peers.export_file(tmp_path, case, "xml") for case in cases}) == 3
+    assert peers.export_file(tmp_path, cases[2], "xml") == tmp_path / "study-1x16x16.xml"
+
+
 def test_quick_compiles_nothing():
     args = forward.parse(["--quick", "--device", "cpu"])
     assert set(forward.PEERS) - set(args.peers) == {"compiled", "optimized_compiled"}

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import sys
 
-from unetlib.console import print_any_letter, printable
+import pytest
+
+from unetlib.console import as_json, print_any_letter, printable
 
 
 def test_letters_that_the_encoding_lacks_are_escapes(monkeypatch):
@@ -24,3 +28,10 @@ def test_a_name_that_is_no_text_becomes_one():
     name = os.fsdecode(b"caf\xe9-\xc3\xa9")
     assert printable(name) == "caf\\udce9-é"
     assert printable("車 é") == "車 é"
+
+
+def test_what_is_no_number_is_null():
+    scores = {"dice": [0.5, math.nan, {"empty": math.nan}], "name": "nan"}
+    assert json.loads(as_json(scores, indent=2)) == {"dice": [0.5, None, {"empty": None}], "name": "nan"}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        as_json(math.inf, indent=0)

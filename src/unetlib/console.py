@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import sys
+from typing import Any
 
 
 def print_any_letter() -> None:
@@ -24,3 +27,21 @@ def printable(text: str) -> str:
         'car\\udce9.jpg'
     """
     return text.encode(errors="backslashreplace").decode()
+
+
+def as_json(value: Any, indent: int) -> str:
+    """JSON of scores; it has no NaN, for which null stands.
+
+    Example:
+        >>> as_json([0.5, math.nan], indent=0).split()
+        ['[', '0.5,', 'null', ']']
+    """
+
+    def nulled(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: nulled(inner) for key, inner in part.items()}
+        if isinstance(part, list):
+            return [nulled(inner) for inner in part]
+        return None if isinstance(part, float) and math.isnan(part) else part
+
+    return json.dumps(nulled(value), indent=indent, allow_nan=False)
