@@ -1,4 +1,4 @@
-"""Fill docs/benchmarks.md from benchmarks/results/*.json and draw its plots, so that no figure there is typed by hand.
+"""Fill docs/benchmarks.md from benchmarks/results/*.json and scores.csv, and draw its plots.
 
     python benchmarks/forward.py --json benchmarks/results/forward-cpu.json
     python benchmarks/predict.py --json benchmarks/results/predict-cpu.json

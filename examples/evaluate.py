@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.ignore is not None and not args.mask_values:
         parser.error(f"--ignore {args.ignore} needs the values of the classes, such as --mask-values 0 1")
     if args.mask_values and len({*args.mask_values} - {args.ignore}) < 2:
-        parser.error(f"--ignore {args.ignore} leaves one class of --mask-values, and scores need two; give another value")
+        left_out = "" if args.ignore is None else f" beside --ignore {args.ignore}"
+        parser.error(f"--mask-values names fewer than two classes{left_out}, and scores need two; name both")
     try:
         whole("--synthetic", args.synthetic, 0)
         size = height_and_width(args.size or (1280, 1918), "--size")

@@ -63,7 +63,7 @@ CHECKPOINT = "checkpoint.pt"  # in `--out`
 ANEW = "give another --out without --resume"  # where a run cannot go on
 
 # What to try where numbers are no longer finite.
-ADVICE = "try a smaller --lr, --clip 1 or --precision fp32; the last checkpoint is from before"
+ADVICE = "start anew with another --out and a smaller --lr, --clip 1 or --precision fp32; --init takes this run's best model/"
 
 # The least that whole numbers may be.
 LEAST = {"features": 1, "bottleneck": 1, "patch_size": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1}
@@ -95,7 +95,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--init", help="start from these weights: a zoo name, model folder, checkpoint file or Hub repository")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--features", type=int, nargs="+", help="width of each level (64 128 256 512); with --init, to grow to")
-    add("--bottleneck", type=int, help="width of the deepest block (twice the last of --features); with --init, to grow to")
+    add("--bottleneck", type=int, help="width of the deepest block (twice the last of --features, or that of --init); likewise")
     add("--patch-size", type=int, metavar="PIXELS", help="side of the squares that the first level takes as one pixel (1)")
     add("--match", choices=MATCHES, help="how the decoder meets odd sizes (resize)")
     add("--size", type=int, nargs=2, default=[160, 240], metavar=("HEIGHT", "WIDTH"), help="of the network's input (160 240)")
@@ -289,8 +289,9 @@ def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> 
             height, width = image_size(path)
             if size[0] >= 2 * height or size[1] >= 2 * width:
                 raise SystemExit(
-                    f"{path} has {height}x{width} pixels, too few for --window with --size {size[0]} {size[1]}; give "
-                    f"--size {min(size[0], 2 * height - 1)} {min(size[1], 2 * width - 1)} or less, or leave out --window"
+                    f"{path} has {width}x{height} pixels (width x height), too few for --window with "
+                    f"--size {size[0]} {size[1]}; "
+                    f"give --size {min(size[0], 2 * height - 1)} {min(size[1], 2 * width - 1)} or less, or leave out --window"
                 )
 
 

@@ -271,9 +271,10 @@ def test_a_class_that_does_not_count_in_scores_leaves_the_others_their_numbers(e
 
 
 def test_no_class_to_score_is_left_out(example, capsys):
-    with pytest.raises(SystemExit):
-        example("evaluate").main(shlex.split("--images a --masks b --mask-values 0 255 --ignore 255"))
-    assert "--ignore 255 leaves one class of --mask-values, and scores need two" in capsys.readouterr().err
+    for options, which in (("0 255 --ignore 255", " beside --ignore 255"), ("1", "")):
+        with pytest.raises(SystemExit):
+            example("evaluate").main(shlex.split(f"--images a --masks b --mask-values {options}"))
+        assert f"--mask-values names fewer than two classes{which}, and scores need two; name" in capsys.readouterr().err
 
 
 def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from functools import partial
 
@@ -100,8 +101,12 @@ def test_networks_that_need_the_whole_picture_are_refused(options, reason):
     assert needs_whole(config).startswith(reason)
     with pytest.raises(ValueError, match=reason):
         exact_halo(config)
-    with pytest.raises(ValueError, match=rf"{reason}.*give overlap=.*or tile=\(200, 300\)"):
-        plan_tiles(config, (200, 300), (64, 64))
+    for side in (4, 8, 12, 32, 64):
+        with pytest.raises(ValueError, match=rf"{reason}.*give overlap=.*or tile=\(200, 300\)") as refused:
+            plan_tiles(config, (200, 300), (64, side))
+        overlap = int(re.findall(r"such as overlap=(\d+)", str(refused.value))[0])
+        with pytest.warns(UserWarning, match="approximate"):  # and no error: the advice can be followed
+            plan_tiles(config, (200, 300), (64, side), overlap)
 
 
 @torch.no_grad()

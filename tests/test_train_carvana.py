@@ -116,7 +116,7 @@ def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(script, dat
 
 def test_a_picture_too_small_for_windows_is_named_with_the_largest_that_fits(script, training_options, data, tmp_path):
     first = min((data / "train").iterdir())
-    expected = f"{first} has 64x96 pixels, too few for --window with --size 128 48; give --size 127 48 or less"
+    expected = f"{first} has 96x64 pixels (width x height), too few for --window with --size 128 48; give --size 127 48 or less"
     with pytest.raises(SystemExit, match=re.escape(expected)):
         script.main(["--data", str(data), *TINY, "--window", "--size", "128", "48", "--out", str(tmp_path)])
     args = script.parse_args(["--data", str(data), "--window", "--size", "127", "191"])
@@ -536,7 +536,9 @@ def test_weights_that_are_not_finite_are_not_saved(script, data, tmp_path, monke
 
     monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
     options = ["--batch-size", "8", *shlex.split(options)]  # one step in an epoch, whose loss is finite
-    with pytest.raises(SystemExit, match=r"after step 1 the weights are not finite in half precision; try a smaller --lr"):
+    with pytest.raises(
+        SystemExit, match=r"after step 1 the weights are not finite in half precision; start anew with another --out"
+    ):
         script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
     assert list(tmp_path.iterdir()) == []
 

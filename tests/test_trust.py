@@ -203,9 +203,7 @@ def test_threads_do_not_take_the_names_from_each_other(tmp_path):
 @pytest.mark.parametrize("version", ["0.2.0", "1.0", "1.0.0rc1", "99.0.0", "0.10.0"])
 def test_a_newer_version_is_refused(folder, monkeypatch, version):
     monkeypatch.setattr("unetlib.version.version", lambda name: "0.1.5")
-    with pytest.raises(
-        ValueError, match=rf"unetlib {version} wrote it, and this is 0\.1\.5; upgrade with `pip install -U unetlib`"
-    ):
+    with pytest.raises(ValueError, match=rf"unetlib {version} wrote it, and this is 0\.1\.5; install a newer version"):
         UNet.from_pretrained(rewrite(folder, unetlib=version))
 
 
@@ -216,7 +214,7 @@ def test_the_same_and_older_versions_load(folder, monkeypatch, version):
 
 
 def test_a_field_of_a_later_version_is_named(folder):
-    with pytest.raises(ValueError, match=r"does not know \['magic'\]; .* upgrade with `pip install -U unetlib`"):
+    with pytest.raises(ValueError, match=r"does not know \['magic'\]; .* install a newer version of it"):
         UNet.from_pretrained(rewrite(folder, model={"magic": 1}))
 
 

@@ -51,7 +51,7 @@ class _JSONConfig:
         if unknown:
             raise ValueError(
                 f"{cls.__name__} does not know {unknown}; its fields are {known}. "
-                "If a newer unetlib wrote this config, upgrade with `pip install -U unetlib`."
+                "If a newer unetlib wrote this config, install a newer version of it."
             )
         return cls(**values)
 

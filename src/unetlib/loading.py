@@ -263,7 +263,9 @@ def padded(samples: Sequence[tuple[Tensor, Tensor]], *, ignore_index: int = 255)
     images = [image for image, _ in samples]
     masks = [mask.byte() if mask.dtype == torch.bool else mask for _, mask in samples]
     if torch.tensor(ignore_index).to(masks[0].dtype).item() != ignore_index:
-        raise ValueError(f"masks of {masks[0].dtype} cannot hold ignore_index={ignore_index}; give one that they can, as 255")
+        raise ValueError(
+            f"masks of {masks[0].dtype} cannot hold ignore_index={ignore_index}; give one that they can, such as 127"
+        )
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
 
     def grown(part: Tensor, value: int) -> Tensor:

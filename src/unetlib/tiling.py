@@ -152,9 +152,11 @@ def plan_tiles(
     multiple = config.stride
     whole = needs_whole(config)
     if overlap is None and whole:
+        some = _round_up(min(tile) // 8, multiple)
+        some = some if min(tile) >= 2 * some + multiple else 0
         raise ValueError(
             f"tiles cannot give the whole picture's result, because {whole}; give overlap= for an approximate result, such as "
-            f"overlap={_round_up(tile[0] // 8, multiple)}, or tile=({size[0]}, {size[1]}) to keep the picture whole"
+            f"overlap={some}, or tile=({size[0]}, {size[1]}) to keep the picture whole"
         )
     two_grids = mirrored and _has_two_grids(config, size)
     halo = _round_up(min(tile) if whole else exact_halo(config), multiple) + multiple * two_grids

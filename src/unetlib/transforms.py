@@ -462,9 +462,9 @@ def train_transform(
     Raises:
         TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
             picture of other integers, whose range is unknown.
-        ValueError: Only one of `mean` and `std` is given, `jpeg` without `low_resolution`, or a number is out of its range;
-            when called, for floats outside [0, 1], and for a picture of neither 1 nor 3 channels with `color_jitter`,
-            `grayscale` or `jpeg`.
+        ValueError: Only one of `mean` and `std` is given, `crop` without `size`, `jpeg` without `low_resolution`, or a number
+            is out of its range; when called, for floats outside [0, 1], and for a picture of neither 1 nor 3 channels with
+            `color_jitter`, `grayscale` or `jpeg`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -530,7 +530,8 @@ def eval_transform(
 
     Raises:
         TypeError: `size` is no pair of integers; when called, as that of `train_transform`.
-        ValueError: Only one of `mean` and `std` is given, or a number is out of its range.
+        ValueError: Only one of `mean` and `std` is given, or a number is out of its range; when called, for floats outside
+            [0, 1].
 
     Example:
         >>> image = tv_tensors.Image(torch.full((3, 32, 48), 255, dtype=torch.uint8))

@@ -147,9 +147,7 @@ def check_version(written: object) -> None:
         raise ValueError(f"'unetlib' must be the version that wrote it, such as '0.1.0', got {written!r}")
     theirs, ours = (re.match(r"(\d{1,6})\.(\d{1,6})", text) for text in (written, installed_version()))
     if theirs and ours and tuple(map(int, theirs.groups())) > tuple(map(int, ours.groups())):
-        raise ValueError(
-            f"unetlib {written[:20]} wrote it, and this is {installed_version()}; upgrade with `pip install -U unetlib`"
-        )
+        raise ValueError(f"unetlib {written[:20]} wrote it, and this is {installed_version()}; install a newer version")
 
 
 def read_safetensors(path: Path, *, header_only: bool = False) -> Weights:
