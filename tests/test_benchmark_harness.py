@@ -116,6 +116,12 @@ def test_roofs_of_this_machine():
     assert 1e6 < found["bytes_per_second"] < 1e13
 
 
+def test_roofs_count_two_for_a_product_and_bytes_both_ways(monkeypatch):
+    monkeypatch.setattr(harness, "time_turns", lambda calls, *_, **__: np.full((5, len(calls)), 2.0))
+    found = harness.roofs("cpu", ["float32"], side=64)
+    assert found == {"flop_per_second": {"float32": 64**3}, "bytes_per_second": (4 * 64) ** 2 * 4}
+
+
 @pytest.mark.parametrize("model", [StudyUNet(features=(4, 8)), UNet(features=(4, 8))])
 def test_flop_agree_with_a_real_pass_and_by_hand(model):
     with FlopCounterMode(display=False) as counter:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import plots
 import pytest
 import report
@@ -159,6 +160,23 @@ def test_the_documentation_is_what_the_script_writes(tmp_path):
     assert page.read_text(encoding="utf-8") == report.PAGE.read_text(encoding="utf-8"), "run `python benchmarks/report.py`"
     named = set(re.findall(r"\]\(plots/([^)]+)\)", page.read_text(encoding="utf-8")))
     assert named == {path.name for path in plots.PLOTS.iterdir()}
+
+
+def test_the_documentations_plots_show_what_was_measured(tmp_path):
+    plots.draw_scores(tmp_path / "scores.svg")
+    for file in sorted(plots.RESULTS.glob("forward-*.json"))[::3]:  # drawing takes a while
+        plots.draw_forward(json.loads(file.read_text(encoding="utf-8")), tmp_path, file.stem)
+    assert len(list(tmp_path.iterdir())) > 5
+    version, text, place = r"Matplotlib v[\d.]+", r">([^<>\n]+)</text>", r'[ "](-?[\d.]+)(?=[ "\n])'
+    for path in tmp_path.iterdir():
+        again, there = path.read_text(encoding="utf-8"), (plots.PLOTS / path.name).read_text(encoding="utf-8")
+        change = f"{path.name} has changed: run `python benchmarks/report.py`"
+        assert re.findall(text, there), path.name
+        assert sorted(re.findall(text, again)) == sorted(re.findall(text, there)), change
+        if re.findall(version, again) == re.findall(version, there):  # another one may put things elsewhere
+            places = [np.array(re.findall(place, svg), float) for svg in (again, there)]
+            assert places[0].shape == places[1].shape, change
+            assert np.abs(places[0] - places[1]).max() < 0.1, change
 
 
 def test_plots_show_every_contestant(results, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import inspect
@@ -23,11 +24,17 @@ from unetlib.synthetic import render_scene
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+CARDS = sorted((ROOT / "src" / "unetlib" / "zoo").glob("*/README.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *CARDS]
+OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]  # of the site
 INTERNAL = {"arguments", "boundary", "console", "counts", "files", "gradients", "terms"}  # pieces of others; no stable names
-FRAGMENTS = {"README.md", "losses-and-metrics.md"}  # their blocks are parts of programs
+FRAGMENTS = {DOCS / "losses-and-metrics.md", *CARDS}  # their blocks are parts of programs
 MODULES = sorted({module.name for module in pkgutil.iter_modules(unetlib.__path__)} - INTERNAL)
 BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def path_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 class Block(NamedTuple):
@@ -39,13 +46,13 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(f"{page.name}:{text.count(chr(10), 0, found.start()) + 1}", found[2], not found[1])
+        Block(f"{path_of(page)}:{text.count(chr(10), 0, found.start()) + 1}", found[2], not found[1])
         for found in BLOCK.finditer(text)
     ]
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
-RUNNING = [page for page in WITH_CODE if page.name not in FRAGMENTS and any(block.runs for block in blocks(page))]
+RUNNING = [page for page in WITH_CODE if page not in FRAGMENTS and any(block.runs for block in blocks(page))]
 
 
 def public_names(module_name: str) -> list[str]:
@@ -64,7 +71,7 @@ def public_names(module_name: str) -> list[str]:
 # ---- code in the pages -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_CODE, ids=path_of)
 def test_code_parses_and_its_imports_resolve(page: Path) -> None:
     for block in blocks(page):
         for node in ast.walk(ast.parse(block.code, block.where)):
@@ -78,14 +85,15 @@ def test_code_parses_and_its_imports_resolve(page: Path) -> None:
                     assert known, f"{block.where}: {node.module} has no {alias.name}"
 
 
-@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUNNING, ids=path_of)
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after another, in a folder that has the files they name."""
     monkeypatch.chdir(tmp_path)
     picture, mask = render_scene(0, size=(48, 72))
     Path("examples").mkdir()
     Image.fromarray(picture).save("examples/car.jpg")
-    for images, masks, name in (("pictures", "masks", "a_mask.png"), ("streets", "labels", "a.png")):
+    mask_name = "a.png" if page == ROOT / "README.md" else "a_mask.png"
+    for images, masks, name in (("pictures", "masks", mask_name), ("streets", "labels", "a.png")):
         Path(images).mkdir()
         Path(masks).mkdir()
         Image.fromarray(picture).save(Path(images) / "a.jpg")
@@ -140,7 +148,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for needed in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(needed, reason=f"{needed} is not installed; `pip install .[docs]` has it")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return folder
@@ -169,16 +177,55 @@ def test_the_site_asks_no_other_server(site: Path) -> None:
     assert len(pages) > len(MODULES)
     loads = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(?:https?:)?//[^>]*>')
     assert [found[0] for page in pages for found in loads.finditer(page.read_text(encoding="utf-8"))] == []
+    styles = {sheet.name: sheet.read_text(encoding="utf-8") for sheet in site.rglob("*.css")}
+    assert "extra.css" in styles
+    assert [name for name, style in styles.items() if re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style)] == []
 
 
 # ---- what the pages say about other files ----------------------------------------------------------------------------
 
 
-def test_the_links_of_the_readme_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+def headings(page: Path) -> set[str]:
+    """As links name them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=path_of)
+def test_links_of_files_outside_the_site_lead_somewhere(page: Path) -> None:
+    links = [
+        link.partition("#") for link in re.findall(r"\]\(([^)\s]+)", page.read_text(encoding="utf-8")) if "://" not in link
+    ]
     assert links
+    for name, _, heading in links:
+        there = page.parent / name if name else page
+        assert there.exists(), name
+        assert not heading or heading in headings(there), f"{name}#{heading}"
+
+
+def test_commands_have_scripts_and_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    named: dict[str, set[str]] = {}  # a script's options
+    for page in {*PAGES, *OUTSIDE}:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, options in re.findall(r"\b((?:examples|benchmarks)/\w+\.py)([^\n`]*)", text):
+            named.setdefault(script, set()).update(re.findall(r"(?<=\s)--[a-z][\w-]*", options))
+    assert len(named) > 10
+    missing = [script for script in named if not (ROOT / script).exists()]
     assert not missing
+    for script, options in named.items():
+        if options:
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(ROOT / script))["main"]([])
+            unknown = options - set(parsers.pop()._option_string_actions)
+            assert not unknown, script
 
 
 def test_the_home_page_has_every_extra() -> None:
@@ -211,9 +258,9 @@ def test_the_training_page_has_every_option() -> None:
 def test_the_pictures_are_small_and_can_be_made_again() -> None:
     pictures = runpy.run_path(str(DOCS / "make_images.py"))["PICTURES"]
     committed = list((DOCS / "images").iterdir())
-    assert {path.name for path in committed} <= set(pictures)
+    assert {path.name for path in committed} == set(pictures)
     assert sum(path.stat().st_size for path in committed) < 500_000
-    again = pictures["scene.jpg"]().astype(np.int16)
-    scene = np.asarray(Image.open(DOCS / "images" / "scene.jpg")).astype(np.int16)
-    assert again.shape == scene.shape
-    assert np.abs(again - scene).mean() < 4, "the scenes have changed: run `python docs/make_images.py`"
+    for name, make in pictures.items():
+        again, there = make().astype(np.int16), np.asarray(Image.open(DOCS / "images" / name)).astype(np.int16)
+        assert again.shape == there.shape, name
+        assert np.abs(again - there).mean() < 4, f"{name} has changed: run `python docs/make_images.py`"

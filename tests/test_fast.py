@@ -282,8 +282,10 @@ def test_compiled():
     model = trained(features=(4,))  # compiling takes seconds for each level
     x = pictures(model, 16, 24)
     fast = optimize_for_inference(model, compile=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(2):
         assert error(fast(x), model(x)) <= 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 def test_a_compiler_around_a_copy_leaves_it_alone():

@@ -197,6 +197,7 @@ def test_a_branch_that_moves_is_followed_and_its_files_are_of_one_commit(server,
     repository.commit(new)
     server.faults["GET /storage"] = [move]
     assert UNet.from_pretrained("owner/name", cache_dir=cache).config.features == (5,)
+    assert server.faults == {"GET /storage": []}
 
 
 def test_a_private_repository_opens_to_its_token(server, repository, cache, model):
@@ -278,8 +279,9 @@ def test_a_fault_is_one_clear_error_and_leaves_no_model(server, repository, cach
     [("HEAD", [status(500), status(503)]), ("GET /storage", [status(500)]), ("GET /owner", [status(502)])],
 )
 def test_500_then_success(server, repository, cache, model, pattern, answers):
-    server.faults[pattern] = answers
+    server.faults[pattern] = [*answers]
     assert_same(model, UNet.from_pretrained("owner/name", cache_dir=cache))
+    assert server.faults == {pattern: []}  # all of them have happened
 
 
 @pytest.mark.parametrize("etag", [hub_server.git_hash, lambda data: hashlib.sha1(data).hexdigest(), lambda data: "1" * 32])
@@ -319,6 +321,7 @@ def test_a_body_that_breaks_off_is_taken_up_again(server, repository, cache, mod
 
     server.faults["GET /storage"] = [break_off]
     assert_same(model, UNet.from_pretrained("owner/name", cache_dir=cache))
+    assert server.faults == {"GET /storage": []}
 
 
 # --- no Hub

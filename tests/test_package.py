@@ -13,6 +13,7 @@ import pytest
 
 import unetlib
 
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(unetlib.__file__).parent
 FILES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -92,6 +93,18 @@ def test_type_checkers_see_the_names_that_the_lazy_table_gives():
 def test_the_table_names_each_things_own_module():
     for name, module in unetlib._HOME_OF.items():
         assert getattr(unetlib, name).__module__ == f"unetlib.{module}"
+
+
+def test_the_wheel_has_what_is_no_python():
+    """hatchling takes all of the package's folder but what git ignores; `pip install -e` needs none of it."""
+    wheel = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.hatch.build.targets.wheel]\n")[1]
+    assert wheel.split("\n\n")[0] == 'packages = ["src/unetlib"]'
+    files = [str(path) for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {".cpp", ".safetensors", ".json", ".md"} <= {Path(file).suffix for file in files}
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *files], cwd=ROOT, capture_output=True, text=True)
+    if ignored.returncode == 128:
+        pytest.skip("not a clone")
+    assert ignored.stdout == ""
 
 
 # --- arrows point one way: config, blocks, losses, metrics, datasets and transforms know nothing of those above them

@@ -28,6 +28,7 @@ from unetlib.cache import CachedDataset
 from unetlib.checkpoints import load_checkpoint, save_checkpoint
 from unetlib.files import only_writer
 from unetlib.inference import evaluate
+from unetlib.recompute import recomputed
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import train_transform
 
@@ -86,11 +87,14 @@ def test_training_on_rendered_scenes_writes_weights_card_curves_and_predictions(
     assert f"best: Dice {best:.5f}" in capsys.readouterr().out
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory_and_may_differ_in_a_resumed_run(script, data, tmp_path):
-    losses = []
+def test_gradient_checkpointing_changes_nothing_but_memory_and_may_differ_in_a_resumed_run(script, data, tmp_path, monkeypatch):
+    losses, calls = [], []
+    monkeypatch.setattr("unetlib.unet.recomputed", lambda *given: calls.append(1) or recomputed(*given))
     for folder, options in (("kept", []), ("again", ["--checkpoint-gradients"])):
+        assert not calls
         script.main(["--data", str(data), *TINY, *options, "--out", str(tmp_path / folder)])
         losses.append(json.loads((tmp_path / folder / "history.json").read_text())["loss"])
+    assert calls
     assert losses[0] == losses[1]
     assert_same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
     script.main(["--data", str(data), *TINY, "--resume", "--out", str(tmp_path / "again")])
@@ -638,6 +642,7 @@ def test_a_cosine_without_warm_up_begins_at_the_top(script, training_options):
 def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmup, steps):
     rates = rates_of(script, training_options, "onecycle", warmup, steps)
     assert all(0 < rate <= 1 for rate in rates)
+    assert abs(int(np.argmax(rates)) - max(warmup * steps - 1, 0)) <= 1
     if warmup * steps == 1 < steps:  # PyTorch's own formula at this point divides 0 by 0
         fall = [(1 + math.cos(math.pi * step / (steps - 1))) / 2 for step in range(steps)]
         assert rates[0] == pytest.approx(1 / 25)

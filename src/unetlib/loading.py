@@ -25,7 +25,8 @@ class AugmentedBatches:
     """Batches for training, augmented and on their device, of pictures that are decoded once where memory allows.
 
     Pictures that are augmented on the device and fit into half of its free memory are kept there as bytes (`Resident`); others
-    are kept in memory that the workers share (`CachedDataset`). What they are augmented to does not depend on that.
+    are kept in memory that the workers share (`CachedDataset`). What they are augmented to does not depend on that. Iterating
+    gives pictures and masks on the device, as `augment` gives them and stacked, and the list of their draws.
 
     Args:
         datasets: their pictures and masks, one data set after the other.
@@ -37,9 +38,6 @@ class AugmentedBatches:
         cache_gib: memory for decoded pictures in each process, or on the device; what does not fit is decoded again each time.
         workers: processes that decode and augment; 0: this one.
         progress: show a bar while pictures are decoded for the device.
-
-    Yields:
-        Pictures and masks on the device, as `augment` gives them and stacked, and the list of their draws.
 
     Raises:
         ValueError: for another `augment_on`, or `batches` of another number of pictures.
@@ -170,14 +168,13 @@ class ShuffledBatches(Sampler[list[Draw]]):
 class Augmented(Dataset[tuple[Any, Any, Draw]]):
     """A data set with augmentation whose chance comes from the `Draw` alone; the random state outside stays as it was.
 
+    An item, for a `Draw`, is the transformed picture, its mask, and the draw.
+
     Args:
         dataset: its items are pairs of picture and mask, as `transform` takes them: tensors for a preset.
         transform: takes and returns such a pair, and draws its chance from torch's global generator, as
             `torchvision.transforms.v2` does; None where pictures are augmented later, on their device:
             `unetlib.transforms.PerPicture` takes the seeds of the draws.
-
-    Returns:
-        For a `Draw`, the transformed picture, its mask, and the draw.
 
     Example:
         >>> dataset = Augmented([(torch.zeros(1), torch.zeros(1))], lambda image, mask: (image + torch.rand(1), mask))
