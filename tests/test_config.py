@@ -307,7 +307,7 @@ def test_classes_that_overlap_have_no_background():
 
 @pytest.mark.parametrize("cls", [UNetConfig, Preprocessing])
 def test_an_unknown_field_is_named_beside_the_known_ones(cls):
-    with pytest.raises(ValueError, match=rf"{cls.__name__} does not know \['colour'\]; its fields are .*upgrade"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__} does not know \['colour'\]; its fields are .*install a newer"):
         cls.from_dict({"colour": 1})
 
 

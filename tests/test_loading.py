@@ -207,7 +207,7 @@ def test_padding_holds_the_value_asked_for_in_every_channel_of_a_mask():
 
 def test_what_cannot_be_padded_is_named():
     image, mask = torch.ones(3, 2, 2), torch.ones(2, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"masks of torch.uint8 cannot hold ignore_index=-100; .* as 255"):
+    with pytest.raises(ValueError, match=r"masks of torch.uint8 cannot hold ignore_index=-100; .* such as 127"):
         padded([(image, mask)], ignore_index=-100)
     with pytest.raises(ValueError, match=r"a picture has the size \(2, 2\) and its mask \(2, 1\)"):
         padded([(image, mask), (image, mask[:, :1])])
