@@ -469,9 +469,9 @@ class SegmentationMetrics:
         """Start with nothing counted."""
         self.num_classes = whole("num_classes", num_classes, 1)
         check_threshold(threshold)
-        self.threshold = threshold
+        self.threshold = float(threshold)
         self.include_background = include_background
-        self.empty = _checked_empty(empty)
+        self.empty = float(_checked_empty(empty))
         self.keep_pictures = keep_pictures
         check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
