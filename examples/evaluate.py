@@ -67,14 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the scenes (1280 1918)")
-    parser.add_argument(
-        "--tta",
-        nargs="?",
-        const="all",
-        default=False,
-        choices=("mirror", "all"),
-        help="average over the mirrored picture, or turned ones too; all where neither is named",
-    )
+    parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
     )
@@ -131,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.ignore is not None:
                 values = set_aside(values, args.ignore)
             dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
-    tta = args.tta == "all" or args.tta  # as `predict` takes it
+    tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)

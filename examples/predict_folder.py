@@ -116,8 +116,8 @@ def check_tile(model: UNet, tile: int | None, overlap: int | None, *, mirrored: 
 def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[str], int, dict[str, str]]:
     """Names below `pictures` that need a mask, the number of those that have one, and what fails before it is read.
 
-    Each folder is listed once, by whichever link it is reached, and its masks' folder once. What a killed run was just writing
-    is removed there.
+    Links to folders elsewhere are followed; what they lead to is listed once, as all below `pictures` is, by its own name. The
+    masks' folder of each is listed once, and what a killed run was just writing is removed there.
     """
     names: list[str] = []
     present = 0
@@ -126,14 +126,16 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
     def unreadable(error: OSError) -> None:
         failed[os.path.relpath(error.filename, pictures)] = f"the folder cannot be read: {error.strerror}"
 
-    seen = {identity(masks)} if masks.is_dir() else set()
+    roots = (pictures.resolve(), masks.resolve())
+    elsewhere: set[Path] = set()
     for folder, subfolders, files in os.walk(pictures, onerror=unreadable, followlinks=True):
-        if identity(folder) in seen:  # links may lead round in circles
-            subfolders.clear()
-            continue
-        seen.add(identity(folder))
+        below, real = os.path.relpath(folder, pictures), Path(folder).resolve()
+        if real != roots[0] / below:  # reached by a link
+            if real in elsewhere or any(real.is_relative_to(root) for root in roots):
+                subfolders.clear()
+                continue
+            elsewhere.add(real)
         subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
-        below = os.path.relpath(folder, pictures)
         of_mask: dict[str, list[str]] = {}
         for file in sorted(files):
             stem, suffix = os.path.splitext(file)
@@ -148,12 +150,6 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
             else:
                 names += sharing
     return names, present, failed
-
-
-def identity(folder: str | Path) -> tuple[int, int]:
-    """What a folder's names and links have in common."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
 
 
 def finished(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Marks of tests that need a compiler or a library: by what is there, and not by whether our own code works with it."""
+"""Marks of tests that need a compiler, a library or data: by what is there, and not by whether our own code works with it."""
 
 from __future__ import annotations
 
@@ -47,3 +47,4 @@ needs_halves = pytest.mark.skipif(
     reason="no C++ compiler that knows AVX-512 BF16, or not Linux on a CPU with it",
 )
 needs_nnpack = pytest.mark.skipif(not _nnpack_runs(), reason="this PyTorch or CPU has no NNPACK")
+needs_data = pytest.mark.skipif("UNETLIB_DATA" not in os.environ, reason="UNETLIB_DATA names no folder with real data")

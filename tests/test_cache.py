@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_data
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import tv_tensors
@@ -107,10 +108,9 @@ def test_large_jpegs_are_decoded_in_part_and_stay_near_the_whole(tmp_path):
         assert difference.max() < 16
 
 
+@needs_data
 @pytest.mark.parametrize("size", [(160, 240), (320, 480)])
 def test_photographs_stay_near_the_whole(size):
-    if "UNETLIB_DATA" not in os.environ:
-        pytest.skip("UNETLIB_DATA is not set")
     root = Path(os.environ["UNETLIB_DATA"], "carvana")
     if not root.is_dir():
         pytest.skip(f"there is no {root}")

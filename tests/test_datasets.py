@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from needs import needs_data
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms as v1, tv_tensors
@@ -92,10 +93,9 @@ def test_carvana_reads_as_the_study_does(folders):
     assert repr(dataset).endswith("train_masks'): 6 pairs")
 
 
+@needs_data
 @pytest.mark.parametrize("folder", ["carvana", "carvana_240x160"])
 def test_real_pictures_read_as_the_study_does(folder):
-    if "UNETLIB_DATA" not in os.environ:
-        pytest.skip("UNETLIB_DATA is not set")
     root = Path(os.environ["UNETLIB_DATA"], folder)
     if not root.is_dir():
         pytest.skip(f"there is no {root}")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from needs import needs_data
 from PIL import Image
 
 import unetlib
@@ -107,7 +108,7 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert names["scores"]["dice"] > 0.7  # type: ignore[index]  # it has learned something
 
 
-@pytest.mark.skipif("UNETLIB_DATA" not in os.environ, reason="UNETLIB_DATA names no folder with real data")
+@needs_data
 def test_small_pictures_of_carvana_are_made_as_the_training_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Path(os.environ["UNETLIB_DATA"])
     monkeypatch.chdir(tmp_path)

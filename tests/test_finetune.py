@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_data
 from PIL import Image
 from study import randomize
 
@@ -658,10 +659,9 @@ def test_a_run_goes_on_with_the_pictures_and_classes_that_it_had(example, tmp_pa
 # ---- the two data sets --------------------------------------------------------------------------------------------------
 
 
+@needs_data
 @pytest.mark.parametrize(("name", "options", "counts"), [("nuclei", [], (461, 51)), ("em", ["--val-last", "3"], (21, 3))])
 def test_the_real_folders_are_read(example, name, options, counts):
-    if not os.environ.get("UNETLIB_DATA"):
-        pytest.skip("UNETLIB_DATA names no folder with the real pictures")
     _, train_set, val_set, _ = loaded(example, "--data", Path(os.environ["UNETLIB_DATA"]) / name, *options)
     assert (len(train_set), len(val_set)) == counts
 
@@ -669,7 +669,7 @@ def test_the_real_folders_are_read(example, name, options, counts):
 # ---- evaluate.py --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "tta"), [(["--tta", "mirror"], "mirror"), (["--tta", "all"], True), (["--tta"], True)])
+@pytest.mark.parametrize(("given", "tta"), [(["--tta", "mirror"], "mirror"), (["--tta", "all"], True)])
 def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys, given, tta):
     write(tmp_path, count=2)
     model = randomize(UNet(features=(8,)))

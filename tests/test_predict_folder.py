@@ -299,6 +299,8 @@ def test_linked_folders_are_followed_and_each_once(script, pictures, model, tmp_
     (pictures / "linked").symlink_to(elsewhere)
     (pictures / "again").symlink_to(pictures)
     (pictures / "masks").symlink_to(masks)
+    (pictures / "a link to deep").symlink_to(pictures / "deep")  # which comes first by its name
+    (pictures / "twice").symlink_to(elsewhere)
     for _ in range(2):
         assert script.main([str(pictures), str(masks), "--model", model, "--device", "cpu"]) == 0
         assert files(masks) == sorted([*MASKS, "linked/g.png"])

@@ -102,6 +102,14 @@ def test_alpha_may_be_any_band_beside_colour(tmp_path):
             np.testing.assert_array_equal(raster[3:9, 2:5], pixels[3:9, 2:5, kept])
 
 
+def test_transparency_is_multiplied_into_colours_alone(tmp_path):
+    pixels = np.full((4, 5, 5), 100, np.uint8)
+    pixels[..., 3:] = (200, 60)
+    kinds = ["assocalpha", "unspecified"]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", planarconfig="contig", extrasamples=kinds)
+    assert open_raster(tmp_path / "a.tif")[0:1, 0:1].tolist() == [[[127, 127, 127, 60]]]
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("bands", [2, 4])
 def test_colours_that_transparency_was_multiplied_into_are_those_that_pillow_reads(tmp_path, dtype, bands):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_data
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,14 +98,14 @@ def test_em_finds_dark_walls_between_cells():
     assert (~cells & wall).sum() >= 0.7 * wall.sum()
 
 
-@pytest.mark.skipif("UNETLIB_DATA" not in os.environ, reason="UNETLIB_DATA names no folder with real data")
+@needs_data
 def test_nuclei_on_pictures_that_it_was_not_trained_on():
     data = Path(os.environ["UNETLIB_DATA"]) / "nuclei"
     val = ImageMaskDataset(data / "val", data / "val_masks")
     assert evaluate(UNet.from_pretrained("nuclei"), val.subset(range(0, len(val), 5)))["dice"] >= 0.83
 
 
-@pytest.mark.skipif("UNETLIB_DATA" not in os.environ, reason="UNETLIB_DATA names no folder with real data")
+@needs_data
 def test_em_on_slices_that_it_was_not_trained_on():
     data = Path(os.environ["UNETLIB_DATA"]) / "em"
     slices = ImageMaskDataset(data / "train", data / "train_masks", mode="L")
@@ -113,7 +114,7 @@ def test_em_on_slices_that_it_was_not_trained_on():
     assert evaluate(UNet.from_pretrained("em"), held_out)["dice"] >= 0.92
 
 
-@pytest.mark.skipif("UNETLIB_DATA" not in os.environ, reason="UNETLIB_DATA names no folder with real data")
+@needs_data
 def test_carvana_on_photographs_of_cars_that_it_was_not_trained_on():
     data = Path(os.environ["UNETLIB_DATA"]) / "carvana"
     val = CarvanaDataset(data / "val", data / "val_masks")

@@ -191,7 +191,8 @@ class _TiffRaster:
         self._channels_first = series.axes in ("SYX", "CYX")
         shape: tuple[int, ...] = self._array.shape
         shape = (*shape[1:], shape[0]) if self._channels_first else shape
-        kinds = [0] * (math.prod(shape[2:]) - len(page.extrasamples)) + [*page.extrasamples]  # of each band; 1, 2: alpha
+        self._colours = math.prod(shape[2:]) - len(page.extrasamples)
+        kinds = [0] * self._colours + [*page.extrasamples]  # of each band; 1 and 2 are alpha
         self._kept = [band for band, kind in enumerate(kinds) if kind not in (1, 2)]
         self._alpha = kinds.index(1) if 1 in kinds else None  # by which the colours are multiplied
         self.shape: tuple[int, ...] = (*shape[:2], len(self._kept)) if shape[2:] else shape
@@ -209,9 +210,8 @@ class _TiffRaster:
             return pixels
         kept = pixels[..., self._kept]
         if self._alpha is not None:
-            kept = np.minimum(255 * kept.astype(np.uint16) // np.maximum(pixels[..., self._alpha, None], 1), 255).astype(
-                np.uint8
-            )
+            alpha = np.maximum(pixels[..., self._alpha, None], 1)
+            kept[..., : self._colours] = np.minimum(255 * kept[..., : self._colours].astype(np.uint16) // alpha, 255)
         return kept
 
 
