@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,10 +130,6 @@ def _check_match(match: str) -> None:
         raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {match!r}")
 
 
-# Absent from PyTorch 2.6, which is taken to export, since a program with a bound on sizes is refused then.
-_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: True)
-
-
 def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
     """Bring `x` to the height and width of `skip`; an exact identity where they agree.
 
@@ -165,8 +161,9 @@ def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on the CPU, torch cannot do this in half precision
         smooth = x.device.type != "mps"  # where torch 2.6 cannot; a map that grows differs by rounding alone
         return F.interpolate(wide, size=skip.shape[-2:], mode="bilinear", align_corners=False, antialias=smooth).to(x.dtype)
-    # torch.compile fails in the gradient of F.pad's "replicate". Of a doubled map no more than a row and a column are missing.
-    if match == "replicate" and torch.compiler.is_compiling() and not _exporting():
+    # torch.compile fails in the gradient of F.pad's "replicate". Of a doubled map no more than a row and a column are missing,
+    # a bound on sizes for which an exported program would be refused.
+    if match == "replicate" and torch.compiler.is_compiling() and not _exported():
         x = torch.cat([x, x[..., -1:, :]], dim=-2).narrow(-2, 0, skip.shape[-2])
         return torch.cat([x, x[..., -1:]], dim=-1).narrow(-1, 0, skip.shape[-1])
     missing = [0, skip.shape[-1] - x.shape[-1], 0, skip.shape[-2] - x.shape[-2]]  # left, right, top, bottom
@@ -323,6 +320,6 @@ def join_patches(x: Tensor, side: int, size: Sequence[int]) -> Tensor:
 
 
 def _exported() -> bool:
-    """Whether a graph is captured for good; torch before 2.7 does not tell that from compiling."""
+    """Whether a graph is captured for good; torch before 2.7 does not tell that from compiling, which is then taken for it."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
