@@ -14,7 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-class Conv3x3:
+class _Product:
+    """Weights (depth, results) and bias (results,), with zeros up to whole blocks: kernels need not look where they end."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.wide = _wide(weight.shape[1])
+        self.deep = 64 if len(weight) % 64 == 0 else 32
+        missing = -weight.shape[1] % self.wide
+        self.weight = F.pad(weight, (0, missing, 0, -len(weight) % self.deep)).contiguous()
+        self.bias = F.pad(bias.float(), (0, missing)).contiguous()
+
+
+class Conv3x3(_Product):
     """A 3x3 convolution with padding 1, its bias and its ReLU, and with them 2x2 max pooling, in one kernel.
 
     Args:
@@ -26,10 +37,7 @@ class Conv3x3:
 
     def __init__(self, weight: Tensor, bias: Tensor, *, rows: int = 8, columns: int = 16) -> None:
         self.out_channels, self.channels = weight.shape[:2]
-        self.wide = _wide(self.out_channels)
-        self.deep = 64 if self.channels % 64 == 0 else 32
-        numbers = weight.permute(2, 3, 1, 0).reshape(9 * self.channels, self.out_channels)
-        self.weight, self.bias = _padded(numbers, self.deep, self.wide), _padded(bias.float()[None], 1, self.wide)[0]
+        super().__init__(weight.permute(2, 3, 1, 0).reshape(9 * self.channels, self.out_channels), bias)
         # Of narrow maps the L1 cache holds all that neighbours read again; wider ones are loaded while others are multiplied.
         stages = 1 if max(weight.shape[:2]) <= 16 else 3
         self.rows, self.columns, self.options = rows, columns, {"num_warps": 4, "num_stages": stages}
@@ -47,7 +55,7 @@ class Conv3x3:
         )  # fmt: skip
 
 
-class UpConv2x2:
+class UpConv2x2(_Product):
     """A transposed 2x2 convolution with stride 2 and its bias: a matrix product whose results go to four places each.
 
     Args:
@@ -57,10 +65,7 @@ class UpConv2x2:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.channels, self.out_channels = weight.shape[:2]
-        self.wide = _wide(4 * self.out_channels)
-        self.deep = 64 if self.channels % 64 == 0 else 32
-        self.weight = _padded(weight.permute(0, 2, 3, 1).flatten(1), self.deep, self.wide)
-        self.bias = _padded(bias.float().repeat(4)[None], 1, self.wide)[0]
+        super().__init__(weight.permute(0, 2, 3, 1).flatten(1), bias.repeat(4))
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         """Fill `out` (N, out, 2 * h, 2 * w), any slice of channels, by x (N, in, h, w)."""
@@ -73,7 +78,7 @@ class UpConv2x2:
         )  # fmt: skip
 
 
-class Head:
+class Head(_Product):
     """The last 1x1 convolution and its bias, its results stored as pixels of the picture.
 
     Args:
@@ -84,10 +89,8 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor, side: int) -> None:
         self.results, self.channels = weight.shape[:2]
-        self.side, self.wide = side, _wide(self.results)
-        self.deep = 64 if self.channels % 64 == 0 else 32
-        self.weight = _padded(weight.flatten(1).T, self.deep, self.wide)
-        self.bias = _padded(bias.float()[None], 1, self.wide)[0]
+        self.side = side
+        super().__init__(weight.flatten(1).T, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (N, out, h * side, w * side), float32, of x (N, in, h, w)."""
@@ -139,11 +142,6 @@ def _strides(*maps: Tensor) -> tuple[int, list[int]]:
     strides = [x.stride(dim) for x in maps for dim in (0, 2, 3)]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     return unit, [stride // unit for stride in strides]
-
-
-def _padded(numbers: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros appended up to multiples of rows and of columns, so that kernels need not look where the numbers end."""
-    return F.pad(numbers, (0, -numbers.shape[1] % columns, 0, -numbers.shape[0] % rows)).contiguous()
 
 
 # Not compiled anew for sizes that are 1 or multiples of 16: what that would gain is known by UNIT.
