@@ -10,10 +10,10 @@ networks in evaluation mode; a ratio above 1 says that unetlib is faster, or nee
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,6 @@ from unetlib import UNet, UNetConfig, list_pretrained
 from unetlib.pretrained import ZOO
 
 STUDY = "study"
-LOADERS = ("unetlib", "torch.load", "mixin")
 
 
 class MixinUNet(PyTorchModelHubMixin, UNet):
@@ -70,15 +69,11 @@ def load_torch(folder: Path) -> UNet:
 
 
 def load_mixin(folder: Path) -> UNet:
-    with open(os.devnull, "w") as quiet:  # it prints
-        stdout, sys.stdout = sys.stdout, quiet
-        try:
-            return MixinUNet.from_pretrained(str(folder / "mixin"), strict=True)
-        finally:
-            sys.stdout = stdout
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        return MixinUNet.from_pretrained(str(folder / "mixin"), strict=True)
 
 
-CONTESTANTS: dict[str, Callable[[Path], UNet]] = dict(zip(LOADERS, (load_unetlib, load_torch, load_mixin)))
+CONTESTANTS: dict[str, Callable[[Path], UNet]] = {"unetlib": load_unetlib, "torch.load": load_torch, "mixin": load_mixin}
 
 
 def check_equal(folder: Path) -> None:
@@ -100,7 +95,7 @@ def peak_bytes(loader: str, folder: Path, warm: Path) -> dict[str, int] | None:
     """Resident memory that one load adds in a process of its own; None where there is no /proc.
 
     Args:
-        loader: a name in `LOADERS`.
+        loader: a name in `CONTESTANTS`.
         folder: what `prepare` wrote.
         warm: a tiny model, which is loaded first so that imports and the like are not counted.
 
@@ -132,13 +127,13 @@ def measure(model: str, rounds: int, warm: Path) -> dict[str, object]:
             "float32_bytes": numbers,
             "seconds": seconds,
             "ratio": {name: spread(ratios(times, seconds["unetlib"])).median for name, times in seconds.items()},
-            "memory": {name: peak_bytes(name, folder, warm) for name in LOADERS},
+            "memory": {name: peak_bytes(name, folder, warm) for name in CONTESTANTS},
         }
 
 
 def table(row: dict) -> str:
     lines = []
-    for name in LOADERS:
+    for name in CONTESTANTS:
         memory, ours = row["memory"][name], row["memory"]["unetlib"]
         cells = [row["model"], name, f"{1e3 * spread(row['seconds'][name]).median:.1f}", f"{row['ratio'][name]:.2f}"]
         if memory is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
+import io
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -138,7 +138,7 @@ def monai_module(network: Network) -> nn.Module:
     except ModuleNotFoundError as error:
         raise NotHere("MONAI is not installed") from error
     widths = (*config.features, config.bottleneck, config.features[0])
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
         return randomize(BasicUNet(2, 3, config.out_channels, widths, act=("relu", {"inplace": True}), norm="batch"))
 
 

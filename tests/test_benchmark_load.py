@@ -25,7 +25,7 @@ def test_table_and_json(folder, tmp_path, monkeypatch, capsys):
     (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert row["stored_bytes"] == (folder / "model.safetensors").stat().st_size
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {folder}")]
-    assert [line[1] for line in lines] == list(load.LOADERS)
+    assert [line[1] for line in lines] == list(load.CONTESTANTS)
     for line in lines:
         seconds = row["seconds"][line[1]]
         assert len(seconds) == 3
