@@ -68,9 +68,11 @@ def study_step(model: nn.Module, device: str) -> Step:
     return step
 
 
-def our_step(model: UNet, device: str, precision: str, layout: str, compiled: bool, loss: str) -> Step:
-    """The example's loop: a loss is read one step later, when the device has it."""
-    model.to(memory_format=LAYOUTS[layout])
+def our_step(
+    model: UNet, device: str, precision: str, layout: str = "channels_last", *, loss: str = "bce", compiled: bool = False
+) -> Step:
+    """The example's loop, on a copy of the model: a loss is read one step later, when the device has it."""
+    model = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     bce = nn.BCEWithLogitsLoss()
     loss_fn = BCEDiceLoss() if loss == "bce-dice" else lambda logits, masks: bce(logits, masks.unsqueeze(1))
@@ -99,22 +101,20 @@ def contestants(device: str, features: list[int], compiled: bool) -> dict[str, S
     ours.load_state_dict(convert(study.state_dict()).state_dict)  # the same weights for all
     study.to(device)
     ours.to(device)
-    table = {"study": study_step(copy.deepcopy(study), device)}
+    table = {"study": study_step(study, device)}
     half = [precision for precision, name in (("fp16", "float16"), ("bf16", "bfloat16")) if not unsupported(name, device)]
     for precision in ("fp32", *half):
         for layout in ("contiguous", "channels_last"):
-            table[f"{precision} {layout}"] = our_step(copy.deepcopy(ours), device, precision, layout, False, "bce")
+            table[f"{precision} {layout}"] = our_step(ours, device, precision, layout)
     best = half[-1] if half else "fp32"
-    table[f"{best} channels_last bce-dice"] = our_step(copy.deepcopy(ours), device, best, "channels_last", False, "bce-dice")
+    table[f"{best} channels_last bce-dice"] = our_step(ours, device, best, loss="bce-dice")
     if device == "cpu":
-        table[f"{best} channels_last bce-dice{KEPT}"] = our_step(
-            copy.deepcopy(ours), device, best, "channels_last", False, "bce-dice"
-        )
+        table[f"{best} channels_last bce-dice{KEPT}"] = our_step(ours, device, best, loss="bce-dice")
     again = copy.deepcopy(ours)
     again.checkpoint_gradients = True
-    table[f"{best} channels_last bce-dice{AGAIN}"] = our_step(again, device, best, "channels_last", False, "bce-dice")
+    table[f"{best} channels_last bce-dice{AGAIN}"] = our_step(again, device, best, loss="bce-dice")
     if compiled:
-        table[f"{best} channels_last compiled"] = our_step(copy.deepcopy(ours), device, best, "channels_last", True, "bce")
+        table[f"{best} channels_last compiled"] = our_step(ours, device, best, compiled=True)
     return table
 
 
