@@ -289,8 +289,10 @@ def _predictions(
     """For each picture its size, and its logits (K, h, w) in pieces from the top down, to be taken before the next picture."""
     _check_model(model)
     batch_size = whole("batch_size", batch_size, 1)
-    overlap = None if overlap is None else whole("overlap", overlap, 0)
-    passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
+    overlap, tile = None if overlap is None else whole("overlap", overlap, 0), _tile_size(tile)
+    if not isinstance(tta, bool) and tta != "mirror":
+        raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}")
+    passes = _Passes(model, tile, overlap, tta, batch_size, progress)
     fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
     try:
         waiting = iter(_several(images))
@@ -310,10 +312,6 @@ class _Passes:
     tta: bool | str
     batch_size: int
     progress: bool
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.tta, bool) and self.tta != "mirror":
-            raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {self.tta!r}")
 
     def through(self, chunk: Iterable[_Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
         """What `_predictions` gives, for a few pictures."""
@@ -349,11 +347,10 @@ class _Passes:
         if self.tile is not None:
             return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
         window = choose_tile(self.model.config, size, self._pixels(), mirrored=bool(self.tta))
-        whole = needs_whole(self.model.config)
-        if window is not None and whole and self.overlap is None:
+        if window is not None and self.overlap is None and (reason := needs_whole(self.model.config)):
             raise ValueError(
                 f"a picture of {size[0]}x{size[1]} pixels does not fit into half of the free memory, and tiles cannot give its "
-                f"result, because {whole}; give overlap= for an approximate one, or tile={size} to try the whole picture"
+                f"result, because {reason}; give overlap= for an approximate one, or tile={size} to try the whole picture"
             )
         return window
 
@@ -464,12 +461,6 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
-_OTHER_NUMBERS = (
-    "scale other numbers to 0..255 (of a huge array by region, as docs/huge-pictures.md shows), or pass a tensor (C, H, W) of "
-    "floats in [0, 1]"
-)
-
-
 def _open(picture: Picture, channels: int) -> _Source:
     """The picture, in memory or to be read by region."""
     name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
@@ -490,7 +481,12 @@ def _open(picture: Picture, channels: int) -> _Source:
     if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):
         raise ValueError(
             f"{name}, as an array, must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
-            + ("pass a batch as list(batch)" if len(picture.shape) == 4 else _OTHER_NUMBERS)
+            + (
+                "pass a batch as list(batch)"
+                if len(picture.shape) == 4
+                else "scale other numbers to 0..255 (of a huge array by region, as docs/huge-pictures.md shows), or pass a "
+                "tensor (C, H, W) of floats in [0, 1]"
+            )
         )
     if 0 in picture.shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(picture.shape)}")
