@@ -157,8 +157,8 @@ def resident_peak_of(peer: str, folder: Path, case: Case) -> int:
 
 
 def peak_on_cpu(peer: str, folder: Path, case: Case) -> int | None:
-    command = [__file__, "--device", "cpu", "--peak-of", peer, str(folder)]
-    return in_fresh_process(*command, "--networks", case.network, "--shapes", case.shape, "--precisions", case.precision)
+    options = ["--networks", case.network, "--shapes", case.shape, "--precisions", case.precision]
+    return in_fresh_process(__file__, "--device", "cpu", "--peak-of", peer, str(folder), *options)
 
 
 @torch.inference_mode()

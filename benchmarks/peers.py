@@ -56,17 +56,17 @@ def load_network(name: str) -> Network:
     """The study's network with random weights for "study" and "narrow"; else what `UNet.from_pretrained` finds by the name."""
     if name in (STUDY, NARROW):
         widths = {"features": (16, 32, 64, 128)} if name == NARROW else {}
-        study, ours = randomize(StudyUNet(**widths)), UNet(**widths).eval()
-        ours.load_state_dict(convert(study.state_dict()).state_dict)
-    else:
-        ours = UNet.from_pretrained(name)
-        try:
-            state = export_state_dict(ours, "study")
-        except ValueError:
-            return Network(copy.deepcopy(ours), ours)
-        study = StudyUNet(3, ours.config.out_channels, ours.config.features, ours.config.bottleneck).eval()
-        study.load_state_dict(state)
-    return Network(study, ours)
+        network = Network(randomize(StudyUNet(**widths)), UNet(**widths).eval())
+        network.ours.load_state_dict(convert(network.study.state_dict()).state_dict)
+        return network
+    model = UNet.from_pretrained(name)
+    try:
+        state = export_state_dict(model, "study")
+    except ValueError:
+        return Network(copy.deepcopy(model), model)
+    module = StudyUNet(3, model.config.out_channels, model.config.features, model.config.bottleneck).eval()
+    module.load_state_dict(state)
+    return Network(module, model)
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
 
 def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaDataset], CarvanaDataset]:
     """The training sets, and the validation set, whose cars are in none of them."""
-    train, val = [], None
+    sets = []
     if args.synthetic:
         # Rendered once into a folder of its own, under the names that Kaggle gives its files.
         size = tuple(args.size)
@@ -302,18 +302,18 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
                 write_carvana(Path(partial) / "scenes", cars=args.synthetic // 4, views=(1, 6, 11, 16), size=size)
                 os.replace(Path(partial) / "scenes", folder)
         shared("rendered")  # the others wait
-        train.append(CarvanaDataset(folder / "train", folder / "train_masks"))
+        sets.append(CarvanaDataset(folder / "train", folder / "train_masks"))
     if args.data:
         real = CarvanaDataset(args.data / "train", args.data / "train_masks")
         if (args.data / "val").is_dir():
             val = CarvanaDataset(args.data / "val", args.data / "val_masks")
         else:
             real, val = split_by_car(real, val_fraction=0.1, seed=args.seed)
-        train.append(real)
+        sets.append(real)
     else:
-        train[0], val = split_by_car(train[0], val_fraction=0.25, seed=args.seed)
+        sets[0], val = split_by_car(sets[0], val_fraction=0.25, seed=args.seed)
     val.check()  # a file that cannot be read would cost an epoch
-    return train, val
+    return sets, val
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
