@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from unetlib.synthetic import render_scene
 class Scenes:
     """Rendered scenes of one car each, under a seed that training does not use."""
 
-    def __init__(self, count: int, size: tuple[int, int], seed: int = 2026) -> None:
-        self.count, self.size, self.seed = count, size, seed
+    def __init__(self, count: int, size: tuple[int, int]) -> None:
+        self.count, self.size = count, size
 
     def __len__(self) -> int:
         return self.count
@@ -38,15 +39,15 @@ class Scenes:
     def __getitem__(self, index: int):
         if index >= self.count:
             raise IndexError(index)
-        return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=self.seed)
+        return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=2026)
 
 
-def score_objects(model: UNet, dataset, tta: bool | str = False, ignored: int | None = None) -> dict[str, float]:
+def score_objects(model: UNet, dataset, tta: bool | str = False, ignore_index: int | None = None) -> dict[str, float]:
     """Scores of the objects that are not background, and of their edges."""
     objects, edges = ObjectMetrics(), []
     for image, mask in dataset:
         mask = torch.as_tensor(mask)
-        counts = torch.ones_like(mask, dtype=torch.bool) if ignored is None else mask != ignored
+        counts = torch.ones_like(mask, dtype=torch.bool) if ignore_index is None else mask != ignore_index
         found, true = torch.from_numpy(model.predict(image, tta=tta) > 0) & counts, (mask > 0) & counts
         objects.update(found.numpy(), true.numpy())
         edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None]))
@@ -54,6 +55,57 @@ def score_objects(model: UNet, dataset, tta: bool | str = False, ignored: int | 
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check(parser, args)
+    with without_traceback():
+        model = UNet.from_pretrained(args.model, device=args.device)
+        names = model.preprocessing.class_names or [str(k) for k in range(max(2, model.config.out_channels))]
+        dataset = load_data(parser, args, model, names)
+    tta = "mirror" if args.tta == "mirror" else bool(args.tta)
+    start = time.perf_counter()
+    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
+    metrics = SegmentationMetrics(model.config.out_channels, **options)
+    with without_traceback():  # pictures are read on the way
+        scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
+    if model.config.out_channels > 1:
+        scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
+    seconds = (time.perf_counter() - start) / len(dataset)
+    if args.objects:
+        scores |= score_objects(model, dataset, tta, ignored(args))
+    print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
+
+
+def load_data(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, model: UNet, names: Sequence[str]
+) -> Scenes | ImageMaskDataset:
+    """Pictures and masks of the model's classes, which have these names."""
+    if model.preprocessing.multilabel:
+        raise ValueError(
+            f"{args.model} is multilabel, and mask files hold one class for each pixel; use unetlib.inference.evaluate "
+            "with pairs of a picture and its masks (C, H, W)"
+        )
+    if args.synthetic and len(names) > 2:
+        raise ValueError(
+            f"{args.model} tells {len(names)} classes apart ({', '.join(names)}), and rendered scenes have two; give "
+            "--images and --masks"
+        )
+    if args.synthetic:
+        return Scenes(args.synthetic, args.size)
+    if len(args.mask_values or range(2)) != len(names):
+        parser.error(
+            f"the model has {len(names)} classes ({', '.join(names)}); name the masks' values in their order, such as "
+            f"--mask-values {' '.join(map(str, range(len(names))))}; where colours are the classes, score in Python: "
+            "docs/finetune.md"
+        )
+    mode = "L" if model.config.in_channels == 1 else "RGB"
+    values: Any = "nonzero" if args.nonzero else args.mask_values
+    if args.ignore is not None:
+        values = set_aside(values, args.ignore)
+    return ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="carvana", help="zoo name, folder, file or Hub repository (carvana)")
     parser.add_argument("--images", type=Path, help="folder of pictures")
@@ -71,7 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before anything is read."""
     if not args.synthetic and not (args.images and args.masks):
         parser.error("give --images and --masks, or --synthetic N")
     if args.synthetic and (args.images or args.masks):
@@ -89,53 +145,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--mask-values names fewer than two classes{left_out}, and scores need two; name both")
     try:
         whole("--synthetic", args.synthetic, 0)
-        size = height_and_width(args.size or (1280, 1918), "--size")
+        args.size = height_and_width(args.size or (1280, 1918), "--size")
         check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     if args.objects and importlib.util.find_spec("scipy") is None:
         parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
-
-    with without_traceback():
-        model = UNet.from_pretrained(args.model, device=args.device)
-        if model.preprocessing.multilabel:
-            raise ValueError(
-                f"{args.model} is multilabel, and mask files hold one class for each pixel; use unetlib.inference.evaluate "
-                "with pairs of a picture and its masks (C, H, W)"
-            )
-        classes = max(2, model.config.out_channels)
-        names = model.preprocessing.class_names or [str(k) for k in range(classes)]
-        if args.synthetic:
-            if classes > 2:
-                raise ValueError(
-                    f"{args.model} tells {classes} classes apart ({', '.join(names)}), and rendered scenes have two; give "
-                    "--images and --masks"
-                )
-            dataset = Scenes(args.synthetic, size)
-        else:
-            if len(args.mask_values or range(2)) != classes:
-                parser.error(
-                    f"the model has {classes} classes ({', '.join(names)}); name the masks' values in their order, such as "
-                    f"--mask-values {' '.join(map(str, range(classes)))}; where colours are the classes, score in Python: "
-                    "docs/finetune.md"
-                )
-            mode = "L" if model.config.in_channels == 1 else "RGB"
-            values: Any = "nonzero" if args.nonzero else args.mask_values
-            if args.ignore is not None:
-                values = set_aside(values, args.ignore)
-            dataset = ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
-    tta = "mirror" if args.tta == "mirror" else bool(args.tta)
-    start = time.perf_counter()
-    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
-    metrics = SegmentationMetrics(model.config.out_channels, **options)
-    with without_traceback():  # pictures are read on the way
-        scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
-    if model.config.out_channels > 1:
-        scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
-    seconds = (time.perf_counter() - start) / len(dataset)
-    if args.objects:
-        scores |= score_objects(model, dataset, tta, ignored=ignored(args))
-    print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def test_what_does_not_count_is_no_object(example):
 
     seen = np.repeat((mask == 1).astype(np.uint8)[..., None], 3, axis=-1)
     seen[25:30, 5:10] = 1  # what is found there does not count either
-    scores = example("evaluate").score_objects(Seer(), [(seen, mask)], ignored=255)
+    scores = example("evaluate").score_objects(Seer(), [(seen, mask)], ignore_index=255)
     assert (scores["ap"], scores["edge_f"], scores["rand"]) == (1, 1, 1)
     assert example("evaluate").score_objects(Seer(), [(seen, mask)])["ap"] < 1
 
