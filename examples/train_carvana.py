@@ -255,19 +255,7 @@ def train(
         save()
 
     if rank == 0:
-        with room_asked_for(args.out):
-            (args.out / "history.json").write_text(as_json(history, indent=1))
-            if importlib.util.find_spec("matplotlib"):
-                learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
-            else:
-                say("no curves.png without matplotlib: pip install 'unetlib[examples]'")
-        images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
-        predicted = UNet.from_pretrained(args.out / "model", device=device).predict(images)
-        if args.ignore is not None:  # what does not count is shown as background
-            masks = [mask * (mask != ignored(args)) for mask in masks]
-        sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
-        with room_asked_for(args.out):
-            Image.fromarray(sheet).save(args.out / "predictions.png")
+        write_results(args, history, val_set, device)
         say(f"best: Dice {best['dice']:.5f} in epoch {best['epoch']}; weights, card, curves and predictions: {args.out}")
     release_freed()
     return best
@@ -286,6 +274,24 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     metrics = SegmentationMetrics(model.config.out_channels, **options)
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
     return metrics.all_gather().compute()
+
+
+def write_results(args: argparse.Namespace, history: dict[str, Any], val_set: ImageMaskDataset, device: torch.device) -> None:
+    """What a finished run has to show: its history, curves of it, and what the best weights predict."""
+    with room_asked_for(args.out):
+        (args.out / "history.json").write_text(as_json(history, indent=1))
+        if importlib.util.find_spec("matplotlib"):
+            learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
+        else:
+            print("no curves.png without matplotlib: pip install 'unetlib[examples]'")
+    images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
+    model = UNet.from_pretrained(args.out / "model", device=device)
+    predicted = model.predict(images)
+    if args.ignore is not None:  # what does not count is shown as background
+        masks = [mask * (mask != ignored(args)) for mask in masks]
+    sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
+    with room_asked_for(args.out):
+        Image.fromarray(sheet).save(args.out / "predictions.png")
 
 
 def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaDataset], CarvanaDataset]:
