@@ -309,16 +309,7 @@ def _load(
     `exact`: refuse what Pillow rounds.
     """
     with _opened(source) as image:
-        # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
-        one = image is source or image.format == "MPO"
-        frames = 1 if one else getattr(image, "n_frames", 1)
-        halved = _halved(image)
-        refusal = _refusal(image, exact)
-        if frames > 1:
-            refusal = (
-                f"holds {frames} frames; save each as a file of its own, or give predict the list "
-                "[unetlib.imaging.read_image(frame) for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
-            )
+        refusal, halved = _refusal(image, source, exact), _halved(image)
         if refusal is None:
             if min_size is not None and image is not source:
                 # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
@@ -368,8 +359,15 @@ def _warn_if_dark(levels: NDArray[Any], limit: int) -> None:
         )
 
 
-def _refusal(image: Image.Image, exact: bool) -> str | None:
+def _refusal(image: Image.Image, source: Source, exact: bool) -> str | None:
     """Why a picture is not read, though Pillow would give something."""
+    # A phone's JPEG (MPO) has previews behind the picture, and an open picture is at the frame its owner chose.
+    frames = 1 if image is source or image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        return (
+            f"holds {frames} frames; save each as a file of its own, or give predict the list "
+            "[unetlib.imaging.read_image(frame) for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
+        )
     tags = _tags(image)
     if _halved(image):
         if exact:
