@@ -510,9 +510,9 @@ class SegmentationMetrics:
         table = counts.confusion(reading, self.threshold)
         cells = one_against_rest(table, self._sigmoid)
         scores = torch.stack([score(cells, self.empty) for score in SCORES.values()])  # (S, N, C)
-        of_mean = slice(self._first, None)
-        classes = (~scores[..., of_mean].isnan()).sum(-1, keepdim=True)
-        mean = _from_fixed_point(_fixed_point(scores)[..., of_mean, :].sum(-2, keepdim=True)) / classes  # nan for no class
+        of_mean = scores[..., self._first :]
+        classes = (~of_mean.isnan()).sum(-1, keepdim=True)
+        mean = _from_fixed_point(_fixed_point(of_mean).sum(-2, keepdim=True)) / classes  # nan for no class
         scores = torch.cat([scores, mean], dim=-1)  # (S, N, C + 1)
         self._add(table.sum(0), _fixed_point(scores).sum(1), (~scores.isnan()).sum(1), len(logits))
         if self.keep_pictures:
