@@ -128,6 +128,9 @@ class Family:
 NORMED = {"conv1": "0", "norm1": "1", "conv2": "3", "norm2": "4"}
 BARE = {"conv1": "0", "conv2": "2"}
 
+BILINEAR = {"upsample": "bilinear", "align_corners": True}
+
+PICTURES_UNKNOWN = "the size and scaling of its pictures are not in the file; pictures keep their size, pixels lie in [0, 1]"
 ANOTHER_ACTIVATION = (
     "For another activation: unetlib.convert.convert(torch.load(path, weights_only=True), activation='elu').to_model()"
 )
@@ -156,7 +159,7 @@ MILESIAL = Family(
     head="outc.conv",
     layers=NORMED,
     options={"match": "zeros"},
-    weightless={"upsample": "bilinear", "align_corners": True},
+    weightless=BILINEAR,
     ignored=("mask_values",),  # a list of grey values or colours, in the state dict since version 4
     preprocessing=Preprocessing(scale=0.5),
     unknown="its scale is not in the file; assumed is 0.5, the default of its script. For one trained at full size give "
@@ -239,9 +242,9 @@ NESTED = Family(
     upsample={},
     head="final",
     layers={"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2"},
-    weightless={"upsample": "bilinear", "align_corners": True},
+    weightless=BILINEAR,
     open=("match",),
-    unknown="the size and scaling of its pictures are not in the file; pictures keep their size, pixels lie in [0, 1]",
+    unknown=PICTURES_UNKNOWN,
 )
 
 # usuyama/pytorch-unet.
@@ -255,9 +258,9 @@ USUYAMA = Family(
     layers=BARE,
     norms=("none",),
     options={"skip_first": False},
-    weightless={"upsample": "bilinear", "align_corners": True},
+    weightless=BILINEAR,
     open=("match",),
-    unknown="the size and scaling of its pictures are not in the file; pictures keep their size, pixels lie in [0, 1]",
+    unknown=PICTURES_UNKNOWN,
 )
 
 # jaxony/unet-pytorch, with its defaults `up_mode="transpose"` and `merge_mode="concat"`.
@@ -272,7 +275,7 @@ JAXONY = Family(
     norms=("none",),
     options={"skip_first": False},
     open=("match",),
-    unknown="the size and scaling of its pictures are not in the file; pictures keep their size, pixels lie in [0, 1]",
+    unknown=PICTURES_UNKNOWN,
 )
 
 FAMILIES = (STUDY, MILESIAL, MATEUSZBUDA, FEPEGAR, MONAI, LEEJUNHYUN, NESTED, USUYAMA, JAXONY)
