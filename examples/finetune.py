@@ -62,11 +62,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         raise ValueError(f"{given[0]} holds out pictures of train/, but there is a val/; leave one out")
 
     listed = args.data / "classes.txt"
-    try:  # Windows marks the order of bytes
-        lines = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []
-    except UnicodeDecodeError:
-        raise ValueError(f"{listed} is not UTF-8; save it again as UTF-8") from None
-    listed_names = [line.strip() for line in lines if line.strip()]
+    listed_names = read_names(listed)
     found, palettes = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
     if args.ignore is not None:
         if args.nonzero:
@@ -95,6 +91,15 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     val = held_out(sets[0].images, args.val_last, args.val_share or 0.1)
     say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
     return names, sets[0].subset(i for i in range(len(sets[0])) if i not in val), sets[0].subset(val)
+
+
+def read_names(listed: Path) -> list[str]:
+    """The names in a file, one a line; none where there is no file."""
+    try:  # Windows marks the order of bytes
+        lines = listed.read_text(encoding="utf-8-sig").split("\n") if listed.is_file() else []
+    except UnicodeDecodeError:
+        raise ValueError(f"{listed} is not UTF-8; save it again as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
@@ -173,9 +178,8 @@ def held_out(images: list[str], last: int, share: float) -> list[int]:
     if not 0 < count < len(images):
         raise ValueError(f"cannot hold out {count} of {len(images)} pictures; see --val-last and --val-share")
     if last:
-        return sorted(range(len(images)), key=lambda i: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", images[i])])[
-            -last:
-        ]
+        by_number = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", image)] for image in images]
+        return sorted(range(len(images)), key=by_number.__getitem__)[-last:]
     return sorted(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
