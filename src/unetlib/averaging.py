@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import nn
 
@@ -34,8 +36,9 @@ def follow(average: nn.Module, model: nn.Module, decay: float, *, steps: int) ->
     if not 0 <= decay < 1 or steps < 0:
         raise ValueError(f"decay must be in [0, 1) and steps 0 or more, got decay={decay!r}, steps={steps!r}")
     mine, others = ([*network.parameters(), *network.buffers()] for network in (average, model))  # shared ones once
-    floats = [number for number, tensor in enumerate(mine) if tensor.is_floating_point()]
+    floats = [tensor.is_floating_point() for tensor in mine]
     share = 1 - min(decay, (1 + steps) / (10 + steps))
-    torch._foreach_lerp_([mine[number] for number in floats], [others[number] for number in floats], share)
-    for number in {*range(len(mine))}.difference(floats):  # counts of batches
-        mine[number].copy_(others[number])
+    torch._foreach_lerp_([*compress(mine, floats)], [*compress(others, floats)], share)
+    for own, other in zip(mine, others):
+        if not own.is_floating_point():  # counts of batches
+            own.copy_(other)
