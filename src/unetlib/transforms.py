@@ -651,13 +651,13 @@ def _as_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
 def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
-    if mean is not None and std is not None:
-        wrong = f"mean and std must each be one number for each channel, and std above 0, not mean={mean!r} and std={std!r}"
-        try:
-            means, stds = [*map(float, mean)], [*map(float, std)]
-        except TypeError:
-            raise ValueError(wrong) from None
-        if not means or len(means) != len(stds) or min(stds) <= 0:
-            raise ValueError(wrong)
-        return [v2.Normalize(means, stds), v2.ToPureTensor()]
-    return [v2.ToPureTensor()]
+    if mean is None or std is None:
+        return [v2.ToPureTensor()]
+    wrong = f"mean and std must each be one number for each channel, and std above 0, not mean={mean!r} and std={std!r}"
+    try:
+        means, stds = [*map(float, mean)], [*map(float, std)]
+    except TypeError:
+        raise ValueError(wrong) from None
+    if not means or len(means) != len(stds) or min(stds) <= 0:
+        raise ValueError(wrong)
+    return [v2.Normalize(means, stds), v2.ToPureTensor()]
