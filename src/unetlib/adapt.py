@@ -200,8 +200,8 @@ def _place(small: Tensor, large: Tensor, name: str, old: UNetConfig, new: UNetCo
     if name.endswith(".conv.conv1.weight"):  # reads two maps, each of which has grown
         level = old.depth - 1 - int(name.split(".")[1])
         first = "features" if old.skip_first else "up_features"
-        beyond = getattr(new, first)[level] - getattr(old, first)[level]
-        inputs = [place if place < getattr(old, first)[level] else place + beyond for place in inputs]
+        before, after = getattr(old, first)[level], getattr(new, first)[level]
+        inputs = [place if place < before else place + after - before for place in inputs]
     large[: len(small)] = 0
     large[: len(small), inputs] = small
 

@@ -232,7 +232,7 @@ class ObjectMetrics:
         scores: dict[str, float] = {}
         for suffix, table in tables.items():
             mean = table.mean(0) if len(table) else np.full(len(THRESHOLDS), math.nan)
-            scores |= {f"ap{suffix}": float(mean.mean())}
+            scores[f"ap{suffix}"] = float(mean.mean())
             scores |= {f"ap{round(100 * t)}{suffix}": float(mean[THRESHOLDS.index(t)]) for t in (0.5, 0.75)}
         rand = [score for score in self._rand if not math.isnan(score)]
         return scores | {"rand": math.fsum(rand) / len(rand) if rand else math.nan}

@@ -242,7 +242,7 @@ def _load(path: Path, device: str, *, mmap: bool) -> Any:
             raise
     # Only stand-ins go by these names: NumPy's own would believe a dtype of which a stranger says that it holds pointers.
     # The names are the whole process's, so that another thread would lose them in the middle.
-    with _NAMES, torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _NUMPY.items()]):
+    with _ONE_AT_A_TIME, torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _NUMPY.items()]):
         return load()
 
 
@@ -264,7 +264,7 @@ def _number(kind: Any, data: bytes) -> Any:
     return np.frombuffer(data, kind.type, count=1)[0].item()
 
 
-_NAMES = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 _NUMPY: dict[str, Any] = {  # what a pickled scalar asks for, under NumPy 1 and 2
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,

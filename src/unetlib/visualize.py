@@ -196,8 +196,8 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
     steps.plot(range(window, len(loss) + 1), smooth, color="tab:blue")
     steps.set(xlabel="step", ylabel="training loss", yscale="log")
     for key in ("dice", "iou", "accuracy"):
-        known = [(epoch, entry[key]) for epoch, entry in enumerate(scores, 1) if key in entry]
-        epochs.plot(*zip(*known), marker="o", label=f"{key} {known[-1][1]:.4f}") if known else None
+        if known := [(epoch, entry[key]) for epoch, entry in enumerate(scores, 1) if key in entry]:
+            epochs.plot(*zip(*known), marker="o", label=f"{key} {known[-1][1]:.4f}")
     epochs.set(xlabel="epoch", ylabel="validation score")
     if epochs.lines:
         epochs.legend()
