@@ -39,8 +39,7 @@ class CudaLevel(PlainLevel):
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
-        self.missing = -parts.channels % _ALIGNED
-        self.channels = parts.channels + self.missing
+        self.channels = parts.channels + -parts.channels % _ALIGNED
         super().__init__(parts.widened(self.channels), dtype)
         self.width = parts.width
         self.total = parts.up_convs[0].weight.shape[1] if parts.up_convs else self.width
@@ -95,9 +94,9 @@ class CudaLevel(PlainLevel):
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
-        if not self.missing or x.shape[1] == self.channels:
+        if x.shape[1] == self.channels:
             return self.enter(x)
-        whole = _empty(x, x.shape[1] + self.missing, x.shape[-2:], self.dtype)
+        whole = _empty(x, self.channels, x.shape[-2:], self.dtype)
         whole[:, : x.shape[1]] = x
         whole[:, x.shape[1] :] = 0
         return whole
