@@ -27,6 +27,7 @@ from .arguments import is_number
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
 _ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
+_SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
 
 
 class Reading(NamedTuple):
@@ -156,8 +157,7 @@ def read(
         target = target.to(logits.dtype)
     if valid is not None:
         target = target.masked_fill(~valid, 0)
-    squeezed = _SQUEEZED if logits.ndim == 3 else ""
-    _check_values(target, valid, channels - 1 if indices else 1, squeezed, indices=indices, shares=not (sigmoid or indices))
+    _check_values(target, valid, channels - 1 if indices else 1, indices=indices, shares=not (sigmoid or indices))
     if rounded:
         target = target.clamp(0, 1)
     return Reading(logits, target.squeeze(1).long() if indices else target, valid, sigmoid)
@@ -206,10 +206,7 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
         )
 
 
-_SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
-
-
-def _check_values(target: Tensor, valid: Tensor | None, highest: int, hint: str, *, indices: bool, shares: bool) -> None:
+def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices: bool, shares: bool) -> None:
     if target.dtype != torch.bool:
         low, high = (value if _waits(value) else value.item() for value in target.aminmax())  # one NaN makes both NaN
         slack = 0 if indices else _ROUNDING
@@ -232,7 +229,7 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, hint: str,
             excess.abs().amax() < 0.01,
             "class probabilities that sum to 1 at every pixel",
             lambda: 1 + excess.flatten()[excess.abs().argmax()],
-            f"for classes that overlap say multilabel=True{hint}",
+            "for classes that overlap say multilabel=True" + (_SQUEEZED if target.ndim == 3 else ""),
         )
 
 
