@@ -72,10 +72,10 @@ struct Call {
 // A 3x3 convolution with padding 1 of one map, or of two as if concatenated. Channels are whole vectors.
 struct Convolution {
     const float *first, *second;  // second may be null
-    const float *weights;         // transformed, (36, out / LANES, in, LANES);
-    const float *bias;            // of `convolve_directly`: (out / LANES, 9 * in, LANES)
-    float *out, *pooled;          // pooled, by 2x2, may be null
-    float *workspace;             // 36 * (in + out) for each tile, or for TILES of each thread; or 9 * in for each pixel
+    // Transformed, (36, out / LANES, in, LANES); those of `convolve_directly`: (out / LANES, 9 * in, LANES).
+    const float *weights, *bias;
+    float *out, *pooled;  // pooled, by 2x2, may be null
+    float *workspace;     // 36 * (in + out) for each tile, or for TILES of each thread; or 9 * in for each pixel
     int64_t pictures, height, width, first_channels, second_channels, out_channels, relu;
     int64_t halves;  // weights are bfloat16, with two channels of `in` side by side, and so is what they are multiplied with
 };
