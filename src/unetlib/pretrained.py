@@ -353,7 +353,7 @@ def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) 
     """A weights file by `config.json`, or by its header, or as a checkpoint of another project."""
     tensors, text = weights.tensors, weights.metadata.get("unetlib")
     try:
-        values = trust.read_json(trust.read_small(config)) if config else trust.read_json(text) if text is not None else {}
+        values = trust.read_json(trust.read_small(config) if config else "{}" if text is None else text)
         if values and "model" not in values and FIRST in tensors:  # a mixin's: the constructor's arguments
             known = {field.name for field in dataclasses.fields(UNetConfig)}
             values = {"model": {name: value for name, value in values.items() if name in known}}

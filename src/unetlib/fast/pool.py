@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import operator
 import sys
 import threading
 import weakref
@@ -24,6 +25,7 @@ _HUGE_PAGE = 2**21  # bytes
 _MADV_HUGEPAGE = 14
 _ALIGNMENT = 64  # bytes: what NNPACK needs
 _MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would occupy what the next large map needs
+_numbers = operator.itemgetter(0)  # of a block and the numbers in it
 _local = threading.local()
 
 
@@ -82,10 +84,6 @@ def empty(*shape: int, channels_last: bool = False) -> Tensor:
     if pool is None:
         return _shaped(_fresh(numbers), shape, channels_last)
     return pool.empty(*shape, channels_last=channels_last)
-
-
-def _numbers(block: tuple[int, Tensor]) -> int:
-    return block[0]
 
 
 def _shaped(block: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
