@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import carvana_folder, check, command, machine, wait, write_json
+from harness import carvana_folder, check, command, machine, print_machine, wait, write_json
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {"command": command(argv), "machine": about, "workers": args.workers, "rows": [], "busy": []}
     with tempfile.TemporaryDirectory() as temporary:
         carvana, results["files"] = find_files(args, Path(temporary))
-        print(", ".join(f"{name} {value}" for name, value in about.items()))
+        print_machine(about)
         print(f"{len(carvana)} {results['files']}, {args.repeats} repeats, {args.workers} workers")
         print(f"{'size':<9}{'data':<46}{'ms CPU':>9}{'ms wall':>9}{'samples/s':>11}{'x CPU':>8}{'x wall':>8}")
         for size in args.sizes if args.repeats else ():

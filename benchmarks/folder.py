@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import carvana_folder, check, command, machine, without_traceback, write_json
+from harness import carvana_folder, check, command, machine, print_machine, without_traceback, write_json
 from PIL import Image
 
 from unetlib import UNet
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(model, names[:1], args, folder)  # warms up
         rounds = [measure(model, names, args, folder) for _ in range(args.rounds)]
     ratios = [seconds["loop"] / seconds["predict_folder.py"] for seconds in rounds]
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print_machine(about)
     print(f"{len(names)} pictures, {args.rounds} rounds, batches of {args.batch_size}, {args.threads} threads")
     for side in rounds[0]:
         print(f"{side:<18}{len(names) / statistics.median(seconds[side] for seconds in rounds):8.2f} pictures/s")

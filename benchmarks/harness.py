@@ -58,6 +58,10 @@ def machine(device: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     return found | ({"UNETLIB_DATA": "set"} if os.environ.get("UNETLIB_DATA") else {})  # where it lies is nobody's business
 
 
+def print_machine(about: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+
+
 def is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 

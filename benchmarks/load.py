@@ -19,7 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import check, command, in_fresh_process, machine, ratios, resident, resident_peak, spread, time_turns, write_json
+from harness import (
+    check,
+    command,
+    in_fresh_process,
+    machine,
+    print_machine,
+    ratios,
+    resident,
+    resident_peak,
+    spread,
+    time_turns,
+    write_json,
+)
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 
@@ -161,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         if model != STUDY and not (folder_of(model) / "config.json").is_file():
             parser.error(f"--models must be {', '.join(list_pretrained())}, {STUDY} or a model's folder, not {model!r}")
     about = machine("cpu", ("huggingface-hub",))
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print_machine(about)
     print("\n| model | loader | ms | times as long | peak MiB | times as much | private MiB | times as much |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []

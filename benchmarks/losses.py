@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import add_device, check, command, machine, peak_allocated, spread, time_turns, write_json
+from harness import add_device, check, command, machine, peak_allocated, print_machine, spread, time_turns, write_json
 from torch import Tensor
 
 from unetlib import losses
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     about = machine(args.device, ("segmentation-models-pytorch", "monai"))
     settings = {name: getattr(args, name) for name in ("batch", "size", "classes", "rounds")}
-    print(", ".join(f"{name} {value}" for name, value in (about | settings).items()))
+    print_machine(about | settings)
     print("\n| loss | unetlib, ms | smp, times as long | MONAI | unetlib, MiB | smp, times as much | MONAI |")
     print("|---|---|---|---|---|---|---|")
     write_json(args.json, {"command": command(argv), "machine": about, **settings, "rows": compare(args)})

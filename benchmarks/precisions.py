@@ -25,6 +25,7 @@ from harness import (
     check,
     command,
     machine,
+    print_machine,
     print_row,
     ratios,
     spread,
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with without_traceback():
             copies = contestants(model, calibration)
         [x] = network_inputs(model, [val[0][0]])
-        print(", ".join(f"{name} {value}" for name, value in about.items()))
+        print_machine(about)
         height, width = x.shape[2:]
         print(f"{args.model} at {height}x{width}, {len(val)} pictures scored, {len(calibration)} for the ranges of int8")
         calls = [functools.partial(fast, x) for fast in copies.values()]

@@ -27,6 +27,7 @@ from harness import (
     check,
     command,
     machine,
+    print_machine,
     print_row,
     ratios,
     spread,
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the study's way needs a model with a size and without mean and standard deviation, {args.model!r} is none"
         )
     about = machine(args.device, ("pillow",))
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print_machine(about)
     with tempfile.TemporaryDirectory() as temporary:
         path = find_picture(args.picture, Path(temporary))
         with without_traceback():

@@ -77,11 +77,15 @@ def details(rows: list[Row], roofs: dict[str, Any]) -> str:
     return table(header, lines)
 
 
+def quartiles(values: list[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*spread(values))
+
+
 def best(results: dict[str, Any]) -> str:
     """Unetlib's fastest against the fastest peer, case by case."""
     lines = []
     for row in results["best"]:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["ratio"]))
+        ratio = quartiles(row["ratio"])
         lines.append([row["network"], row["shape"], row["precision"], f"`{row['ours']}`", f"`{row['peer']}`", ratio])
     return table(["network", "shape", "precision", "unetlib's best", "best peer", "times its speed, quartiles"], lines)
 
@@ -106,7 +110,7 @@ def predict_section(results: dict[str, Any], stem: str) -> str:
     lines = []
     for row in results["rows"]:
         stages = [f"{1e3 * spread(row['stages'][stage]).median:.1f}" for stage in STAGES]
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["ratio"]))
+        ratio = quartiles(row["ratio"])
         lines.append([row["way"], f"{1e3 * median(row):.1f}", *stages, ratio])
     header = ["way", "ms", *STAGES, "unetlib is times as fast, quartiles"]
     width, height = results["picture"]
@@ -117,7 +121,7 @@ def predict_section(results: dict[str, Any], stem: str) -> str:
 def precisions_section(results: dict[str, Any], stem: str) -> str:
     lines = []
     for row in results["rows"]:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*spread(row["speedup"]))
+        ratio = quartiles(row["speedup"])
         change = row["dice"] - results["rows"][0]["dice"]
         lines.append([row["way"], f"{1e3 * median(row):.1f}", ratio, f"{row['dice']:.5f}", f"{change:+.5f}"])
     height, width = results["shape"][2:]

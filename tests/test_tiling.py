@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unetlib import UNet, UNetConfig
-from unetlib.tiling import Piece, choose_tile, exact_halo, iter_bands, join, needs_whole, plan_tiles, run_tiles
+from unetlib.tiling import Piece, choose_tile, exact_halo, iter_bands, join, plan_tiles, run_tiles, why_whole
 
 
 def small(depth: int = 2, **options) -> UNet:
@@ -97,8 +97,8 @@ def test_the_halo_is_where_the_last_pixel_is_that_changes_the_result(depth, upsa
 )
 def test_networks_that_need_the_whole_picture_are_refused(options, reason):
     config = UNetConfig(features=(8, 16), **options)
-    assert needs_whole(UNetConfig()) is None
-    assert needs_whole(config).startswith(reason)
+    assert why_whole(UNetConfig()) is None
+    assert why_whole(config).startswith(reason)
     with pytest.raises(ValueError, match=reason):
         exact_halo(config)
     for side in (4, 8, 12, 32, 64):

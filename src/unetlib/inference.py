@@ -32,7 +32,7 @@ from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_rast
 from .structure import difference
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .targets import check_threshold
-from .tiling import Piece, choose_tile, iter_bands, join, needs_whole, plan_tiles, run_tiles
+from .tiling import Piece, choose_tile, iter_bands, join, plan_tiles, run_tiles, why_whole
 
 if TYPE_CHECKING:
     from .metrics import SegmentationMetrics
@@ -347,7 +347,7 @@ class _Passes:
         if self.tile is not None:
             return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
         window = choose_tile(self.model.config, size, self._pixels(), mirrored=bool(self.tta))
-        if window is not None and self.overlap is None and (reason := needs_whole(self.model.config)):
+        if window is not None and self.overlap is None and (reason := why_whole(self.model.config)):
             raise ValueError(
                 f"a picture of {size[0]}x{size[1]} pixels does not fit into half of the free memory, and tiles cannot give its "
                 f"result, because {reason}; give overlap= for an approximate one, or tile={size} to try the whole picture"

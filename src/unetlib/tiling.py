@@ -80,8 +80,8 @@ def exact_halo(config: UNetConfig) -> int:
         >>> [exact_halo(UNetConfig(features=(8,) * depth)) for depth in (1, 2, 3, 4)]
         [8, 22, 46, 94]
     """
-    if whole := needs_whole(config):
-        raise ValueError(f"tiles cannot give the whole picture's result, because {whole}")
+    if reason := why_whole(config):
+        raise ValueError(f"tiles cannot give the whole picture's result, because {reason}")
     side = config.stride // config.patch_size
     first, last = 0, side - 1  # pixels of the first level's map in the smallest tile
     skips: list[tuple[int, int]] = []
@@ -98,11 +98,11 @@ def exact_halo(config: UNetConfig) -> int:
     return config.patch_size * max(-first, last - (side - 1))
 
 
-def needs_whole(config: UNetConfig) -> str | None:
+def why_whole(config: UNetConfig) -> str | None:
     """Why each pixel of the network's output depends on the whole picture; None where it does not.
 
     Example:
-        >>> needs_whole(UNetConfig(norm="group"))
+        >>> why_whole(UNetConfig(norm="group"))
         "norm='group' takes its mean and variance from the whole picture"
     """
     if config.norm in ("instance", "group"):
@@ -150,18 +150,18 @@ def plan_tiles(
         (Span(start=0, stop=64, keep_start=0, keep_stop=64),)
     """
     multiple = config.stride
-    whole = needs_whole(config)
-    if overlap is None and whole:
+    obstacle = why_whole(config)
+    if overlap is None and obstacle:
         some = _round_up(min(tile) // 8, multiple)
         some = some if min(tile) >= 2 * some + multiple else 0
         raise ValueError(
-            f"tiles cannot give the whole picture's result, because {whole}; give overlap= for an approximate result, such as "
-            f"overlap={some}, or tile=({size[0]}, {size[1]}) to keep the picture whole"
+            f"tiles cannot give the whole picture's result, because {obstacle}; give overlap= for an approximate result, such "
+            f"as overlap={some}, or tile=({size[0]}, {size[1]}) to keep the picture whole"
         )
     two_grids = mirrored and _has_two_grids(config, size)
-    halo = _round_up(min(tile) if whole else exact_halo(config), multiple) + multiple * two_grids
+    halo = _round_up(min(tile) if obstacle else exact_halo(config), multiple) + multiple * two_grids
     overlap = halo if overlap is None else _round_up(overlap, multiple)
-    exact = not whole and overlap >= halo
+    exact = not obstacle and overlap >= halo
     rests = [length % multiple if two_grids and exact else 0 for length in size]
     for side, length, rest in zip(tile, size, rests):
         least = 2 * overlap + multiple + rest
@@ -171,7 +171,7 @@ def plan_tiles(
                 f"pixels a side, got {side}; give a larger tile=, or a smaller overlap= for an approximate result"
             )
     if not exact:
-        reason = whole or f"overlap={overlap} is less than the {halo} pixels that decide the result"
+        reason = obstacle or f"overlap={overlap} is less than the {halo} pixels that decide the result"
         warnings.warn(f"tiles are blended and the result is approximate, because {reason}", stacklevel=2)
     elif config.match == "resize" and any(length % multiple for length in size) and any(map(operator.gt, size, tile)):
         warnings.warn(
@@ -209,7 +209,7 @@ def choose_tile(config: UNetConfig, size: tuple[int, int], pixels: int, *, mirro
     if size[0] * size[1] <= pixels:
         return None
     multiple = config.stride
-    halo = multiple if needs_whole(config) else _round_up(exact_halo(config), multiple)
+    halo = multiple if why_whole(config) else _round_up(exact_halo(config), multiple)
     least = 2 * halo + multiple * (4 if mirrored and _has_two_grids(config, size) else 1)
     side = min(max(2048, 16 * halo), max(math.isqrt(pixels) // multiple * multiple, least))
     return side, side
