@@ -48,7 +48,8 @@ def read_image(
         source: Path of a picture, or an open PIL picture (left unchanged).
         mode: `"RGB"` or `"L"` (grey).
         min_size: (height, width) that is enough. A JPEG file is then decoded at 1/2, 1/4 or 1/8 of its sides where both
-            stay that long, which takes less time than all of it. What is left to `min_size` is the caller's to resize.
+            stay that long, which takes less time than all of it, and resized to `min_size`. Other pictures are the caller's to
+            resize.
 
     Returns:
         uint8 array (H, W, 3), or (H, W, 1) for `"L"`.
@@ -311,20 +312,30 @@ def _load(
     with _opened(source) as image:
         refusal, halved = _refusal(image, source, exact), _halved(image)
         if refusal is None:
-            if min_size is not None and image is not source:
-                # Only JPEG decoders take this in; the size is that of the stored picture, (width, height).
-                image.draft(None, min_size if _lies_on_its_side(image) else min_size[::-1])
             if isinstance(image, TiffImageFile):
                 _load_unmapped(image)
             upright = image
             if image is source:  # the caller's, which stays as it is
                 upright = ImageOps.exif_transpose(image)
             else:
-                ImageOps.exif_transpose(image, in_place=True)  # without a copy
+                if min_size is not None:
+                    upright = _reduced(image, min_size)
+                ImageOps.exif_transpose(upright, in_place=True)  # without a copy
             if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
                 upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
             return upright, image.format, halved
     raise ValueError(f"{_name(source)} {refusal}")
+
+
+def _reduced(image: Image.Image, min_size: tuple[int, int]) -> Image.Image:
+    """A picture, not yet decoded and not yet upright, at (height, width) if it is a JPEG of at least twice that size."""
+    stored = image.size
+    wanted = min_size if _lies_on_its_side(image) else min_size[::-1]  # width, height
+    _, box = image.draft(None, wanted) or (None, None)  # only JPEG decoders take this in
+    if image.size == stored:
+        return image
+    # Where 8 does not divide a side, the last column or row reaches beyond the picture, which `box` leaves out.
+    return image.resize(wanted, Image.Resampling.BILINEAR, box=box)
 
 
 def _load_unmapped(image: TiffImageFile) -> None:
