@@ -552,6 +552,9 @@ def test_what_a_preset_would_leave_as_it_was_is_refused():
         for parts in ((image.permute(1, 2, 0).numpy(), mask), (image, mask.numpy()), ((image, mask),)):
             with pytest.raises(TypeError, match=r"as two tensors, not a (ndarray|tuple); of arrays: .*to_tensor\(picture\)"):
                 preset(*parts)
+        for parts in ((image, mask[::2, ::2]), (image.permute(1, 2, 0), mask)):
+            with pytest.raises(ValueError, match=r"and a mask \(H, W\) of one size, not \(.*\) and \(.*\); put channels first"):
+                preset(*parts)
         for dtype in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
             with pytest.raises(TypeError, match=rf"a picture of {dtype} has no known range; give .*uint8, uint16 or floats"):
                 preset(tv_tensors.Image(image.to(dtype)), mask)
@@ -608,6 +611,8 @@ def test_mean_and_std():
     for mean, std in ((0.5, 0.5), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1, 1)), ((), ())):
         with pytest.raises(ValueError, match="one number for each channel, and std above 0"):
             eval_transform(mean=mean, std=std)
+    with pytest.raises(ValueError, match=r"on the scale of 0 to 1, but mean=\(123.7, 116.3, 103.5\); divide both by 255"):
+        eval_transform(mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
 
 
 def test_without_options_train_is_eval():

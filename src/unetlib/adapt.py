@@ -1,7 +1,8 @@
 """Other numbers of channels, or a larger size, for a trained network.
 
 The rule for the input is that of timm (Wightman, "PyTorch Image Models"): one channel takes the sum of the weights, so that a
-grey picture gives what it gave as three equal channels; other numbers repeat the weights in turn, scaled by old / new.
+grey picture gives what it gave as three equal channels, if these have one mean and one standard deviation; other numbers
+repeat the weights in turn, scaled by old / new.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class Resize(v2.Transform):  # type: ignore[misc]
     torchvision's own `Resize` takes masks by the `nearest` rule, which reads the upper left pixel of each cell instead
     of the middle one: reduced k times, a mask lies up to (k - 1) / 2 pixels of the large picture off. Here a bool or
     floating-point mask becomes the covered part of each pixel (antialiased bilinear, soft edges within the range of the
-    input), and a mask of integers takes the middle pixel (`nearest-exact`).
+    input), and a mask of integers takes the middle pixel (`nearest-exact`); where k is even, one of the four there, which is
+    half a pixel of the large picture off.
 
     Args:
         size: (H, W) of the result.
@@ -463,8 +464,8 @@ def train_transform(
         TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
             picture of other integers, whose range is unknown.
         ValueError: Only one of `mean` and `std` is given, `crop` without `size`, `jpeg` without `low_resolution`, or a number
-            is out of its range; when called, for floats outside [0, 1], and for a picture of neither 1 nor 3 channels with
-            `color_jitter`, `grayscale` or `jpeg`.
+            is out of its range; when called, for floats outside [0, 1], for a mask of another size than the picture, and for
+            a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -571,6 +572,12 @@ class _PictureAndMask(torch.nn.Module):
             raise ValueError(
                 f"{self.colour[0]} is for pictures of 1 or 3 channels, got {channels}; leave it out of train_transform"
             )
+        for mask in masks:
+            if mask.shape[-2:] != image.shape[-2:]:
+                raise ValueError(
+                    f"a preset takes a picture (C, H, W) and a mask (H, W) of one size, not {tuple(image.shape)} and "
+                    f"{tuple(mask.shape)}; put channels first, or resize the mask"
+                )
         typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
         return (image, *typed) if masks else image
 
@@ -660,4 +667,6 @@ def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> li
         raise ValueError(wrong) from None
     if not means or len(means) != len(stds) or min(stds) <= 0:
         raise ValueError(wrong)
+    if not all(0 <= value <= 1 for value in means):
+        raise ValueError(f"mean and std are on the scale of 0 to 1, but mean={mean!r}; divide both by 255, say")
     return [v2.Normalize(means, stds), v2.ToPureTensor()]
