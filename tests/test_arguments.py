@@ -16,6 +16,7 @@ def test_what_fits_is_given_back():
     assert rising("crop", [0.5, 1], 0, 1) == (0.5, 1)
     assert (rising("crop", UserList([0.5, 1]), 0, 1), height_and_width(UserList([4, 6]))) == ((0.5, 1), (4, 6))
     at_least("noise", 0.0, 0)
+    at_least("budget", math.inf, 0, endless=True)
     for one in (1, np.float32(1), np.array(1.0), torch.tensor(1.0)):
         at_least("p", one, 0, 1)
     assert needed("math", "a plot", "examples") is math
@@ -47,7 +48,7 @@ def test_devices_are_there_or_named(monkeypatch):
             ValueError,
             r"crop must be \(least, largest\), 0 < least <= largest <= 1, not \(0, 1\)",
         ),
-        (lambda: rising("scale", (2, 1), 0), ValueError, r"0 < least <= largest, not \(2, 1\)"),
+        (lambda: rising("scale", (2, 1), 0), ValueError, r"0 < least <= largest < inf, not \(2, 1\)"),
         (lambda: rising("scale", 1.5, 0), ValueError, "not 1.5"),
         (lambda: rising("scale", ("1", "2"), 0), ValueError, r"not \('1', '2'\)"),
         (lambda: at_least("smooth", "1e-5", 0), ValueError, "smooth must be 0 or more, not '1e-5'"),
@@ -57,6 +58,8 @@ def test_devices_are_there_or_named(monkeypatch):
         (lambda: at_least("noise", -0.1, 0), ValueError, "noise must be 0 or more, not -0.1"),
         (lambda: at_least("p", 2, 0, 1), ValueError, "p must be from 0 to 1, not 2"),
         (lambda: at_least("noise", math.nan, 0), ValueError, "not nan"),
+        (lambda: at_least("noise", math.inf, 0), ValueError, "noise must be finite, not inf"),
+        (lambda: rising("scale", (1, math.inf), 0), ValueError, r"0 < least <= largest < inf, not \(1, inf\)"),
         (lambda: check_options("UNet", {"d": 1, "a": 2, "c": 3}, iter("ab")), TypeError, "no option c, d; it has a, b$"),
         (
             lambda: needed("nowhere.at_all", "a plot", "examples"),

@@ -68,17 +68,19 @@ def is_number(value: object) -> bool:
 def rising(name: str, pair: Any, low: float, high: float = math.inf) -> tuple[float, float]:
     """Read a (least, largest) pair of numbers, above `low` and up to `high`."""
     numbers = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
-    if not numbers or not low < pair[0] <= pair[1] <= high:
-        below = "" if high == math.inf else f" <= {high:g}"
+    if not numbers or not low < pair[0] <= pair[1] <= high or pair[1] == math.inf:
+        below = " < inf" if high == math.inf else f" <= {high:g}"
         raise ValueError(f"{name} must be (least, largest), {low:g} < least <= largest{below}, not {pair!r}")
     return pair[0], pair[1]
 
 
-def at_least(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a number that is below `low` or above `high`, or none."""
+def at_least(name: str, value: float, low: float, high: float = math.inf, *, endless: bool = False) -> None:
+    """Refuse a number that is below `low` or above `high`, or none; infinity too, unless it may be `endless`."""
     if not is_number(value) or not low <= value <= high:
         allowed = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
+    if value == math.inf and not endless:
+        raise ValueError(f"{name} must be finite, not {value!r}")
 
 
 def check_range(picture: Tensor) -> None:

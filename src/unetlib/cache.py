@@ -89,7 +89,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         if dataset.transform is not None:
             raise ValueError("dataset has a transform, whose chances would be kept; give CachedDataset(transform=...) instead")
         check_transform(transform)
-        at_least("budget_gib", budget_gib, 0)
+        at_least("budget_gib", budget_gib, 0, endless=True)
         self.dataset = dataset
         self.transform = transform
         self._resize = None if size is None else Resize(size)
