@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, check_new, only_run, parse_options, set_aside, starting_model, typed, without_traceback
+from training_options import IGNORED, check_start, only_run, parse_options, set_aside, starting_model, typed, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.console import print_any_letter
@@ -35,7 +36,7 @@ MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or so
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    check_new(args)
+    check_start(args)
     with joined_processes(args.device) as process:
         say = print if process.rank == 0 else lambda _: None
         with without_traceback(f"--data {args.data}: "):
@@ -73,6 +74,8 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     names, mask_values = classes_of(found, listed_names, args.nonzero, args.ignore)
     if args.ignore is None and is_binary(mask_values) and (colours := colours_of(palettes, listed_names)):
         names, mask_values = classes_of(colours, listed_names, args.nonzero)
+    if args.ignore is not None or not is_binary(mask_values):
+        check_palettes(palettes)
     if args.ignore is not None:
         if len(names) > IGNORED:
             raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
@@ -90,7 +93,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         return names, *sets
     val = held_out(sets[0].images, args.val_last, args.val_share or 0.1)
     say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
-    return names, sets[0].subset(i for i in range(len(sets[0])) if i not in val), sets[0].subset(val)
+    return names, sets[0].subset(sorted({*range(len(sets[0]))}.difference(val))), sets[0].subset(val)
 
 
 def read_names(listed: Path) -> list[str]:
@@ -128,6 +131,20 @@ def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
     if len({isinstance(value, tuple) for value in found}) > 1:
         raise ValueError("some masks hold numbers and others colours; save all of them in one way")
     return sorted(found), palettes
+
+
+def check_palettes(palettes: set[tuple[int, Any]]) -> None:
+    """Refuse palettes that number their colours differently, as encoders that put them in order leave behind."""
+    numbers, colours = defaultdict(set), defaultdict(set)
+    for number, colour in palettes:
+        numbers[colour].add(number)
+        colours[number].add(colour)
+    for colour, places in sorted(numbers.items()):
+        if len(places) > 1 and any(len(colours[place]) > 1 for place in places):
+            raise ValueError(
+                f"the masks' palettes have the colour {colour} under the numbers {', '.join(map(str, sorted(places)))}, so "
+                "that numbers tell no classes apart; save the masks as RGB, or without palettes where numbers are the classes"
+            )
 
 
 def colours_of(palettes: set[tuple[int, Any]], names: list[str]) -> list[Any]:

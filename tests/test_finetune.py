@@ -485,6 +485,22 @@ def test_numbers_tell_apart_what_a_palette_shows_in_one_colour(example, tmp_path
     assert np.unique(train_set[0][1]).tolist() == [0, 1]
 
 
+def test_palettes_that_number_their_colours_differently_are_refused(example, tmp_path):
+    write(tmp_path, values=(0, 1, 2))
+    for number in range(4):
+        mask = Image.open(tmp_path / "train_masks" / f"{number}.png").convert("P", palette=Image.Palette.WEB)
+        mask.putdata([*np.asarray(Image.open(tmp_path / "train_masks" / f"{number}.png")).flat])
+        mask.putpalette([*BLACK, *RED, *GREY] if number % 2 else [*BLACK, *GREY, *RED])
+        mask.save(tmp_path / "train_masks" / f"{number}.png")
+    message = (
+        r"have the colour \(128, 128, 128\) under the numbers 1, 2, so that numbers tell no classes apart; save the masks as"
+    )
+    for options in ((), ("--ignore", "2")):
+        with pytest.raises(ValueError, match=message):
+            loaded(example, "--data", tmp_path, *options)
+    assert loaded(example, "--data", tmp_path, "--nonzero")[0] == ["background", "foreground"]
+
+
 def test_floats_are_classes_where_they_are_whole(example, tmp_path):
     write(tmp_path, values=(0, 1, 2))
     for path in (tmp_path / "train_masks").iterdir():
