@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from training_options import (
-    ADVICE,
     CHECKPOINT,
     PRESETS,
-    check_new,
+    calmer,
     check_shares,
+    check_start,
     ignored,
     load_run,
     make_augment,
@@ -71,7 +71,7 @@ from unetlib.visualize import comparison, learning_curves
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    check_new(args)
+    check_start(args)
     with joined_processes(args.device) as process:
         torch.manual_seed(args.seed)
         with without_traceback():
@@ -148,6 +148,7 @@ def train(
             state |= {"epoch": epoch, "step": step, "best": best, "history": history, "random": states, "settings": settings}
             save_checkpoint(state, checkpoint)
 
+    torch.manual_seed(args.seed + rank)  # or all processes would drop the same channels
     if args.resume:
         state = load_run(checkpoint, settings, device)
         for key, part in stateful.items():
@@ -175,58 +176,60 @@ def train(
             if not math.isfinite(history["loss"][-1]):
                 raise SystemExit(
                     f"the loss is {history['loss'][-1]} in step {len(history['loss'])}, pictures "
-                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or {ADVICE}"
+                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or {calmer(args.out)}"
                 )
 
     def before_saving() -> None:
         read_losses()
         stored = (tensor.half() if tensor.dim() > 1 else tensor for tensor in model.state_dict().values())  # as in model/
         if not all(tensor.isfinite().all() for tensor in stored):
-            raise SystemExit(f"after step {len(history['loss'])} the weights are not finite in half precision; {ADVICE}")
+            raise SystemExit(
+                f"after step {len(history['loss'])} the weights are not finite in half precision; {calmer(args.out)}"
+            )
         # Until now those of the epoch are of this process's share, which is as large as the others'.
         history["loss"][-step:] = [sum(losses) / world for losses in zip(*shared(history["loss"][-step:]))]
 
     while epoch < args.epochs:
         model.train()
         batches.epoch, batches.first = epoch, step
-        bar = tqdm(
+        started = time.perf_counter()
+        with tqdm(
             total=len(batches) * args.batch_size, initial=step * args.batch_size, desc=f"epoch {epoch + 1}/{args.epochs}",
             unit="picture", mininterval=args.log_every, disable=rank > 0,
-        )  # fmt: skip
-        started = time.perf_counter()
-        for images, masks, draws in readable(loader, bar):
-            optimizer.zero_grad(set_to_none=True)
-            shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
-            total = torch.zeros((), device=device)
-            for number, (inputs, targets) in enumerate(shares, 1):
-                inputs = inputs.sub(mean).div_(std)
-                # Gradients meet those of the other processes once a step, with the last share. Shares count by their pictures,
-                # though with `--ignore` or `--border-weight` one loss of the whole batch would weigh pixels otherwise.
-                with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
-                    with autocast:
-                        logits = forward(inputs)
-                        loss = loss_fn(logits, targets) * (len(inputs) / len(images))
-                    scaler.scale(loss).backward()
-                total += loss.detach()
-            if args.clip:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            if average:
-                follow(average, model, args.ema, steps=len(history["loss"]) + len(unseen))
-            step += 1
-            unseen.append((total, draws))
-            read_losses(leave=1 if device.type == "cuda" else 0)
-            if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
-                truth = targets.round().long() if targets.is_floating_point() else targets
-                dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
-                bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
-            if args.checkpoint_every and step % args.checkpoint_every == 0:
-                before_saving()
-                save()
-        bar.close()
+        ) as bar:  # fmt: skip
+            for images, masks, draws in readable(loader):
+                optimizer.zero_grad(set_to_none=True)
+                shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
+                total = torch.zeros((), device=device)
+                for number, (inputs, targets) in enumerate(shares, 1):
+                    inputs = inputs.sub(mean).div_(std)
+                    # Gradients meet those of the other processes once a step, with the last share. Shares count by their
+                    # pictures, though with `--ignore` or `--border-weight` one loss of the whole batch would weigh pixels
+                    # otherwise.
+                    with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
+                        with autocast:
+                            logits = forward(inputs)
+                            loss = loss_fn(logits, targets) * (len(inputs) / len(images))
+                        scaler.scale(loss).backward()
+                    total += loss.detach()
+                if args.clip:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                if average:
+                    follow(average, model, args.ema, steps=len(history["loss"]) + len(unseen))
+                step += 1
+                unseen.append((total, draws))
+                read_losses(leave=1 if device.type == "cuda" else 0)
+                if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
+                    truth = targets.round().long() if targets.is_floating_point() else targets
+                    dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
+                    bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
+                if args.checkpoint_every and step % args.checkpoint_every == 0:
+                    before_saving()
+                    save()
         before_saving()
         epoch, step = epoch + 1, 0
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from unetlib import BCEDiceLoss, CrossEntropyLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
@@ -61,9 +60,6 @@ IGNORED = 255  # the class of pixels that do not count
 CHECKPOINT = "checkpoint.pt"  # in `--out`
 
 ANEW = "give another --out without --resume"  # where a run cannot go on
-
-# What to try where numbers are no longer finite.
-ADVICE = "start anew with another --out and a smaller --lr, --clip 1 or --precision fp32; --init takes this run's best model/"
 
 # The least that whole numbers may be.
 LEAST = {"features": 1, "bottleneck": 1, "patch_size": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1}
@@ -177,10 +173,10 @@ def check(args: argparse.Namespace) -> None:
             if number is not None:
                 whole(typed(name), number, least)
     whole("--seed", args.seed, -(2**63), 2**64 - 1)  # what PyTorch takes
-    for name in ("lr", "weight_decay", "clip", "border_weight", "cache_gib"):
+    for name in ("lr", "weight_decay", "border_weight", "log_every"):
         at_least(typed(name), getattr(args, name), 0)
-    if args.lr == math.inf:
-        raise ValueError("--lr must be finite, such as 0.001, not inf")
+    for name in ("clip", "cache_gib"):
+        at_least(typed(name), getattr(args, name), 0, endless=True)
     at_least("--warmup", args.warmup, 0, 1)
     height_and_width(args.size, "--size")
     if not 0 <= args.ema < 1:
@@ -233,24 +229,28 @@ def without_traceback(about: str = "") -> Iterator[None]:
         raise SystemExit(f"{about}{said}") from error
 
 
-def readable(batches: Iterable[Any], bar: tqdm[Any]) -> Iterator[Any]:
+def readable(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, whose files are read on the way; the errors of what is done with them stay as they are."""
     with without_traceback():
-        try:
-            yield from batches
-        except (ValueError, OSError):
-            bar.close()  # what is wrong gets a line of its own
-            raise
+        yield from batches
+
+
+def calmer(out: Path) -> str:
+    """What to try where numbers are no longer finite."""
+    found = "; --init takes this run's best model/" if (out / "model").is_dir() else ""
+    return f"start anew with another --out and a smaller --lr, a --clip such as 1, or --precision fp32{found}"
 
 
 def earlier_run(out: Path) -> bool:
     return any((out / name).is_file() for name in (CHECKPOINT, f"{CHECKPOINT}.previous"))
 
 
-def check_new(args: argparse.Namespace) -> None:
-    """End where a run would start over in the place of an earlier one."""
+def check_start(args: argparse.Namespace) -> None:
+    """End where a run would start over in the place of an earlier one, or has none to go on with."""
     if earlier_run(args.out) and not args.resume:
         raise SystemExit(f"{args.out / CHECKPOINT} is of an earlier run; add --resume to go on with it, or give another --out")
+    if args.resume and not earlier_run(args.out):
+        raise SystemExit(f"there is no {args.out / CHECKPOINT}; leave out --resume, or give --out of an earlier run")
 
 
 @contextlib.contextmanager
@@ -311,8 +311,6 @@ def load_run(checkpoint: Path, now: Mapping[str, Any], device: torch.device) -> 
     """The state of the run to go on with, where its settings are still these."""
     try:
         state = load_checkpoint(checkpoint, map_location=device)
-    except FileNotFoundError as error:
-        raise SystemExit(f"{error}; leave out --resume, or give --out of an earlier run") from error
     except ValueError as error:
         raise SystemExit(f"{error}; {ANEW}") from error
     check_same(checkpoint, state, now)

@@ -210,8 +210,10 @@ def test_resuming_a_finished_run_says_so_and_writes_its_end_again(script, data, 
 
 def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script, data, tmp_path):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
-    with pytest.raises(SystemExit, match=r"there is no checkpoint .*leave out --resume, or give --out of an earlier run"):
-        script.main([*options, "--resume"])
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(SystemExit, match=r"there is no .*checkpoint\.pt; leave out --resume, or give --out of an earlier run"):
+        script.main(["--synthetic", "8", "--out", str(nowhere), *TINY, "--resume"])
+    assert not nowhere.exists()
     script.main([*options, "--epochs", "1"])
     with pytest.raises(SystemExit, match=r"other options: --epochs 1; resume with those"):
         script.main([*options, "--resume"])
@@ -383,6 +385,8 @@ def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
         torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5)
     assert two["best"]["dice"] == pytest.approx(one["best"]["dice"], abs=1e-3)
     assert two["history"]["loss"] == pytest.approx(one["history"]["loss"], rel=1e-4)  # of the whole batch, not of a share
+    states = [state["torch"] for state in two["random"]]
+    assert not torch.equal(*states)  # of dropout, which would drop the same channels in both
     # The sharded validation is that of one process on the same weights, to the last bit.
     model = UNet.from_config(UNet.from_pretrained(tmp_path / "start").config).eval()
     model.load_state_dict(two["model"])
@@ -520,12 +524,14 @@ def test_larger_than_the_weights_it_starts_from(script, data, tmp_path):
     assert config == UNetConfig(features=(6, 8), bottleneck=12, patch_size=2, match="zeros")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(script, data, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_pictures(script, data, tmp_path, monkeypatch, capsys):
     losses = iter([1.0, 0.5, float("nan")])
     monkeypatch.setattr(script, "make_loss", lambda args: lambda logits, masks: logits.mean() * 0 + next(losses))
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--batch-size", "2", "--checkpoint-every", "1"]
-    with pytest.raises(SystemExit, match=r"the loss is nan in step 3, pictures \w+_\d\d\.jpg, \w+_\d\d\.jpg;.*--lr"):
+    (tmp_path / "model").mkdir()  # as an epoch before this one would have left it
+    with pytest.raises(SystemExit, match=r"the loss is nan in step 3, pictures \w+_\d\d\.jpg, \w+_\d\d\.jpg;.*--lr.* --init"):
         script.main(options)
+    assert capsys.readouterr().err.endswith("\n")  # the bar's line, so that the message has one of its own
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
@@ -541,7 +547,7 @@ def test_weights_that_are_not_finite_are_not_saved(script, data, tmp_path, monke
     monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
     options = ["--batch-size", "8", *shlex.split(options)]  # one step in an epoch, whose loss is finite
     with pytest.raises(
-        SystemExit, match=r"after step 1 the weights are not finite in half precision; start anew with another --out"
+        SystemExit, match=r"after step 1 the weights are not finite in half precision; start anew with another --out .* fp32$"
     ):
         script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
     assert list(tmp_path.iterdir()) == []
@@ -657,7 +663,13 @@ def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmu
         ("--validate-every 0", "--validate-every=0 must be 1 or more"),
         ("--workers -1", "--workers=-1 must be 0 or more"),
         ("--lr nan", "--lr must be 0 or more, not nan"),
-        ("--lr inf", "--lr must be finite, such as 0.001, not inf"),
+        ("--lr inf", "--lr must be finite, not inf"),
+        ("--weight-decay inf", "--weight-decay must be finite, not inf"),
+        ("--border-weight inf", "--border-weight must be finite, not inf"),
+        ("--log-every nan", "--log-every must be 0 or more, not nan"),
+        ("--rotation inf", "rotation must be finite, not inf"),
+        ("--elastic inf", "elastic must be finite, not inf"),
+        ("--scale 0.5 inf", "scale must be (least, largest), 0 < least <= largest < inf, not [0.5, inf]"),
         ("--warmup 1.5", "--warmup must be from 0 to 1, not 1.5"),
         ("--ema 1", "--ema must be 0 or more and below 1, such as 0.99, not 1.0"),
         ("--size 0 48", "--size=0 must be 1 or more"),
