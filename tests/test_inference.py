@@ -334,7 +334,8 @@ def test_evaluate_scores_the_masks_that_predict_gives(model, capsys):
     ("image", "error", "message"),
     [
         ("nowhere.jpg", FileNotFoundError, "nowhere.jpg"),
-        (3.5, TypeError, "float"),
+        (3.5, TypeError, "got float$"),
+        (iter(["a.jpg"]), TypeError, r"got list_iterator; give list\(pictures\), or take iter_logits"),
         (np.zeros((4, 4, 3), np.float32), ValueError, r"float32 \(4, 4, 3\)"),
         (np.zeros((4, 4, 5), np.uint8), ValueError, "5 channels"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "empty"),
@@ -690,6 +691,22 @@ def test_sides_may_be_numbers_of_numpy(model, wide):
         model.predict(wide, overlap=0.5)
 
 
+def test_evaluate_takes_a_data_set_as_far_as_its_length(model, picture):
+    class Crops(torch.utils.data.Dataset):
+        """Of chance, so that no index is out of range."""
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            assert index < 5, "it goes on for ever"
+            return picture, np.zeros(picture.shape[:2])
+
+    metrics = SegmentationMetrics()
+    evaluate(model, Crops(), metrics=metrics)
+    assert metrics.pictures == 2
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "form",
@@ -707,6 +724,16 @@ def test_evaluate_takes_masks_of_any_form(model, picture, form):
     found = model.predict(picture)
     scores = evaluate(model, [(picture, form(mask))])
     assert scores["accuracy"] == pytest.approx((found == mask).mean(), abs=1e-9)
+
+
+def test_evaluate_leaves_pixels_out(model, picture):
+    mask = np.where(picture[..., 1] > 99, np.uint8(255), picture[..., 0] > 127)
+    data, metrics = [(picture, mask)], SegmentationMetrics(ignore_index=255)
+    with pytest.raises(ValueError, match=r"found 255; .* leave a value out with ignore_index="):
+        evaluate(model, data)
+    assert evaluate(model, data, ignore_index=255) == evaluate(model, data, metrics=metrics)
+    with pytest.raises(ValueError, match=r"give SegmentationMetrics\(\.\.\., ignore_index=255\), or leave out metrics"):
+        evaluate(model, data, ignore_index=255, metrics=metrics)
 
 
 @pytest.mark.parametrize(

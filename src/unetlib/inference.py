@@ -205,6 +205,7 @@ def evaluate(
     tta: bool | str = False,
     batch_size: int = 4,
     progress: bool = False,
+    ignore_index: int | None = None,
     metrics: SegmentationMetrics | None = None,
 ) -> dict[str, float]:
     """Scores of a model on a data set, at the pictures' own size.
@@ -218,10 +219,10 @@ def evaluate(
         tta: as in `predict`.
         batch_size: pictures in one forward pass, as in `predict`.
         progress: show a progress bar.
+        ignore_index: value of the masks whose pixels do not count, such as 255.
         metrics: the `SegmentationMetrics` that count, to give them other options, to go on counting, or to merge them with
-            those of other processes afterwards; None makes what the model needs. `SegmentationMetrics(3, ignore_index=255)`
-            leaves out what is 255 in masks of three classes. They decide by a threshold of their own, 0.5 unless they are made
-            with `threshold=model.preprocessing.threshold`.
+            those of other processes afterwards; None makes what the model needs. They decide by a threshold of their own, 0.5
+            unless they are made with `threshold=model.preprocessing.threshold`, and have an `ignore_index` of their own.
 
     Returns:
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
@@ -229,7 +230,7 @@ def evaluate(
     Raises:
         TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks, or batches.
         ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes; for
-            `metrics` that are multilabel and a model that is not, or the other way round.
+            `metrics` that are multilabel and a model that is not, or the other way round; for an `ignore_index` beside them.
 
     Example:
         >>> from unetlib import UNet
@@ -243,7 +244,10 @@ def evaluate(
         from .metrics import SegmentationMetrics
 
         how = model.preprocessing
-        metrics = SegmentationMetrics(model.config.out_channels, threshold=how.threshold, multilabel=how.multilabel)
+        options: Any = {"threshold": how.threshold, "multilabel": how.multilabel, "ignore_index": ignore_index}
+        metrics = SegmentationMetrics(model.config.out_channels, **options)
+    elif ignore_index is not None:
+        raise ValueError(f"give SegmentationMetrics(..., ignore_index={ignore_index}), or leave out metrics")
     if model.config.out_channels > 1 and metrics.multilabel != model.preprocessing.multilabel:
         raise ValueError(
             f"the model's preprocessing says multilabel={model.preprocessing.multilabel}, metrics {metrics.multilabel}; give "
@@ -252,7 +256,7 @@ def evaluate(
     masks: deque[Tensor] = deque()
 
     def pictures() -> Iterator[Picture]:
-        for pair in dataset:
+        for pair in _pairs(dataset):
             picture, mask = _picture_and_mask(pair)
             masks.append(mask)
             yield picture
@@ -444,6 +448,13 @@ def _several(images: Iterable[Picture]) -> Iterable[Picture]:
     return images
 
 
+def _pairs(dataset: Any) -> Iterable[Any]:
+    """What a data set holds; one of PyTorch ends where its length says, and need not raise an IndexError there."""
+    if isinstance(dataset, Sized) and not isinstance(dataset, Iterable):
+        return (dataset[index] for index in range(len(dataset)))  # type: ignore[index]
+    return dataset  # type: ignore[no-any-return]
+
+
 def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     """A pair of a data set, the mask as a tensor."""
     picture, mask = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
@@ -502,7 +513,8 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
     if isinstance(picture, (str, PathLike, Image.Image)):
         return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
     if not isinstance(picture, Tensor):
-        raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}")
+        hint = "; give list(pictures), or take iter_logits" if isinstance(picture, Iterator) else ""
+        raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}{hint}")
     tensor = picture.detach()
     if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
         raise ValueError(
