@@ -218,7 +218,7 @@ positive = st.floats(0, 1e6, exclude_min=True)
 preprocessings = st.builds(
     lambda size_or_scale, **rest: Preprocessing(**size_or_scale, **rest),
     st.fixed_dictionaries({"size": st.tuples(widths, widths)}) | st.fixed_dictionaries({"scale": positive}) | st.just({}),
-    mean=st.lists(finite, min_size=1, max_size=4),
+    mean=st.lists(st.floats(0, 1), min_size=1, max_size=4),
     std=st.lists(positive, min_size=1, max_size=4),
     threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
     class_names=st.none() | st.lists(st.text('car é"\\'), max_size=3),
@@ -248,6 +248,8 @@ def test_a_preprocessing_survives_json(preprocessing):
         ("mean", "0.5", "one finite number for each input channel"),
         ("mean", (0.5, None), "one finite number for each input channel"),
         ("mean", None, "one finite number for each input channel"),
+        ("mean", (123.675, 116.28, 103.53), "from 0 to 1, got (123.675, 116.28, 103.53); for pixels up to 255, divide"),
+        ("mean", (-0.1, 0.5, 0.5), "from 0 to 1"),
         ("std", (1.0, float("nan")), "one finite number for each input channel"),
         ("std", (1.0, 0.0), "positive"),
         ("std", -1, "positive"),

@@ -622,7 +622,7 @@ def test_a_cut_weights_file_is_named(folder, keep):
         (b'{"model": {"width": 3}}', r"does not know \['width'\]"),
         (b'{"model": {"features": 4}}', "features must be a sequence"),
         (b'{"model": {}, "preprocessing": {"class_names": 3}}', "class_names must be a sequence"),
-        (b'{"model": {}, "preprocessing": {"mean": [1, 2]}}', "mean has 2 numbers"),
+        (b'{"model": {}, "preprocessing": {"mean": [0, 1]}}', "mean has 2 numbers"),
     ],
 )
 def test_a_bad_config_is_named_with_the_reason(folder, config, reason):

@@ -220,8 +220,8 @@ class Preprocessing(_JSONConfig):
         size: (height, width) every picture is resized to; None leaves that to `scale`.
         scale: factor on the picture's own height and width; with neither `size` nor `scale` the picture keeps its size. A side
             that is then shorter than the network's `stride` is enlarged to it.
-        mean: one number for each input channel, in units of [0, 1] pixels; one number alone serves every channel.
-        std: as `mean`, positive.
+        mean: one number from 0 to 1 for each input channel, of pixels in [0, 1]; one number alone serves every channel.
+        std: as `mean`, of the same pixels, positive.
         threshold: probability above which a pixel is foreground, in (0, 1); for sigmoids.
         class_names: a name for each class in the mask, background first; with `multilabel` for each output channel; None
             where there are none.
@@ -263,6 +263,10 @@ class Preprocessing(_JSONConfig):
             if not values or not all(_is_number(v) for v in values):
                 raise ValueError(f"{name} must be one finite number for each input channel, got {getattr(self, name)!r}")
             object.__setattr__(self, name, values)
+        if min(self.mean) < 0 or max(self.mean) > 1:
+            raise ValueError(
+                f"mean must be of pixels from 0 to 1, got {self.mean!r}; for pixels up to 255, divide mean and std by 255"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std!r}")
         if not _is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
