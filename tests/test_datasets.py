@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms as v1, tv_tensors
 from torchvision.transforms import v2
 
-from unetlib.datasets import CarvanaDataset, ImageMaskDataset, car_id, rle_decode, rle_encode, split_by_car
+from unetlib.cache import CachedDataset
+from unetlib.datasets import CarvanaDataset, ImageMaskDataset, apply_transform, car_id, rle_decode, rle_encode, split_by_car
 from unetlib.transforms import eval_transform, train_transform
 
 HEIGHT, WIDTH = 10, 15
@@ -311,6 +312,66 @@ def test_albumentations_take_grey_pictures(folders):
     pipeline = A.Compose([A.Resize(height=20, width=30), to_tensor])
     image, _ = ImageMaskDataset(*folders, pipeline, mask_suffix="_mask", mode="L")[0]
     assert image.shape == (1, 20, 30)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """A picture and its mask of the values 0, 1, 2 and 255."""
+    folder, rng = tmp_path / "classes", np.random.default_rng(0)
+    folder.mkdir()
+    Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.choice(np.array([0, 1, 2, 255], np.uint8), (24, 32))).save(folder / "a_mask.png")
+    return ImageMaskDataset(folder, folder, mask_suffix="_mask", mask_values={0: 0, 1: 1, 2: 2, 255: 255})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("NoOp", {}),
+        ("HorizontalFlip", {"p": 1}),
+        ("Rotate", {"p": 1}),
+        ("Resize", {"height": 20, "width": 30}),
+        ("Morphological", {"p": 1}),
+        ("PadIfNeeded", {"min_height": 40, "min_width": 40, "border_mode": 0, "fill_mask": -100}),
+    ],
+)
+def test_albumentations_give_class_indices_as_they_are_without(classes, name, options):
+    A = pytest.importorskip("albumentations")
+    plain, plainly = classes[0][1], classes.subset([0])
+    classes.transform = A.Compose([getattr(A, name)(**options)])
+    for dataset in (classes, CachedDataset(plainly, transform=classes.transform)):
+        mask = dataset[0][1]
+        assert mask.dtype == plain.dtype == np.int64
+        assert set(np.unique(mask)) <= {0, 1, 2, 255, options.get("fill_mask", 0)}
+        assert (-100 in mask) == ("fill_mask" in options)
+        if name == "HorizontalFlip":
+            np.testing.assert_array_equal(mask, plain[:, ::-1])
+
+
+@pytest.mark.parametrize("form", [np.uint8, np.int32, torch.uint8, torch.int32])
+def test_class_indices_by_keyword_come_back_as_int64(classes, form):
+    handed = []
+
+    def transform(image, mask):
+        handed.append(mask.dtype)
+        return image, torch.from_numpy(mask).to(form) if isinstance(form, torch.dtype) else mask.astype(form)
+
+    plain, classes.transform = classes[0][1], transform
+    mask = classes[0][1]
+    assert isinstance(mask, torch.Tensor if isinstance(form, torch.dtype) else np.ndarray)
+    assert handed == [np.int16]
+    assert mask.dtype in (torch.int64, np.int64)
+    np.testing.assert_array_equal(mask, plain)
+
+
+def test_by_keyword_other_masks_stay_as_the_transform_gives_them(folders, classes):
+    classes.transform = lambda image, mask: (image, mask.astype(np.float32))
+    assert classes[0][1].dtype == np.float32
+    binary = CarvanaDataset(*folders, lambda image, mask: (image, mask.astype(np.uint8)))
+    assert binary[0][1].dtype == np.uint8
+    many = np.full((2, 2), 40_000)
+    _, mask = apply_transform(lambda image, mask: (image, mask), np.zeros((2, 2, 3), np.uint8), many)
+    np.testing.assert_array_equal(mask, many)
 
 
 def test_a_v2_transform_gets_tv_tensors(folders):

@@ -108,7 +108,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         Returns:
             Without a transform `tv_tensors.Image` (C, H, W), uint8, and `tv_tensors.Mask` (H, W): float32 shares of 0 to 1
             for a binary mask that was reduced, bool for one of its own size, and uint8 class indices (int64 where one is
-            above 255). With one, what it gives.
+            above 255). With one, what it gives, of which class indices are int64 where it takes arrays by keyword.
 
         Raises:
             TypeError: for a slice.

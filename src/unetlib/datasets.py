@@ -44,8 +44,9 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             a torchvision v2 transform (any `nn.Module`) as `transform(image, mask)`, with `tv_tensors.Image` (uint8,
             CxHxW) and `tv_tensors.Mask` (HxW); `unetlib.transforms` has ready ones;
             an albumentations pipeline, or whatever else has keywords `image` and `mask`, as
-            `transform(image=image, mask=mask)`, with the arrays one gets without a transform. Other callables are
-            called the first way. The result is `(image, mask)` or a dictionary of "image" and "mask".
+            `transform(image=image, mask=mask)`, with the arrays one gets without a transform; but class indices are
+            handed as int16, which OpenCV takes, and come back as int64. Other callables are called the first way. The
+            result is `(image, mask)` or a dictionary of "image" and "mask".
         mask_suffix: What a mask's name has after its picture's, before the dot.
         mode: `"RGB"`, or `"L"` for grey: the model's `in_channels` is then 1.
         mask_values: `None` for binary masks, otherwise the values or colours that are the classes; see
@@ -376,21 +377,36 @@ def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mas
     Raises:
         TypeError: if it does not give a picture and a mask.
     """
-    if _by_keyword(transform):
-        mask = mask.astype(np.float32) if mask.dtype == np.bool_ else mask  # OpenCV takes no bools
-        result = transform(image=image, mask=mask)
+    if by_keyword := _by_keyword(transform):
+        result = transform(image=image, mask=_for_opencv(mask))
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
 
         result = transform(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask)))
     if isinstance(result, Mapping) and {"image", "mask"} <= result.keys():
-        return result["image"], result["mask"]
-    if isinstance(result, (tuple, list)) and len(result) == 2:
-        return result[0], result[1]
-    raise TypeError(
-        f'{type(transform).__name__} must give (image, mask) or {{"image": ..., "mask": ...}}, but gave a '
-        f"{type(result).__name__}"
-    )
+        result = result["image"], result["mask"]
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(
+            f'{type(transform).__name__} must give (image, mask) or {{"image": ..., "mask": ...}}, but gave a '
+            f"{type(result).__name__}"
+        )
+    new_image, new_mask = result
+    return new_image, _as_int64(new_mask) if by_keyword and mask.dtype.kind in "iu" else new_mask
+
+
+def _for_opencv(mask: NDArray[Any]) -> NDArray[Any]:
+    """A mask in a type that all of OpenCV takes."""
+    if mask.dtype == np.bool_:
+        return mask.astype(np.float32)
+    # Not bytes: a transform may fill in -100, which cross-entropy leaves out.
+    return mask.astype(np.int16) if mask.dtype.kind in "iu" and mask.max(initial=0) < 2**15 else mask
+
+
+def _as_int64(classes: Any) -> Any:
+    """Class indices, which may be of any integer type, in the one that cross-entropy takes; floats stay."""
+    if isinstance(classes, torch.Tensor):
+        return classes if classes.is_floating_point() or classes.dtype == torch.bool else classes.long()
+    return classes.astype(np.int64) if isinstance(classes, np.ndarray) and classes.dtype.kind in "iu" else classes
 
 
 def _by_keyword(transform: Callable[..., Any]) -> bool:
