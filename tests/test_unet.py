@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -353,6 +354,17 @@ def test_a_trace_from_an_even_size_serves_odd_ones(options):
     traced = torch.jit.trace(model, pictures(16, 24))
     for size in itertools.product((16, 17), (23, 24)):
         assert torch.equal(traced(pictures(*size)), model(pictures(*size)))
+
+
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}, *PEERS.values()], ids=["default", "patches", *PEERS])
+def test_torch_fx_traces_for_any_size(options):
+    model = small(**options)
+    traced = torch.fx.symbolic_trace(model)
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        for size in [(16, 24), (17, 23)]:
+            assert torch.equal(graph(pictures(*size)), model(pictures(*size)))
+    with pytest.raises(ValueError, match=r"expected pictures of shape \(N, 3, H, W\), got \(3, 16, 24\)"):
+        traced(pictures(16, 24)[0])
 
 
 # --- preprocessing

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -168,6 +169,9 @@ def match_size(x: Tensor, skip: Tensor, match: str = "resize") -> Tensor:
         return torch.cat([x, x[..., -1:]], dim=-1).narrow(-1, 0, skip.shape[-1])
     missing = [0, skip.shape[-1] - x.shape[-1], 0, skip.shape[-2] - x.shape[-2]]  # left, right, top, bottom
     return F.pad(x, missing, mode="constant" if match == "zeros" else "replicate")
+
+
+torch.fx.wrap("match_size")  # a step of its graph, since torch.fx could not follow a comparison of sizes
 
 
 class InstanceNorm(nn.InstanceNorm2d):

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -398,3 +399,9 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
             f"a U-Net of {config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "
             f"got {x.shape[-2]}x{x.shape[-1]}; enlarge the picture or use fewer features"
         )
+
+
+# torch.fx takes these as steps of its graph: it could not follow them, since they ask what kind and size a tensor is.
+torch.fx.wrap("check_input")
+torch.fx.wrap("split_patches")
+torch.fx.wrap("join_patches")
