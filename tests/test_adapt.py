@@ -250,3 +250,9 @@ def test_every_weight_of_a_larger_network_learns():
 def test_networks_that_cannot_be_grown_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         grow(UNet(features=(4, 8), **model), **options)
+
+
+def test_a_wrapped_network_is_not_grown():
+    for wrapper in (torch.nn.DataParallel, torch.compile):
+        with pytest.raises(TypeError, match=r"expected a UNet, .* take it out of its wrapper"):
+            grow(wrapper(UNet(features=(4,))), features=(8,))

@@ -6,8 +6,11 @@ from collections import UserList
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from unetlib.arguments import at_least, check_device, check_options, height_and_width, needed, rising, whole
+from unetlib import UNet
+from unetlib.arguments import at_least, check_device, check_options, check_unet, height_and_width, needed, rising, whole
 
 
 def test_what_fits_is_given_back():
@@ -20,6 +23,22 @@ def test_what_fits_is_given_back():
     for one in (1, np.float32(1), np.array(1.0), torch.tensor(1.0)):
         at_least("p", one, 0, 1)
     assert needed("math", "a plot", "examples") is math
+
+
+def test_a_unet_is_told_from_what_wraps_it():
+    model = UNet(features=(4,))
+    check_unet(model)
+    for wrapped, place in (
+        (nn.DataParallel(model), "module"),
+        (AveragedModel(model), "module"),
+        (torch.compile(model), "_orig_mod"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"expected a UNet, got an? \w+; take it out of its wrapper, as in model\.{place}$"
+        ):
+            check_unet(wrapped)
+    with pytest.raises(TypeError, match=r"expected a UNet, got a dict$"):
+        check_unet({})
 
 
 def test_devices_are_there_or_named(monkeypatch):

@@ -867,3 +867,9 @@ def test_an_exports_widths_may_be_any():
     assert found.config == model.config
     x = torch.randn(1, 3, 21, 18)
     assert torch.equal(found.to_model()(x), model(x))
+
+
+def test_a_wrapped_network_is_not_exported():
+    for wrapper in (nn.DataParallel, torch.compile):
+        with pytest.raises(TypeError, match=r"expected a UNet, .* take it out of its wrapper"):
+            export_state_dict(wrapper(UNet(features=(4,))), "study")

@@ -242,8 +242,9 @@ def test_what_is_saved_must_load(model, tmp_path):
     changed.preprocessing = Preprocessing(scale=20.0)
     with pytest.raises(ValueError, match="enlarged too far"):
         changed.save_pretrained(tmp_path / "saved")
-    with pytest.raises(TypeError, match=r"got a DataParallel; take it out of its wrapper, as in model\.module"):
-        pretrained.save_pretrained(torch.nn.DataParallel(model), tmp_path / "saved")
+    for wrapper, place in ((torch.nn.DataParallel, "module"), (torch.compile, "_orig_mod")):
+        with pytest.raises(TypeError, match=rf"expected a UNet, got an? \w+; take it out of its wrapper, as in model\.{place}"):
+            pretrained.save_pretrained(wrapper(model), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

@@ -87,6 +87,11 @@ def test_the_halo_is_where_the_last_pixel_is_that_changes_the_result(depth, upsa
     assert reached[1] or reached[2]  # the other side may need less
 
 
+def test_a_halo_is_of_a_config():
+    with pytest.raises(TypeError, match=r"the config of a network, such as model\.config, got a UNet"):
+        exact_halo(UNet(features=(4,)))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

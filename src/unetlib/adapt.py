@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arguments import check_unet
 from .config import Preprocessing, UNetConfig
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def grow(
         The larger network, in the trained one's mode, with its preprocessing; a `size` or `scale` grows with the patches.
 
     Raises:
+        TypeError: for a network in a wrapper, such as `DataParallel`.
         ValueError: for a network, widths or a size of patches that cannot be grown.
 
     Example:
@@ -148,6 +150,7 @@ def grow(
         >>> grow(model, patch_size=2)(torch.rand(1, 3, 64, 96)).shape
         torch.Size([1, 1, 64, 96])
     """
+    check_unet(model)
     old = model.config
     if patch_size not in (None, old.patch_size) and old.patch_size != 1:
         raise ValueError(

@@ -45,6 +45,12 @@ def not_a_unet(model: object) -> TypeError:
     return TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
 
 
+def check_unet(model: object) -> None:
+    """Refuse what is no network, or is one in a wrapper; that of `torch.compile` has its attributes, but not its class."""
+    if not hasattr(type(model), "from_config"):
+        raise not_a_unet(model)
+
+
 def check_device(name: Any, *, here: bool = True) -> None:
     """Refuse a device that PyTorch does not know, or that is not in this machine."""
     import torch  # here, since pictures are rendered without it

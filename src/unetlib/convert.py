@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import check_unet
 from .config import Preprocessing, UNetConfig
 
 if TYPE_CHECKING:
@@ -346,6 +347,7 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
         if it is told what the tensors do not tell: dropout, and the options that the family leaves open.
 
     Raises:
+        TypeError: for a network in a wrapper, such as `DataParallel`.
         ValueError: for an unknown family, or a network that the family cannot express, naming the options.
 
     Example:
@@ -354,6 +356,7 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
         >>> len(state), state["inc.double_conv.0.weight"].shape
         (118, torch.Size([64, 3, 3, 3]))
     """
+    check_unet(model)
     table = {known.name: known for known in FAMILIES}
     if family not in table:
         raise ValueError(f"no family is called {family!r}; known are {', '.join(table)}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import hub, trust
 from .adapt import FIRST, adapt
-from .arguments import check_device, check_options, not_a_unet
+from .arguments import check_device, check_options, check_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
@@ -397,9 +397,8 @@ def _keeps_card(folder: Path, cls: type[UNet]) -> bool:
 
 def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors as `save_pretrained` writes them."""
+    check_unet(model)
     tensors = {key: value.detach() for key, value in model.state_dict().items()}
-    if not hasattr(model, "preprocessing"):
-        raise not_a_unet(model)
     # A subclass may have more layers, or a constructor of another kind, of which a UNet reads what it has in common.
     base: Any = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
     problems = [_misfit(cls, model, tensors) for cls in dict.fromkeys((type(model), base))]

@@ -74,12 +74,15 @@ def exact_halo(config: UNetConfig) -> int:
         config: the network's; dropout and batch norm need nothing in evaluation mode.
 
     Raises:
+        TypeError: for something else than a `UNetConfig`.
         ValueError: where each pixel depends on the whole picture: instance and group norm, and `align_corners=True`.
 
     Example:
         >>> [exact_halo(UNetConfig(features=(8,) * depth)) for depth in (1, 2, 3, 4)]
         [8, 22, 46, 94]
     """
+    if not isinstance(config, UNetConfig):
+        raise TypeError(f"expected the config of a network, such as model.config, got a {type(config).__name__}")
     if reason := why_whole(config):
         raise ValueError(f"tiles cannot give the whole picture's result, because {reason}")
     side = config.stride // config.patch_size
