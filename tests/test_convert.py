@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -760,9 +761,23 @@ def test_keys_of_different_depths_are_refused():
         convert(state)
 
 
-def test_a_state_dict_of_unetlibs_own_is_pointed_to_load_state_dict():
-    with pytest.raises(ValueError, match="looks like a unetlib UNet's: build that UNet, then call load_state_dict"):
-        convert(UNet(features=(4, 8)).state_dict())
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.state_dict(),
+        lambda model: nn.DataParallel(model).state_dict(),
+        lambda model: {"epoch": 3, "model": {"state_dict": torch.compile(model).state_dict()}},
+        lambda model: {"ema": AveragedModel(nn.DataParallel(model)).state_dict()},
+    ],
+)
+def test_a_state_dict_of_unetlibs_own_is_pointed_to_load_state_dict(wrap):
+    model = randomize(UNet(features=(4, 8)))
+    checkpoint, twin = wrap(model), UNet(features=(4, 8))
+    with pytest.raises(ValueError, match="looks like a unetlib UNet's: build that UNet, then call load_state_dict") as refused:
+        convert(checkpoint)
+    advice = re.findall(r"load_state_dict\((.*)\) and save_pretrained", str(refused.value))[0]
+    twin.load_state_dict(eval(advice, {"checkpoint": checkpoint}))  # the advice can be followed
+    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 # --- the tables

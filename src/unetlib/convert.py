@@ -311,14 +311,14 @@ def convert(checkpoint: Mapping[str, Any], **options: Any) -> Converted:
         leejunhyun, 4uiiurz1, usuyama, jaxony; none has any of its keys: 'features.0.weight'; networks with pretrained
         encoders (segmentation_models.pytorch), nnU-Net's, residual, attention and 3-D ones run in their own library
     """
-    state = _peel(checkpoint)
+    state, source = _peel(checkpoint)
     for family in FAMILIES:
         entries = {key: value for key, value in state.items() if key not in family.ignored}
         modules = _modules_of(family, entries)
         if modules is not None and all(isinstance(value, Tensor) for value in entries.values()):
             break
     else:
-        raise ValueError(_unknown_message(state))
+        raise ValueError(_unknown_message(state, source))
     for key in state.keys() & set(family.ignored):
         logger.info("%s=%.80r of the %s checkpoint is left out: masks here are class indices", key, state[key], family.name)
     tensors = _rename(family, entries, modules)
@@ -398,38 +398,45 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
     }
 
 
-def _peel(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict inside a checkpoint, without the prefixes of wrapped models."""
+def _peel(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The state dict inside a checkpoint, without the prefixes of wrapped models, and what to type for it."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
             f"expected a state dict, got a {type(checkpoint).__name__}; of a model it is model.state_dict(), and "
             "UNet.from_pretrained reads a file"
         )
-    inside = _inside(checkpoint)
-    if inside is None:
+    found = _inside(checkpoint)
+    if found is None:
         raise ValueError(
             "the checkpoint holds no state dict: expected a dictionary of tensors, bare or under one of "
             + ", ".join(map(repr, WRAPPERS))
         )
+    inside, source = found
     state = {str(key): value for key, value in inside.items() if key not in NO_WEIGHTS}
+    peeled = ""
     for _ in range(MAX_WRAPPERS):
         prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+        peeled += prefix
+    if peeled:
+        source = f"{{key[{len(peeled)}:]: value for key, value in {source}.items() if key.startswith({peeled!r})}}"
+    return state, source
 
 
-def _inside(checkpoint: Mapping[str, Any], wrappers: int = MAX_WRAPPERS) -> Mapping[str, Any] | None:
-    """The first dictionary of tensors under the names of `WRAPPERS`, or the checkpoint itself; None without tensors."""
+def _inside(
+    checkpoint: Mapping[str, Any], source: str = "checkpoint", wrappers: int = MAX_WRAPPERS
+) -> tuple[Mapping[str, Any], str] | None:
+    """The first dictionary of tensors under the names of `WRAPPERS`, or the checkpoint itself, and its place; None without."""
     for name in WRAPPERS if wrappers else ():
         inner = checkpoint.get(name)
-        found = _inside(inner, wrappers - 1) if isinstance(inner, Mapping) else None
+        found = _inside(inner, f"{source}[{name!r}]", wrappers - 1) if isinstance(inner, Mapping) else None
         if found is not None:
             logger.info("of the checkpoint, %r is taken", name)
             return found
     # Averages keep their count of steps beside the weights, some of them as a tensor without dimensions.
-    return checkpoint if any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()) else None
+    return (checkpoint, source) if any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()) else None
 
 
 def _modules_of(family: Family, entries: Mapping[str, Any]) -> dict[str, str] | None:
@@ -439,7 +446,7 @@ def _modules_of(family: Family, entries: Mapping[str, Any]) -> dict[str, str] | 
     return next((modules for modules in tables if needed <= modules.keys()), None)
 
 
-def _unknown_message(state: Mapping[str, Any]) -> str:
+def _unknown_message(state: Mapping[str, Any], source: str) -> str:
     unmatched = {}
     for family in FAMILIES:
         known = {name for depth in range(1, MAX_DEPTH + 1) for name in family.modules(depth)}
@@ -452,7 +459,9 @@ def _unknown_message(state: Mapping[str, Any]) -> str:
     keys = unmatched[nearest] or list(state)  # each key is of some depth, but no depth has them all
     message = f"this checkpoint of {len(state)} entries is of no known family; tried {', '.join(unmatched)}; "
     if "bottleneck.conv1.weight" in state:  # what stands in its config cannot be told from tensors
-        return message + "it looks like a unetlib UNet's: build that UNet, then call load_state_dict and save_pretrained"
+        return (
+            f"{message}it looks like a unetlib UNet's: build that UNet, then call load_state_dict({source}) and save_pretrained"
+        )
     if len(unmatched[nearest]) < len(state):
         return message + f"the nearest, {nearest}, has no {_list(keys)}"
     return (
