@@ -330,6 +330,23 @@ def test_evaluate_scores_the_masks_that_predict_gives(model, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [{}, {"probabilities": True}, {"tile": 56}, {"out": "mask.npy"}])
+def test_logits_that_are_nan_are_no_mask(model, wide, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(wide).save("a.png")
+    model.head.bias.data.fill_(torch.nan)
+    for images, name in (("a.png", "'a.png'"), (wide, r"the picture \[0\]")):
+        with pytest.raises(ValueError, match=rf"logits for {name} hold NaN: .* predict in float32"):
+            model.predict(images, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_picture_whose_logits_are_nan_is_named(model, picture):
+    model.head.register_forward_hook(lambda module, args, logits: logits * (torch.nan if logits.shape[-1] == 32 else 1))
+    with pytest.raises(ValueError, match=r"the picture \[2\] hold NaN"):
+        model.predict([picture, picture, picture[:32, :32], picture[:32, :32]], batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [

@@ -94,8 +94,8 @@ def predict(
         FileNotFoundError: for a path that does not exist.
         ImportError: for a large TIFF file without the extra `tiff`.
         TypeError: for something that is no picture, and a `batch_size` or `overlap` that is no integer.
-        ValueError: for a file, shape or value that cannot be read, naming it; for a picture that needs tiles and a network
-            whose tiles cannot give the whole picture's result, without an `overlap`.
+        ValueError: for a file, shape or value that cannot be read, naming it; for logits that are NaN; for a picture that needs
+            tiles and a network whose tiles cannot give the whole picture's result, without an `overlap`.
 
     Example:
         >>> from unetlib import UNet
@@ -126,7 +126,8 @@ def predict(
     decide = _probabilities if probabilities else _classes
     results: list[Any] = []
     for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in pieces)
+        numbers = _without_nan(pieces, pictures[len(results)], len(results))
+        decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in numbers)
         if out is None:
             results.append(join(decided, size).numpy())
         else:
@@ -615,6 +616,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
                     module.training = training
             return
     yield
+
+
+def _without_nan(pieces: Iterable[Piece], picture: Picture, number: int) -> Iterator[Piece]:
+    """Logits as they are, for no mask would show what is wrong: NaN is above no threshold."""
+    for piece in pieces:
+        if piece.values.amax().isnan():
+            name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
+            raise ValueError(
+                f"the network's logits for {name} hold NaN: its weights do, or half precision overflows; take other weights, "
+                "or predict in float32"
+            )
+        yield piece
 
 
 def _probabilities(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
