@@ -347,7 +347,7 @@ class UNet(nn.Module):
         """Logits for a batch of pictures.
 
         Args:
-            x: (N, in_channels, H, W), float, H and W at least `config.stride`.
+            x: (N, in_channels, H, W), floats, outside autocast of the weights' type; H and W at least `config.stride`.
 
         Returns:
             (N, out_channels, H, W) logits.
