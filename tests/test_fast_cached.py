@@ -331,5 +331,10 @@ def test_weights_that_are_not_finite_are_not_hidden():
         model.encoder[0].conv1.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="hold NaN"):
         model.predict(torch.rand(3, 32, 48))
+    finite = UNet(features=(8, 16)).eval()
+    finite.predict(torch.rand(3, 32, 48))
+    finite.encoder[0].conv1.weight.data[0, 0, 0, 0] = torch.nan  # as no counter shows
+    with pytest.raises(ValueError, match="hold NaN"):
+        finite.predict(torch.rand(3, 32, 48))
     with pytest.raises(ValueError, match=r"encoder\.0\.conv1\.weight holds NaN or infinity"):
         optimize_for_inference(model)

@@ -41,6 +41,7 @@ def fast_copy(model: UNet, *, look_closely: bool = False) -> FastUNet | None:
     try:
         copy = optimize_for_inference(model)
     except ValueError:  # a type that this device has no fast convolutions for, or weights that are not finite
+        _copies.pop(model, None)  # of weights before these, which the counters alone would not tell
         return None
     _copies[model] = _Kept(copy, state, _contents(model))
     return copy
