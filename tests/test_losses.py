@@ -604,6 +604,15 @@ def test_extremes_are_finite(name: str, kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
+def test_nan_shows_in_the_loss(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    logits[0, -1, 2, 3] = math.nan
+    assert loss(logits, target, **options, **extra).isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_autocast_changes_nothing(name: str, kind: str) -> None:
     loss, extra = ALL[name]
     logits, target, options = case(kind, (5, 6))

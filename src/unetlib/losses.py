@@ -359,8 +359,8 @@ def mcc_loss(
     total = pixels + 2 * smooth
     tp, p, t = ((count + smooth) / total for count in counts)  # shares keep the products within float32, and MCC the same
     variance = p * (1 - p) * t * (1 - t)
-    defined = variance > 1e-30
-    score = torch.where(defined, (tp - p * t) / torch.where(defined, variance, 1).sqrt(), 0)
+    undefined = variance <= 1e-30  # not where it is NaN, which the loss has to show
+    score = torch.where(undefined, 0, (tp - p * t) / torch.where(undefined, 1, variance).sqrt())
     return reduce_regions(score, reading, weight, reduction)
 
 

@@ -100,12 +100,12 @@ def rare_sums(reading: Reading, batch: bool) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def ratio(numerator: Tensor, denominator: Tensor, smooth: float, empty: float = 1.0) -> Tensor:
-    """(numerator + smooth) / (denominator + smooth), or `empty` for 0 / 0; finite in value and gradient."""
+    """(numerator + smooth) / (denominator + smooth), or `empty` for 0 / 0; of finite numbers finite in value and gradient."""
     at_least("smooth", smooth, 0)
     if smooth > EPS:
         return (numerator + smooth) / (denominator + smooth)
-    defined = denominator > EPS
-    return torch.where(defined, numerator / torch.where(defined, denominator, 1), empty)
+    nothing = denominator <= EPS  # not where it is NaN, which the loss has to show
+    return torch.where(nothing, empty, numerator / torch.where(nothing, 1, denominator))
 
 
 def reduce_regions(
