@@ -224,9 +224,10 @@ def train(
                 unseen.append((total, draws))
                 read_losses(leave=1 if device.type == "cuda" else 0)
                 if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
+                    read_losses()  # Dice waits too, and would refuse logits of NaN without naming step and pictures
                     truth = targets.round().long() if targets.is_floating_point() else targets
                     dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
-                    bar.set_postfix(loss=f"{history['loss'][-1] if history['loss'] else math.nan:.4f}", dice=f"{dice:.4f}")
+                    bar.set_postfix(loss=f"{history['loss'][-1]:.4f}", dice=f"{dice:.4f}")
                 if args.checkpoint_every and step % args.checkpoint_every == 0:
                     before_saving()
                     save()

@@ -407,10 +407,26 @@ def test_calibration_of_known_probabilities() -> None:
     torch.testing.assert_close(calibration_error(logits, target, **options), swapped)
 
 
-def test_calibration_of_nan_is_nan() -> None:
-    logits = torch.tensor([[[0.0, math.nan]]])
-    assert calibration_error(logits, torch.tensor([[1, 0]])).isnan()
-    assert calibration_error(torch.cat([logits, -logits], 1), torch.tensor([[1, 0]])).isnan()
+def test_calibration_of_infinite_logits() -> None:
+    logits = torch.tensor([[[math.inf, -math.inf]]])
+    assert calibration_error(logits, torch.tensor([[1, 1]])) == 0.5
+    assert calibration_error(torch.cat([logits, logits], 1), torch.tensor([[1, 0]])).isnan()  # as its softmax is
+
+
+@pytest.mark.parametrize(
+    "score", [pixel_accuracy, dice_score, boundary_iou, boundary_f_score, hausdorff_distance, calibration_error]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_refused_where_pixels_count(kind: str, score: Any) -> None:
+    logits, target, options = case(kind, (5, 6))
+    target[0, ..., 2, 3] = 255
+    expected = score(logits, target, ignore_index=255, **options)
+    logits[0, -1, 2, 3] = math.nan
+    assert score(logits, target, ignore_index=255, **options) == expected
+    target[0, ..., 2, 3] = 0
+    for ignore_index in (None, 255):
+        with pytest.raises(ValueError, match=r"logits must hold numbers, found nan; the network diverged, .* learning rate"):
+            score(logits, target, ignore_index=ignore_index, **options)
 
 
 # Other devices

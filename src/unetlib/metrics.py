@@ -91,7 +91,7 @@ def confusion_matrix(
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> confusion_matrix(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).tolist()
@@ -122,7 +122,7 @@ def pixel_accuracy(
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> pixel_accuracy(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -145,7 +145,7 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> dice_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -173,7 +173,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> fbeta_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]]), beta=0).item()
@@ -196,7 +196,7 @@ def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> iou_score(torch.tensor([[[9.0, -9.0, 9.0, 9.0]]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -218,7 +218,7 @@ def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptio
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> precision_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
@@ -240,7 +240,7 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> recall_score(torch.tensor([[[9.0, -9.0, 9.0, -9.0]]]), torch.tensor([[1, 0, 0, 0]])).item()
@@ -264,7 +264,7 @@ def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOpt
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> specificity_score(torch.tensor([[[9.0, -9.0, 9.0]]]), torch.tensor([[1, 0, 0]])).item()
@@ -289,7 +289,7 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> square = torch.zeros(1, 6, 6)
@@ -324,7 +324,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
         ImportError: without scipy.
 
     Example:
@@ -366,7 +366,7 @@ def hausdorff_distance(
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
         ImportError: without scipy.
 
     Example:
@@ -403,7 +403,7 @@ def calibration_error(
 
     Raises:
         TypeError: for logits or a mask of the wrong type, an unknown keyword, or one that is no integer where it should be.
-        ValueError: for logits and a mask that do not fit each other, a mask value without a class, or a keyword out of range.
+        ValueError: for logits that are NaN or do not fit the mask, a mask value without a class, or a keyword out of range.
 
     Example:
         >>> calibration_error(torch.zeros(1, 1, 4), torch.tensor([[1, 0, 0, 0]])).item()
@@ -418,7 +418,7 @@ def calibration_error(
     if reading.valid is not None:
         confidence, right = confidence[reading.valid], right[reading.valid]
     confidence, right = (counts.off_mps(part.flatten()).double() for part in (confidence, right))
-    box = (confidence * bins).long().clamp(0, bins - 1)  # nan, which makes the result nan, is no number of a bin
+    box = (confidence * bins).long().clamp(0, bins - 1)  # the nan of an infinite logit is no number of a bin
     gap = confidence.new_zeros(bins).scatter_add_(0, box, confidence - right)
     return gap.abs().sum() / confidence.numel()
 

@@ -9,8 +9,9 @@ classes, background included; ``multilabel=True`` makes every channel a sigmoid 
 - multilabel: (N, C, *spatial), values from 0 to 1.
 
 A wrong shape raises on every device. Wrong values (an index out of range, 255, NaN) raise a `ValueError` that names
-the value. On CUDA, and inside `torch.compile`, reading a value would make the program wait for the device, so there the
-same check is an assertion that the device makes by itself: the next synchronisation (``loss.item()``) raises.
+the value. Metrics refuse logits of NaN too; losses give NaN for them. On CUDA, and inside `torch.compile`, reading a value
+would make the program wait for the device, so there the same check is an assertion that the device makes by itself: the
+next synchronisation (``loss.item()``) raises.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from .arguments import is_number
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
 _ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
 _SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
+_DIVERGED = (
+    "the network diverged, or overflowed in half precision: train it with a lower learning rate, run it in bfloat16 or float32"
+)
 
 
 class Reading(NamedTuple):
@@ -78,11 +82,17 @@ class Reading(NamedTuple):
         """What is predicted and what is true, soft masks cut at 0.5 or by their largest class.
 
         Bool (N, C, *spatial), false where ignored, for sigmoids; int64 class indices (N, *spatial) for a softmax.
+
+        Raises:
+            ValueError: for a logit of NaN where pixels count, and a `threshold` that is no probability.
         """
         true = self.cut().target
         if not self.sigmoid:
-            return self.logits.max(dim=1).indices, true  # a third of argmax's time on a CPU
+            largest, predicted = self.logits.max(dim=1, keepdim=True)  # a third of argmax's time on a CPU
+            self._check_numbers(largest)
+            return predicted.squeeze(1), true
         check_threshold(threshold)
+        self._check_numbers(self.logits)
         predicted = self.logits > math.log(threshold / (1 - threshold))
         return (predicted, true) if self.valid is None else (predicted & self.valid, true & self.valid)
 
@@ -94,6 +104,12 @@ class Reading(NamedTuple):
             if self.valid is not None:
                 predicted, true = predicted & self.valid, true & self.valid
         return predicted, true
+
+    def _check_numbers(self, logits: Tensor) -> None:
+        """Refuse NaN where pixels count, for it is above no threshold and below none."""
+        # One NaN makes the least value NaN, which a CPU finds ten times as fast as by isnan.
+        found = logits.amin().isnan() if self.valid is None else (logits.isnan() & self.valid).any()
+        require("logits", ~found, "numbers", lambda: math.nan, _DIVERGED)
 
     def _one_hot(self, indices: Tensor) -> Tensor:
         classes = torch.arange(self.logits.shape[1], device=indices.device)
