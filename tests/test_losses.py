@@ -543,13 +543,46 @@ def test_gradients_are_the_derivatives(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
-def test_second_derivatives_are_right_or_refused(name: str, kind: str) -> None:
+def test_second_derivatives_are_right(name: str, kind: str) -> None:
     for of_logits, logits in of_whole_and_ignored(name, kind, (2, 2)):
-        if of_logits.func is focal_loss:
-            with pytest.raises(RuntimeError, match="focal_loss has no second derivative"):
-                torch.autograd.functional.hessian(of_logits, logits)
-        else:
-            assert torch.autograd.gradgradcheck(of_logits, logits.clone().requires_grad_())
+        assert torch.autograd.gradgradcheck(of_logits, logits.clone().requires_grad_())
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")  # where vmap falls back to a loop
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_each_picture_by_torch_func_are_those_of_a_loop(name: str, kind: str) -> None:
+    loss, extra = ALL[name]
+    logits, target, options = case(kind, (5, 6))
+    for mask, keywords in ((target, {}), (with_ignored(target), {"ignore_index": 255})):
+
+        def of_picture(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return loss(x[None], y[None], **options, **keywords, **extra)  # noqa: B023
+
+        gradients, values = torch.func.vmap(torch.func.grad_and_value(of_picture))(logits, mask)
+        for x, y, gradient, value in zip(logits, mask, gradients, values, strict=True):
+            x.requires_grad_()
+            expected = of_picture(x, y)
+            torch.testing.assert_close(value, expected.detach())
+            torch.testing.assert_close(gradient, *torch.autograd.grad(expected, x))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hessians_by_torch_func_are_those_of_autograd(name: str) -> None:
+    for of_logits, logits in of_whole_and_ignored(name, "multiclass", (2, 2)):
+        hessian = torch.func.jacrev(torch.func.jacrev(of_logits))(logits)
+        torch.testing.assert_close(hessian, torch.autograd.functional.hessian(of_logits, logits))
+
+
+def test_masks_are_checked_inside_of_torch_func() -> None:
+    logits, mask = torch.zeros(2, 2, 1, 3, 4, 4), torch.zeros(2, 2, 1, 4, 4)
+    gradient = torch.func.grad(dice_loss)
+    of_each = torch.func.vmap(torch.func.vmap(gradient))
+    for value, expected in ((3, "class indices from 0 to 2"), (0.5, "whole class indices")):
+        mask[1, 0, 0, 0, 0] = value
+        for wrong in (lambda: gradient(logits[1, 0], mask[1, 0]), lambda: of_each(logits, mask)):
+            with pytest.raises(RuntimeError, match=f"target must hold {expected}; "):
+                wrong()
 
 
 def test_the_derivative_leaves_the_gradient_it_is_given_alone() -> None:

@@ -15,14 +15,16 @@ _ROW = 1024
 class RegionSums(torch.autograd.Function):
     """TP, P and T of probabilities p (N, C, *spatial): sums over space of w p t, w p and w t, each (N, C).
 
-    The mask t is (N, C, *spatial) like p, or class indices (N, *spatial); the weight w, (N, 1 or C, *spatial), may be
-    None.
+    The mask is w t, (N, C, *spatial) like p, or the class indices of t, (N, *spatial); the weight w, (N, 1 or C, *spatial),
+    may be None.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, p: Tensor, mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(p: Tensor, mask: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return TP, P and T; T has no gradient."""
-        ctx.space = list(range(2, p.ndim))
+        space = list(range(2, p.ndim))
         if mask.ndim < p.ndim:
             # Row by row, the true class's probability is added to the sum of its class: there is no one-hot mask, and
             # no chain of additions long enough to lose digits.
@@ -35,27 +37,28 @@ class RegionSums(torch.autograd.Function):
             rows = p.new_zeros(*classes.shape[:-1], p.shape[1])
             tp, t = (rows.scatter_add(-1, classes, _rows(value)).flatten(1, -2).sum(1) for value in (true, ones))
         else:
-            mask = mask if weight is None else mask * weight
-            tp, t = (p * mask).sum(ctx.space), mask.sum(ctx.space)
-        ctx.save_for_backward(mask, weight)
+            tp, t = (p * mask).sum(space), mask.sum(space)
+        return tp, (p if weight is None else p * weight).sum(space), t
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep mask and weight."""
+        p, mask, weight = inputs
         ctx.shape = p.shape
-        ctx.mark_non_differentiable(t)
-        return tp, (p if weight is None else p * weight).sum(ctx.space), t
+        ctx.save_for_backward(mask, weight)
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_tp: Tensor, grad_p: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """Return w (grad_p + t grad_tp)."""
         mask, weight = ctx.saved_tensors
-        column = (*ctx.shape[:2], *[1] * len(ctx.space))
+        column = (*ctx.shape[:2], *[1] * (len(ctx.shape) - 2))
         grad = grad_p.view(column).expand(ctx.shape)
-        if weight is not None:
-            grad = grad * weight
         if mask.ndim == len(ctx.shape):
-            return torch.addcmul(grad, mask, grad_tp.view(column)), None, None
+            return torch.addcmul(grad if weight is None else grad * weight, mask, grad_tp.view(column)), None, None
         true = grad_tp.gather(1, mask.flatten(1)).view(mask.shape).unsqueeze(1)
-        if weight is None:  # not in place, for with one pixel this is still the memory of grad_p
-            return grad.scatter_add(1, mask.unsqueeze(1), true), None, None
-        return grad.scatter_add_(1, mask.unsqueeze(1), true * weight), None, None
+        grad = grad.scatter_add(1, mask.unsqueeze(1), true)  # not in place, for this is still the memory of grad_p
+        return grad if weight is None else grad.mul_(weight), None, None
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -70,20 +73,30 @@ def _rows(values: Tensor) -> Tensor:
 class Focal(torch.autograd.Function):
     """(1 - e^-CE)^gamma CE of each cross-entropy CE."""
 
-    @staticmethod
-    def forward(ctx: Any, entropy: Tensor, gamma: float) -> Tensor:
-        """Return the focal loss of each value."""
-        wrong = torch.expm1(-entropy).neg_().clamp_min_(_EPS)  # 0 to a power below 0 is infinite
-        power = wrong ** (gamma - 1)
-        ctx.save_for_backward(torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power))
-        return power.mul_(wrong).mul_(entropy)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return grad times the slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
-        if torch.is_grad_enabled():  # for the slope is a constant here
-            raise RuntimeError("focal_loss has no second derivative; use cross_entropy_loss where one is needed")
-        (slope,) = ctx.saved_tensors
+    def forward(entropy: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        """Return the focal loss of each value, and its slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
+        wrong = torch.expm1(-entropy).neg_().clamp_min_(_EPS)  # 0 to a power below 0 is infinite
+        power = wrong ** (gamma - 1)
+        slope = torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power)
+        return power.mul_(wrong).mul_(entropy), slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the slope, and what it is made of."""
+        entropy, ctx.gamma = inputs
+        ctx.save_for_backward(entropy, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        """Return grad times the slope."""
+        entropy, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative the slope is made once more, by steps that have one
+            wrong = (-torch.expm1(-entropy)).clamp_min(_EPS)
+            slope = (wrong + ctx.gamma * (1 - wrong) * entropy) * wrong ** (ctx.gamma - 1)
         return grad * slope, None
 
 
@@ -97,9 +110,11 @@ class Lovasz(torch.autograd.Function):
     numbers. A pixel that is not valid has no error, and is not in the mask.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, mask: Tensor, valid: Tensor | None, hinge: bool) -> Tensor:
-        """Return the extension, (...)."""
+    def forward(predicted: Tensor, mask: Tensor, valid: Tensor | None, hinge: bool) -> tuple[Tensor, Tensor]:
+        """Return the extension, (...), and its slope at each pixel, which has no gradient."""
         turn = mask.to(predicted.dtype).mul_(-2).add_(1)  # -1 in the mask, 1 outside
         errors = (predicted * turn).add_(1 if hinge else mask).relu_()
         if valid is not None:
@@ -114,11 +129,16 @@ class Lovasz(torch.autograd.Function):
         rise.masked_fill_(mask | (union == 1), 1).div_(union)
         result = (errors * rise).sum(-1)
         rise *= errors > 0
-        ctx.save_for_backward(torch.empty_like(rise).scatter_(-1, order, rise).mul_(turn))
-        return result
+        return result, rise.scatter(-1, order, rise).mul_(turn)  # each to its own place, which leaves none as it was
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the slope."""
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         """Return grad times each pixel's weight, below zero in the mask."""
         (slope,) = ctx.saved_tensors
         return slope * grad.unsqueeze(-1), None, None, None

@@ -100,7 +100,7 @@ def focal_loss(
 ) -> Tensor:
     """Focal loss, (1 - e^-CE)^gamma CE, for the cross-entropy CE of a pixel; e^-CE is the true class's probability.
 
-    From Lin et al., "Focal loss for dense object detection", 2017. It has no second derivative.
+    From Lin et al., "Focal loss for dense object detection", 2017.
 
     Args:
         logits: (N, C, *spatial).
@@ -125,7 +125,7 @@ def focal_loss(
     """
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
     at_least("gamma", gamma, 0)
-    pixels = Focal.apply(cross_entropy(reading), gamma)
+    pixels = Focal.apply(cross_entropy(reading), gamma)[0]
     if alpha is not None:
         at_least("alpha", alpha, 0, 1)
         if not reading.sigmoid:
@@ -409,7 +409,7 @@ def lovasz_loss(
     predicted = reading.logits if reading.sigmoid else reading.probabilities()
     mask = reading.cut().one_hot()
     valid = None if reading.valid is None else rows(reading.valid.expand_as(mask))
-    score = 1 - Lovasz.apply(rows(predicted), rows(mask), valid, reading.sigmoid)
+    score = 1 - Lovasz.apply(rows(predicted), rows(mask), valid, reading.sigmoid)[0]
     return reduce_regions(score, reading, weight, reduction)
 
 

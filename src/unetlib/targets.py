@@ -11,7 +11,7 @@ classes, background included; ``multilabel=True`` makes every channel a sigmoid 
 A wrong shape raises on every device. Wrong values (an index out of range, 255, NaN) raise a `ValueError` that names
 the value. Metrics refuse logits of NaN too; losses give NaN for them. On CUDA, and inside `torch.compile`, reading a value
 would make the program wait for the device, so there the same check is an assertion that the device makes by itself: the
-next synchronisation (``loss.item()``) raises.
+next synchronisation (``loss.item()``) raises. `torch.func` lets no value be read either: on a CPU the assertion raises at once.
 """
 
 from __future__ import annotations
@@ -251,12 +251,26 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices
 
 def _waits(value: Tensor) -> bool:
     """Whether reading the value would make the program wait for the device, or break a compiled graph."""
-    return value.is_cuda or torch.compiler.is_compiling()
+    return value.is_cuda or torch.compiler.is_compiling() or _is_wrapped(value)
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    """Whether the tensor is one of `torch.func`'s, whose value cannot be read."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _outside_of_func(good: Tensor) -> Tensor:
+    """The answer for all that `torch.func.vmap` maps over, as a tensor of its own, for vmap knows no assertions."""
+    if not _is_wrapped(good):
+        return good
+    while _is_wrapped(good):
+        good = torch._C._functorch.get_unwrapped(good)
+    return good.all()
 
 
 def require(name: str, good: Tensor | bool, expected: str, found: Callable[[], Tensor | float], fix: str) -> None:
     """Refuse values of a tensor, without waiting for its device."""
     if isinstance(good, Tensor) and _waits(good):
-        torch._assert_async(good, f"{name} must hold {expected}; {fix}")
+        torch._assert_async(_outside_of_func(good), f"{name} must hold {expected}; {fix}")
     elif not good:
         raise ValueError(f"{name} must hold {expected}, found {float(found()):.10g}; {fix}")

@@ -71,7 +71,8 @@ def sums(
     p = reading.probabilities() if p is None else p
     if reading.valid is not None:
         weight = reading.valid.to(p.dtype) if weight is None else weight * reading.valid
-    tp, pred, true = RegionSums.apply(p, reading.target, weight)
+    mask = reading.target if weight is None or reading.has_indices() else reading.target * weight
+    tp, pred, true = RegionSums.apply(p, mask, weight)
     if squared:
         pred = (p * p if weight is None else p * p * weight).sum(reading.spatial)
         if not reading.has_indices():  # t^2 is t for the others
