@@ -928,6 +928,8 @@ def test_modules_are_their_functions(module: type[Loss]) -> None:
     assert "ignore_index=0" in repr(loss)
     with pytest.raises(TypeError, match=rf"{module.__name__} has no option smoth; it has .*ignore_index"):
         module(smoth=1)
+    with pytest.raises(TypeError, match=rf"{module.__name__} takes keywords alone, got Tensor; .* ignore_index="):
+        module(torch.ones(3))
 
 
 def test_every_loss_function_has_its_module() -> None:

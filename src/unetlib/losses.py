@@ -537,14 +537,17 @@ class Loss(nn.Module):
             keywords = list(inspect.signature(cls.function).parameters.values())[2:]
             cls.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *unnamed: Any, **options: Any) -> None:
         """Keep the options.
 
         Raises:
-            TypeError: for a keyword that the function does not have.
+            TypeError: for a keyword that the function does not have, and for an option without its keyword.
         """
         super().__init__()
         known = inspect.signature(type(self)).parameters
+        if unnamed:
+            one, names = type(unnamed[0]).__name__, ", ".join(f"{name}=" for name in known)
+            raise TypeError(f"{type(self).__name__} takes keywords alone, got {one}; say which of them it is: {names}")
         check_options(type(self).__name__, options, known)
         for name in ("weight", "pos_weight"):
             if options.get(name) is not None:
