@@ -604,6 +604,8 @@ def test_accumulator_names_bad_input() -> None:
     SegmentationMetrics(empty=1).merge(SegmentationMetrics(threshold=np.float64(0.5), empty=np.float32(1.0)))  # the same
     with pytest.raises(ValueError, match=r"different options: .*'threshold': 0\.5.*'threshold': 0\.4"):
         SegmentationMetrics().merge(SegmentationMetrics(threshold=0.4))
+    with pytest.raises(TypeError, match="merge takes one SegmentationMetrics, got list; merge several one by one"):
+        SegmentationMetrics().merge([SegmentationMetrics()])
     with pytest.raises(ValueError, match="keep_pictures=True"):
         SegmentationMetrics().per_picture()
     with pytest.raises(ValueError, match="'mean' or 'none', got 'sum'"):

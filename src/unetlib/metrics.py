@@ -529,6 +529,7 @@ class SegmentationMetrics:
         """Add what another accumulator with the same options has counted.
 
         Raises:
+            TypeError: if it is no `SegmentationMetrics`.
             ValueError: if its options differ.
 
         Example:
@@ -539,6 +540,8 @@ class SegmentationMetrics:
             >>> metrics.per_picture()["dice"], metrics.per_class()["dice"], metrics.per_class()["dice_pooled"]
             ([1.0, 0.5], [0.75], [0.6666666666666666])
         """
+        if not isinstance(other, SegmentationMetrics):
+            raise TypeError(f"merge takes one SegmentationMetrics, got {type(other).__name__}; merge several one by one")
         mine, theirs = self._options(), other._options()
         if str(mine) != str(theirs):  # as text, for nan is not equal to itself
             raise ValueError(f"cannot merge metrics with different options: {mine} and {theirs}")
