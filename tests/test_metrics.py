@@ -553,6 +553,14 @@ def test_a_call_returns_the_batchs_own_scores() -> None:
     assert metrics.compute()["dice"] == 0.5
 
 
+def test_repr_has_the_options_and_the_pictures() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    metrics = fill(SegmentationMetrics(3, ignore_index=255), logits, target, [3])
+    shown = repr(metrics)
+    assert shown.startswith("<SegmentationMetrics(num_classes=3, threshold=0.5, ")
+    assert shown.endswith(", ignore_index=255, multilabel=False) of 3 pictures>")
+
+
 def test_reset_and_empty_accumulators() -> None:
     metrics = SegmentationMetrics(3)
     assert all(math.isnan(value) for value in metrics.compute().values())

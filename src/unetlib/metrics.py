@@ -632,6 +632,11 @@ class SegmentationMetrics:
             axes[1].set(xlabel="Dice of a picture", ylabel="pictures", title=f"mean {self.compute()['dice']:.4f}")
         return figure
 
+    def __repr__(self) -> str:
+        """Its options, and how much has been counted."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"<{type(self).__name__}({options}) of {self.pictures} pictures>"
+
     @property
     def confusion(self) -> Tensor:
         """Pooled counts, see the class."""
