@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import pickle
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -852,7 +853,14 @@ def test_bad_types_and_options_are_named() -> None:
     logits, target = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4)
     with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got ndarray"):
         dice_loss(logits, target.numpy())
-    with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
+    for wrong, expected in (
+        ({"out": logits, "aux": logits}, "dict; pass one of its tensors: logits['out'] or logits['aux']"),
+        ([logits, logits], "list; pass one of its tensors, such as logits[0]"),
+        ([0.0], "list; use torch.as_tensor"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"logits must be a torch.Tensor, got {expected}")):
+            dice_loss(wrong, target)
+    with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64; pass the model's output as it is"):
         dice_loss(logits.long(), target)
     with pytest.raises(TypeError, match="complex"):
         dice_loss(logits, target.cfloat())

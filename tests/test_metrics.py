@@ -561,6 +561,17 @@ def test_repr_has_the_options_and_the_pictures() -> None:
     assert shown.endswith(", ignore_index=255, multilabel=False) of 3 pictures>")
 
 
+def test_two_masks_are_scored_as_logits() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    predicted = logits.argmax(1)
+    for mask in (target.long(), target.bool()):
+        with pytest.raises(TypeError, match=r"Metrics take a mask .* mask\[:, None\]\.float\(\) if binary, else as .*one_hot"):
+            dice_score(mask, target)
+    assert dice_score(F.one_hot(predicted, 3).movedim(-1, 1).float(), target) == dice_score(logits, target)
+    binary = logits[:, :1]
+    assert dice_score((binary[:, 0] > 0)[:, None].float(), target > 0) == dice_score(binary, target > 0)
+
+
 def test_reset_and_empty_accumulators() -> None:
     metrics = SegmentationMetrics(3)
     assert all(math.isnan(value) for value in metrics.compute().values())

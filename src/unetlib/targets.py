@@ -17,7 +17,7 @@ next synchronisation (``loss.item()``) raises. `torch.func` lets no value be rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import NamedTuple
 
@@ -29,6 +29,10 @@ from .arguments import is_number
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
 _ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
 _SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
+_AS_IT_IS = (
+    "pass the model's output as it is. Metrics take a mask for it as mask[:, None].float() if binary, else as "
+    "torch.nn.functional.one_hot(mask.long(), classes).movedim(-1, 1).float()"
+)
 _DIVERGED = (
     "the network diverged, or overflowed in half precision: train it with a lower learning rate, run it in bfloat16 or float32"
 )
@@ -195,9 +199,9 @@ def _holds(dtype: torch.dtype, value: int) -> bool:
 def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
     for name, value in (("logits", logits), ("target", target)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {_tensor_of(name, value)}")
     if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}; pass the model's output as it is")
+        raise TypeError(f"logits must be floating point, got {logits.dtype}; {_AS_IT_IS}")
     if target.is_complex():
         raise TypeError(f"target must hold integers, bools or floats, got {target.dtype}")
     if not 3 <= logits.ndim <= 5 or logits.numel() == 0:
@@ -220,6 +224,15 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
             "One logit channel is binary, two and more are one softmax; for one sigmoid a channel say multilabel=True"
             + (_SQUEEZED if logits.ndim == 3 else "")
         )
+
+
+def _tensor_of(name: str, value: object) -> str:
+    """What to type for the tensor that is wanted."""
+    if isinstance(value, Mapping):
+        return f"pass one of its tensors: {' or '.join(f'{name}[{key!r}]' for key in value)}"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+        return f"pass one of its tensors, such as {name}[0]"
+    return "use torch.as_tensor"
 
 
 def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices: bool, shares: bool) -> None:
