@@ -350,6 +350,8 @@ def test_region_losses_equal_smp(kind: str) -> None:
         torch.testing.assert_close(ours(logits, target, **options, **extra), theirs(logits, target))
     ours = dice_loss(logits, with_ignored(target), ignore_index=255, **options)
     torch.testing.assert_close(ours, smp.DiceLoss(kind, ignore_index=255)(logits, with_ignored(target)))
+    ours = dice_loss(logits, target, **options | {"smooth": 2.0})
+    torch.testing.assert_close(ours, smp.DiceLoss(kind, smooth=1.0)(logits, target))
 
 
 def test_other_losses_equal_smp() -> None:
