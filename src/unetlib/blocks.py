@@ -325,5 +325,6 @@ def join_patches(x: Tensor, side: int, size: Sequence[int]) -> Tensor:
 
 def _exported() -> bool:
     """Whether a graph is captured for good; torch before 2.7 does not tell that from compiling, which is then taken for it."""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    # What this flag stands behind, `torch.compiler.is_exporting`, is true of all that `torch.compile` traces in PyTorch 2.11.
+    exporting: bool = getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_compiling())
+    return exporting or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -81,7 +81,8 @@ class Focal(torch.autograd.Function):
         wrong = torch.expm1(-entropy).neg_().clamp_min_(_EPS)  # 0 to a power below 0 is infinite
         power = wrong ** (gamma - 1)
         slope = torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power)
-        return power.mul_(wrong).mul_(entropy), slope
+        # Not in place, or torch.compile of PyTorch 2.11 gives it a gradient of zero.
+        return power.mul_(wrong) * entropy, slope
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
