@@ -230,6 +230,19 @@ def test_a_pass_that_fails_leaves_modes_and_memory_as_they_were(model, picture, 
     assert freed == [model]
 
 
+def test_an_interrupt_on_the_way_to_evaluation_mode_leaves_modes_as_they_were(model, picture, monkeypatch):
+    def interrupted(mode):
+        raise KeyboardInterrupt
+
+    model.train().encoder[1].eval()
+    before = [module.training for module in model.modules()]
+    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    monkeypatch.setattr(model.head, "train", interrupted)  # the last of all modules
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(picture)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_threads_share_a_network_in_training(model, picture):
     expected = model.predict(picture, probabilities=True)
     model.train()

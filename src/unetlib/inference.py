@@ -606,14 +606,13 @@ def _normalized(model: UNet, batch: Tensor) -> Tensor:
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; each module's own mode again outside, frozen ones included."""
     with _modes_lent:
-        modes = [(module, module.training) for module in model.modules()]
-        if any(training for _, training in modes):
-            model.eval()
-            try:
+        if in_training := [module for module in model.modules() if module.training]:
+            try:  # from before the first module changes, for an interrupt
+                model.eval()
                 yield
             finally:
-                for module, training in modes:
-                    module.training = training
+                for module in in_training:
+                    module.training = True
             return
     yield
 
