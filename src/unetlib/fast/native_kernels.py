@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import Structure, byref, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ _FLAGS = {  # by what PyTorch finds the CPU capable of; older compilers do not k
     "AVX2": ("-mavx2", "-mfma"),
 }
 _HALVES = "-mavx512bf16"  # that still older ones do not know
+_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+_CHECKSUM = hashlib.sha256().digest_size
+_NO_CACHE = (OSError, RuntimeError)  # no file that is whole, no room, no right to write or to load there; or there is no home
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 _SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than they save
 _PLACES = 36  # of Winograd's method
@@ -54,6 +57,11 @@ _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
 )
 logger = logging.getLogger("unetlib")
 _local = threading.local()
+_one_at_a_time = threading.RLock()  # of several threads one compiles, and the others wait
+if sys.platform != "win32":  # a process forked meanwhile would wait for ever
+    os.register_at_fork(
+        before=_one_at_a_time.acquire, after_in_parent=_one_at_a_time.release, after_in_child=_one_at_a_time.release
+    )
 
 
 class NativeConv:
@@ -209,9 +217,9 @@ class NativeHead:
 def available() -> bool:
     """Whether the code could be compiled for this CPU, and agrees with PyTorch's own operations."""
     try:
-        with torch.device("cpu"):
+        with _one_at_a_time, torch.device("cpu"):
             return _agrees()
-    except (OSError, AttributeError, KeyError, subprocess.SubprocessError) as reason:
+    except (OSError, AttributeError, KeyError, ValueError, subprocess.SubprocessError) as reason:  # ValueError: of a `CXX`
         logger.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
         return False
 
@@ -347,7 +355,8 @@ def _address_of(operation: str) -> int | None:
 @functools.cache
 def _openmp() -> tuple[int | None, ...]:
     """The addresses of OpenMP's functions that have threads run a function, have them wait, and tell how many and which."""
-    loaded = {Path(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    mapped = Path("/proc/self/maps").read_bytes().splitlines()  # bytes, as a path need not be text
+    loaded = {Path(os.fsdecode(line.split(maxsplit=5)[-1])) for line in mapped}
     own = Path(torch.__file__).parent  # another library may have brought another OpenMP
     for path in sorted(loaded, key=lambda path: (not path.is_relative_to(own), path)):
         if path.name.startswith(_OPENMP):
@@ -363,46 +372,53 @@ def _library() -> Any:
         raise OSError(f"not tried on {sys.platform}")
     flags = _FLAGS[torch.backends.cpu.get_cpu_capability()]
     try:
-        built = _built((*flags, _HALVES) if flags == _FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported() else flags)
-    except subprocess.CalledProcessError:
-        built = _built(flags)
-    library = ctypes.CDLL(str(built))
+        library = _loaded((*flags, _HALVES) if flags == _FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported() else flags)
+    except (OSError, subprocess.CalledProcessError):
+        library = _loaded(flags)
     library.lanes.restype = library.tiles.restype = library.has_halves.restype = c_int64
     library.run.argtypes, library.run.restype = (c_void_p, c_int64, c_void_p), None
     return library
 
 
-def _built(flags: tuple[str, ...]) -> Path:
-    """The compiled code, from the cache or from the compiler."""
+def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The code from the cache; where there is none that loads, compiled, and loaded from the cache if that takes it."""
+    with suppress(*_NO_CACHE):
+        return ctypes.CDLL(str(_whole(_kept(flags))))
     if (compiler := _compiler()) is None:
         raise FileNotFoundError("there is no C++ compiler")
-    command = (*shlex.split(compiler), "-std=c++17", "-O3", "-shared", "-fPIC", *flags)
-    folder, version = _folder(), hashlib.sha256(_SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    library = folder / f"native-{version}.so"
-    if not library.is_file():
-        with whole_file(library) as partial:  # two processes may compile at the same time
-            subprocess.run([*command, "-o", partial, _SOURCE], check=True, capture_output=True)
-    return library
+    with tempfile.TemporaryDirectory(prefix="unetlib-", ignore_cleanup_errors=True) as folder:  # what is loaded outlives it
+        built = Path(folder) / "native.so"
+        subprocess.run([*compiler, *_OPTIONS, *flags, "-o", built, _SOURCE], check=True, capture_output=True)
+        with suppress(*_NO_CACHE):
+            return ctypes.CDLL(str(_keep(built, _kept(flags))))
+        return ctypes.CDLL(str(built))
 
 
-def _compiler() -> str | None:
+def _compiler() -> list[str] | None:
     """The command of the C++ compiler."""
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return None if command is None else shlex.split(command)
 
 
-@functools.cache
-def _folder() -> Path:
-    """The user's cache, or where nothing can be written there, a folder for this process alone."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetlib"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        pass
-    return Path(_temporary().name)
+def _kept(flags: tuple[str, ...]) -> Path:
+    """Where the user's cache has the code, also that of a machine with a compiler for one without."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetlib"
+    version = hashlib.sha256(_SOURCE.read_bytes() + repr((os.environ.get("CXX"), _OPTIONS, flags)).encode()).hexdigest()
+    return cache / f"native-{version[:16]}.so"
 
 
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="unetlib-")
+def _keep(built: Path, kept: Path) -> Path:
+    """Copy to the cache, with a checksum at the end, which loading passes over."""
+    code = built.read_bytes()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(kept) as partial:  # two processes may compile at the same time
+        partial.write_bytes(code + hashlib.sha256(code).digest())
+    return kept
+
+
+def _whole(kept: Path) -> Path:
+    """A file of the cache, if it is as it was written: loading one that is cut off would end the process."""
+    code = kept.read_bytes()
+    if code[-_CHECKSUM:] != hashlib.sha256(code[:-_CHECKSUM]).digest():
+        raise OSError(f"{kept} is damaged")
+    return kept
