@@ -28,6 +28,14 @@ def test_a_file_appears_when_it_is_whole_and_replaces_the_one_before(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_all_of_it_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_size, names(tmp_path))))
+    with whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("all of it")
+    assert flushed == [(9, [partial.name])]
+
+
 def test_a_name_may_be_as_long_as_the_system_takes(tmp_path):
     path = tmp_path / f"{'a' * 250}.txt"
     with whole_file(path) as partial:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A hidden file to write beside `path`, which takes that name when all of it is written, and goes on an error.
+    """A hidden file to write beside `path`, which takes that name when all of it is on the disk, and goes on an error.
 
     Its name is no other's, on any machine that shares the folder, and keeps the suffix, which Pillow goes by. Others may read
     it, unlike what tempfile makes. Where `path` is a link, what it leads to is replaced.
@@ -29,6 +29,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
