@@ -247,20 +247,24 @@ def segment(
 def predict_each(model: UNet, pictures: list[np.ndarray | Raster], options: dict[str, Any]) -> list[np.ndarray | str]:
     """Masks of one batch, of its pictures apart if that fails, and a reason for one that alone does.
 
-    A batch may be too much for the GPU; a huge picture may be broken where it is read only now, or need tiles that the model
-    cannot do.
+    A batch may be too much for the memory; a huge picture may be broken where it is read only now, or need tiles that the
+    model cannot do.
     """
-    reason = ""
+    reason, memory = "", "of the GPU; use --device cpu for it"
     try:
         return predict(model, pictures, batch_size=max(1, len(pictures)), **options)
     except ValueError as error:
         reason = str(error)
     except torch.OutOfMemoryError:
         pass
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        memory = "that is free; give --tile, or a smaller one, for it"
     # Only out here, without the error and its stack, is the memory of the attempt free.
     if len(pictures) == 1:
         height, width = pictures[0].shape[:2]
-        return [reason or f"{width}x{height} pixels are too many for the memory of the GPU; use --device cpu for it"]
+        return [reason or f"{width}x{height} pixels are too many for the memory {memory}"]
     return [predict_each(model, [picture], options)[0] for picture in pictures]
 
 

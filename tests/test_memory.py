@@ -87,6 +87,31 @@ def test_the_least_of_all_limits_decides(monkeypatch):
     monkeypatch.setattr(memory, "_system_memory", lambda path: 5000)
     monkeypatch.setattr(memory, "_container_room", lambda root: iter([7000, 4000]))
     assert available_memory() == 4000
+    monkeypatch.setattr(memory, "_address_room", lambda statm: 3000)
+    assert available_memory() == 3000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_the_limit_of_a_process_less_what_it_has_taken():
+    """In a process of its own, since a limit may not be raised again."""
+    code = """
+import mmap, resource
+from unetlib.memory import available_memory
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+before = available_memory()
+block = mmap.mmap(-1, 2**27)
+print(before, before - available_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, difference = map(int, done.stdout.split())
+    assert abs(before - 2**28) < 2**24
+    assert abs(difference - 2**27) < 2**24
+
+
+def test_where_there_is_no_limit_on_a_process_none_is_taken(tmp_path):
+    assert memory._address_room(tmp_path / "no linux") == 2**63
+    assert available_memory() > 2**20
 
 
 def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):

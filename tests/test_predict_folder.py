@@ -327,13 +327,33 @@ def test_a_folder_that_cannot_be_listed_is_reported(script, pictures, model, tmp
     assert failed == {"deep": "the folder cannot be read: Permission denied"}
 
 
-def test_pictures_too_large_for_the_gpu_fail_alone(script, pictures, model, tmp_path, monkeypatch):
+def out_of_memory_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def out_of_memory_in_numpy():
+    raise MemoryError("Unable to allocate 9. TiB")
+
+
+def out_of_memory_on_a_cpu():
+    torch.empty(2**50, device="cpu")  # PyTorch's own error
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        (out_of_memory_on_a_gpu, "of the GPU; use --device cpu for it"),
+        (out_of_memory_in_numpy, "that is free; give --tile, or a smaller one, for it"),
+        (out_of_memory_on_a_cpu, "that is free; give --tile, or a smaller one, for it"),
+    ],
+)
+def test_pictures_too_large_for_the_memory_fail_alone(script, pictures, model, tmp_path, monkeypatch, fail, reason):
     predict, asked = script.predict, []
 
     def within(model, images, **options):
         asked.append(len(images))
         if sum(image[..., 0].size for image in images) > 28 * 32:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            fail()
         return predict(model, images, **options)
 
     monkeypatch.setattr(script, "predict", within)
@@ -343,9 +363,18 @@ def test_pictures_too_large_for_the_gpu_fail_alone(script, pictures, model, tmp_
     failed = json.loads((masks / "failed.json").read_text())
     too_large = [name for name in pngs(pictures) if Image.open(pictures / name).height > 28]
     assert sorted(failed) == too_large
-    assert failed[too_large[0]].startswith("32x30 pixels are too many for the memory of the GPU")
+    assert failed[too_large[0]] == f"32x30 pixels are too many for the memory {reason}"
     assert asked == [4, 1, 1, 1, 1, 2, 1, 1]
     assert_masks_are_those_of_predict(pictures, masks, model, [name for name in pngs(pictures) if name not in failed])
+
+
+def test_an_error_that_concerns_every_picture_stops_the_run(script, pictures, model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(script, "predict", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])

@@ -77,8 +77,8 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
 def available_memory(device: str | torch.device = "cpu") -> int:
     """Bytes that can be asked for now.
 
-    On CUDA what the driver has free and PyTorch keeps unused. On the CPU what the system calls available, or less, where a
-    container's limit is nearer.
+    On CUDA what the driver has free and PyTorch keeps unused. On the CPU what the system calls available, or less, where the
+    limit of a container or of the process (`ulimit -v`) is nearer.
 
     Args:
         device: whose memory: a GPU on CUDA; for all others it is the system's.
@@ -91,7 +91,7 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")))
+    return min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")), _address_room(Path("/proc/self/statm")))
 
 
 def keep_freed() -> bool:
@@ -152,6 +152,17 @@ def _system_memory(meminfo: Path) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return _UNKNOWN
+
+
+def _address_room(statm: Path) -> int:
+    """What the limit on this process's addresses leaves, which some batch systems set."""
+    if sys.platform == "win32" or not statm.is_file():
+        return _UNLIMITED
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    return _UNLIMITED if limit == resource.RLIM_INFINITY else max(0, limit - taken)
 
 
 def _container_room(root: Path) -> Iterator[int]:
