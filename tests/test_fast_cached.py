@@ -300,6 +300,13 @@ def test_weights_made_in_inference_mode():
     assert fast_copy(network) is fast_copy(network)
 
 
+def test_weights_that_are_views_of_others_with_their_signs_changed():
+    network = model()
+    network.head.bias = nn.Parameter(torch._neg_view(torch.ones(1)), requires_grad=False)
+    assert fast_copy(network) is not None
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
+
+
 def test_predict_takes_a_copy_made_by_hand():
     network = model()
     np.testing.assert_allclose(probabilities(optimize_for_inference(network)), probabilities(network), atol=1e-6)

@@ -146,6 +146,8 @@ def iter_logits(
 ) -> Iterator[Tensor]:
     """Yield each picture's logits at its own size, reading `batch_size` pictures at a time.
 
+    Ask for all of them in one thread: on a CPU each that asks keeps memory for maps, and only the last gives its own back.
+
     Args:
         model: the network, as in `predict`.
         images: pictures, as in `predict`; an iterator is read a batch at a time, a single picture is refused.

@@ -75,5 +75,5 @@ def _contents(model: UNet) -> int:
     """A checksum of the weights' bytes."""
     checksum = 0
     for tensor in (*model.parameters(), *model.buffers()):
-        checksum = zlib.crc32(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().data, checksum)
+        checksum = zlib.crc32(tensor.detach().resolve_neg().flatten().contiguous().view(torch.uint8).numpy().data, checksum)
     return checksum
