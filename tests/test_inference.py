@@ -243,6 +243,23 @@ def test_an_interrupt_on_the_way_to_evaluation_mode_leaves_modes_as_they_were(mo
     assert [module.training for module in model.modules()] == before
 
 
+def test_an_interrupt_on_the_way_back_leaves_modes_as_they_were(model, picture, monkeypatch):
+    def interrupted(module, name, value):
+        if (name, value) == ("training", True):
+            restored.append(module)
+            if len(restored) == 3:
+                raise KeyboardInterrupt
+        setter(module, name, value)
+
+    model.train().encoder[1].eval()
+    before, restored, setter = [module.training for module in model.modules()], [], torch.nn.Module.__setattr__
+    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(picture)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_threads_share_a_network_in_training(model, picture):
     expected = model.predict(picture, probabilities=True)
     model.train()

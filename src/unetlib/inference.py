@@ -613,8 +613,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
                 model.eval()
                 yield
             finally:
-                for module in in_training:
-                    module.training = True
+                try:
+                    for module in in_training:
+                        module.training = True
+                except BaseException:  # an interrupt, which waits until all are back
+                    for module in in_training:
+                        module.training = True
+                    raise
             return
     yield
 
