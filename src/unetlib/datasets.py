@@ -70,8 +70,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         >>> Image.new("RGB", (8, 6)).save(folder / "cat.jpg")
         >>> Image.new("L", (8, 6), 255).save(folder / "cat_mask.png")
         >>> image, mask = ImageMaskDataset(folder, folder, mask_suffix="_mask")[0]
-        >>> image.shape, image.dtype, mask.shape, mask.dtype, mask.min()
-        ((6, 8, 3), dtype('uint8'), (6, 8), dtype('float32'), np.float32(1.0))
+        >>> image.shape, image.dtype, mask.shape, mask.dtype, float(mask.min())
+        ((6, 8, 3), dtype('uint8'), (6, 8), dtype('float32'), 1.0)
     """
 
     def __init__(
