@@ -935,6 +935,18 @@ def test_out_does_not_replace_the_picture(model, picture, tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_evaluate_names_what_is_wrong_on_cuda_too(model, picture):
+    model, mask = model.to("cuda"), np.zeros(picture.shape[:2], np.uint8)
+    with pytest.raises(ValueError, match="255"):
+        evaluate(model, [(picture, mask + 255)])
+    assert evaluate(model, [(picture, mask)])["dice"] >= 0  # the device can still be used
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"logits for the picture \[0\] hold NaN"):
+        evaluate(model, [(picture, mask)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_tiles_on_cuda(model, wide):
     model = model.to("cuda")
     np.testing.assert_allclose(

@@ -31,7 +31,7 @@ from .memory import pixels_in_one_pass
 from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
 from .structure import difference
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
-from .targets import check_threshold
+from .targets import check_threshold, read as read_target
 from .tiling import Piece, choose_tile, iter_bands, join, plan_tiles, run_tiles, why_whole
 
 if TYPE_CHECKING:
@@ -266,8 +266,13 @@ def evaluate(
 
     logits = iter_logits(model, pictures(), batch_size=batch_size, tile=tile, overlap=overlap, tta=tta)
     total = len(dataset) if isinstance(dataset, Sized) else None
-    for picture_logits in _with_bar(logits, total) if progress else logits:
-        metrics.update(picture_logits[None], masks.popleft()[None].to(picture_logits.device))
+    for number, picture_logits in enumerate(_with_bar(logits, total) if progress else logits):
+        mask = masks.popleft()[None]
+        if picture_logits.is_cuda:  # where the metrics' own checks would end the process's use of the device
+            _refuse_nan(picture_logits, f"the picture [{number}]")
+            like = torch.zeros(()).expand(1, *picture_logits.shape)
+            read_target(like, mask, multilabel=metrics.multilabel, ignore_index=metrics.ignore_index)
+        metrics.update(picture_logits[None], mask.to(picture_logits.device))
     return metrics.compute()
 
 
@@ -593,7 +598,8 @@ def _forward(model: UNet, batch: Tensor) -> Tensor:
 def _normalized(model: UNet, batch: Tensor) -> Tensor:
     """The network's input, in its type and on its device, for a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
     weight = next(model.parameters())
-    pixels = batch.to(weight.device, torch.float32, copy=True)  # so that all else can be done in its place
+    there = batch.to(weight.device)  # bytes, a quarter of what floats would be
+    pixels = there.to(torch.float32, copy=there is batch)  # so that all else can be done in its place
     if batch.dtype == torch.uint8:
         pixels.div_(255)
     mean, std = model.preprocessing.mean, model.preprocessing.std
@@ -626,14 +632,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _without_nan(pieces: Iterable[Piece], picture: Picture, number: int) -> Iterator[Piece]:
     """Logits as they are, for no mask would show what is wrong: NaN is above no threshold."""
+    name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
     for piece in pieces:
-        if piece.values.amax().isnan():
-            name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
-            raise ValueError(
-                f"the network's logits for {name} hold NaN: its weights do, or half precision overflows; take other weights, "
-                "or predict in float32"
-            )
+        _refuse_nan(piece.values, name)
         yield piece
+
+
+def _refuse_nan(logits: Tensor, name: str) -> None:
+    if logits.amax().isnan():
+        raise ValueError(
+            f"the network's logits for {name} hold NaN: its weights do, or half precision overflows; take other weights, "
+            "or predict in float32"
+        )
 
 
 def _probabilities(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
