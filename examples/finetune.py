@@ -36,8 +36,8 @@ MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or so
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    check_start(args)
     with joined_processes(args.device) as process:
+        check_start(args)
         say = print if process.rank == 0 else lambda _: None
         with without_traceback(f"--data {args.data}: "):
             class_names, train_set, val_set = load_data(args, say)

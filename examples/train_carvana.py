@@ -71,8 +71,8 @@ from unetlib.visualize import comparison, learning_curves
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    check_start(args)
     with joined_processes(args.device) as process:
+        check_start(args)
         torch.manual_seed(args.seed)
         with without_traceback():
             model = starting_model(args, in_channels=3, out_channels=1)

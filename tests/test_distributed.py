@@ -76,6 +76,12 @@ def test_a_launcher_that_does_not_number_gpus_is_told(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="not LOCAL_RANK"), joined_processes("cuda"):
         pass
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with (
+        pytest.raises(ValueError, match=r"cuda:99 is not to be had here, where PyTorch finds \d+ GPUs"),
+        joined_processes("cuda"),
+    ):
+        pass
 
 
 def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
@@ -101,3 +107,13 @@ def test_the_rank_is_that_of_all_machines_and_the_group_is_left_on_an_error(monk
     with pytest.raises(ValueError, match="invalid literal"), joined_processes("cpu"):
         int("no number")
     assert calls == ["gloo", (3, 4), "left", "gloo", "left"]
+    # Over NCCL leaving waits for the others, who may wait for this one.
+    calls.clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    with joined_processes("cuda"):
+        pass
+    with pytest.raises(ValueError, match="invalid literal"), joined_processes("cuda"):
+        int("no number")
+    device = torch.device("cuda:1")
+    assert calls == [device, "nccl", "left", device, "nccl"]

@@ -208,6 +208,12 @@ def test_resuming_a_finished_run_says_so_and_writes_its_end_again(script, data, 
     assert (tmp_path / "predictions.png").is_file()
 
 
+def test_a_folder_that_processes_do_not_share_is_refused(script, training_options, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_options, "shared", lambda seen: [True, seen])
+    with pytest.raises(SystemExit, match="has an earlier run for some processes and none for others; give a folder that all"):
+        script.main(["--synthetic", "8", "--out", str(tmp_path), *TINY, "--resume"])
+
+
 def test_resuming_with_other_settings_or_without_a_checkpoint_is_refused(script, data, tmp_path):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
     nowhere = tmp_path / "nowhere"

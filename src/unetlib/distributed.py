@@ -33,7 +33,7 @@ def joined_processes(device: str) -> Iterator[Process]:
         Who this process is.
 
     Raises:
-        ValueError: for "cuda" and several processes without a local rank.
+        ValueError: for "cuda" and several processes without a local rank, or without a GPU each.
 
     Example:
         >>> with joined_processes("cpu") as process:
@@ -48,13 +48,20 @@ def joined_processes(device: str) -> Iterator[Process]:
         raise ValueError("WORLD_SIZE is set, but not LOCAL_RANK, which tells the GPUs apart; start with torchrun")
     own = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device)
     if own.type == "cuda":
+        if (own.index or 0) >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"{own} is not to be had here, where PyTorch finds {count} GPUs; start as many processes a machine"
+            )
         torch.cuda.set_device(own)
     # Hours, since the others wait while the first prepares what all need, such as scenes to render, a second each.
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield Process(rank, world_size, own)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if own.type != "cuda":  # NCCL would wait here for the others, who wait for this one; its end is what torchrun acts on
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def shared(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
