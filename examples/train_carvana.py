@@ -148,7 +148,7 @@ def train(
             state |= {"epoch": epoch, "step": step, "best": best, "history": history, "random": states, "settings": settings}
             save_checkpoint(state, checkpoint)
 
-    torch.manual_seed(args.seed + rank)  # or all processes would drop the same channels
+    torch.manual_seed((args.seed + rank) % 2**64)  # or all processes would drop the same channels
     if args.resume:
         state = load_run(checkpoint, settings, device)
         for key, part in stateful.items():

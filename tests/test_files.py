@@ -34,6 +34,10 @@ def test_all_of_it_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
     with whole_file(tmp_path / "a.txt") as partial:
         partial.write_text("all of it")
     assert flushed == [(9, [partial.name])]
+    with whole_file(tmp_path / "a.txt", flush=False) as partial:
+        partial.write_text("again")
+    assert len(flushed) == 1
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_name_may_be_as_long_as_the_system_takes(tmp_path):

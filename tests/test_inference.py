@@ -371,6 +371,23 @@ def test_logits_that_are_nan_are_no_mask(model, wide, options, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_infinity_is_a_sigmoid_s_number_but_no_softmax_s(picture):
+    for channels, refused in ((1, False), (3, True)):
+        model = UNet(out_channels=channels, features=(8, 16))
+        model.head.bias.data.fill_(torch.inf)
+        if refused:
+            with pytest.raises(ValueError, match=r"the picture \[0\] hold infinity: .* predict in float32"):
+                model.predict(picture)
+        else:
+            assert model.predict(picture).all()
+
+
+def test_what_comes_as_an_open_file_is_told(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with open(tmp_path / "a.png", "rb") as file, pytest.raises(TypeError, match=r"give its path, or PIL\.Image\.open"):
+        model.predict(file)
+
+
 def test_the_picture_whose_logits_are_nan_is_named(model, picture):
     model.head.register_forward_hook(lambda module, args, logits: logits * (torch.nan if logits.shape[-1] == 32 else 1))
     with pytest.raises(ValueError, match=r"the picture \[2\] hold NaN"):

@@ -608,8 +608,17 @@ def test_mean_and_std():
         assert (out_mask == 1).all()
     with pytest.raises(ValueError, match=r"mean and std go together, but mean=\(0,\)"):
         eval_transform(mean=(0,))
-    for mean, std in ((0.5, 0.5), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1, 1)), ((), ())):
-        with pytest.raises(ValueError, match="one number for each channel, and std above 0"):
+    infinite, nan = (1, 1, math.inf), (1, 1, math.nan)
+    for mean, std in (
+        (0.5, 0.5),
+        ("a", "b"),
+        ((0,) * 3, (0, 1, 1)),
+        ((0,) * 3, infinite),
+        ((0,) * 3, nan),
+        ((0, 0), (1,) * 3),
+        ((), ()),
+    ):
+        with pytest.raises(ValueError, match="one number for each channel, and std finite and above 0"):
             eval_transform(mean=mean, std=std)
     with pytest.raises(ValueError, match=r"on the scale of 0 to 1, but mean=\(123.7, 116.3, 103.5\); divide both by 255"):
         eval_transform(mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))

@@ -11,11 +11,12 @@ from uuid import uuid4
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A hidden file to write beside `path`, which takes that name when all of it is on the disk, and goes on an error.
 
     Its name is no other's, on any machine that shares the folder, and keeps the suffix, which Pillow goes by. Others may read
-    it, unlike what tempfile makes. Where `path` is a link, what it leads to is replaced.
+    it, unlike what tempfile makes. Where `path` is a link, what it leads to is replaced. Without `flush` the disk may have the
+    name before the bytes, for what can be made again.
 
     Example:
         >>> import tempfile
@@ -29,8 +30,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+        if flush:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def predict(
     decide = _probabilities if probabilities else _classes
     results: list[Any] = []
     for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        numbers = _without_nan(pieces, pictures[len(results)], len(results))
+        numbers = _without_nan(pieces, pictures[len(results)], len(results), softmax=_softmax(model))
         decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in numbers)
         if out is None:
             results.append(join(decided, size).numpy())
@@ -269,7 +269,7 @@ def evaluate(
     for number, picture_logits in enumerate(_with_bar(logits, total) if progress else logits):
         mask = masks.popleft()[None]
         if picture_logits.is_cuda:  # where the metrics' own checks would end the process's use of the device
-            _refuse_nan(picture_logits, f"the picture [{number}]")
+            _refuse_nan(picture_logits, f"the picture [{number}]", softmax=_softmax(model))
             like = torch.zeros(()).expand(1, *picture_logits.shape)
             read_target(like, mask, multilabel=metrics.multilabel, ignore_index=metrics.ignore_index)
         metrics.update(picture_logits[None], mask.to(picture_logits.device))
@@ -522,6 +522,7 @@ def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) ->
         return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
     if not isinstance(picture, Tensor):
         hint = "; give list(pictures), or take iter_logits" if isinstance(picture, Iterator) else ""
+        hint = "; give its path, or PIL.Image.open(file)" if hasattr(picture, "read") else hint
         raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}{hint}")
     tensor = picture.detach()
     if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
@@ -630,19 +631,25 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     yield
 
 
-def _without_nan(pieces: Iterable[Piece], picture: Picture, number: int) -> Iterator[Piece]:
+def _softmax(model: UNet) -> bool:
+    return model.config.out_channels > 1 and not model.preprocessing.multilabel
+
+
+def _without_nan(pieces: Iterable[Piece], picture: Picture, number: int, *, softmax: bool) -> Iterator[Piece]:
     """Logits as they are, for no mask would show what is wrong: NaN is above no threshold."""
     name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
     for piece in pieces:
-        _refuse_nan(piece.values, name)
+        _refuse_nan(piece.values, name, softmax=softmax)
         yield piece
 
 
-def _refuse_nan(logits: Tensor, name: str) -> None:
-    if logits.amax().isnan():
+def _refuse_nan(logits: Tensor, name: str, *, softmax: bool) -> None:
+    largest = logits.amax().item()
+    if math.isnan(largest) or (softmax and largest == math.inf):  # of which a softmax makes NaN
+        what = "NaN" if math.isnan(largest) else "infinity"
         raise ValueError(
-            f"the network's logits for {name} hold NaN: its weights do, or half precision overflows; take other weights, "
-            "or predict in float32"
+            f"the network's logits for {name} hold {what}: its weights do, or half precision overflows; take other weights, or "
+            "predict in float32"
         )
 
 

@@ -660,12 +660,14 @@ def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> li
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
     if mean is None or std is None:
         return [v2.ToPureTensor()]
-    wrong = f"mean and std must each be one number for each channel, and std above 0, not mean={mean!r} and std={std!r}"
+    wrong = (
+        f"mean and std must each be one number for each channel, and std finite and above 0, not mean={mean!r} and std={std!r}"
+    )
     try:
         means, stds = [*map(float, mean)], [*map(float, std)]
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(wrong) from None
-    if not means or len(means) != len(stds) or min(stds) <= 0:
+    if not means or len(means) != len(stds) or not all(0 < value < math.inf for value in stds):
         raise ValueError(wrong)
     if not all(0 <= value <= 1 for value in means):
         raise ValueError(f"mean and std are on the scale of 0 to 1, but mean={mean!r}; divide both by 255, say")

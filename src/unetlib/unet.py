@@ -401,7 +401,7 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
         )
 
 
-# torch.fx takes these as steps of its graph: it could not follow them, since they ask what kind and size a tensor is.
+# Steps of torch.fx's graph, which could not follow how they ask for the kind and size of a tensor, and for being exported.
 torch.fx.wrap("check_input")
 torch.fx.wrap("split_patches")
 torch.fx.wrap("join_patches")

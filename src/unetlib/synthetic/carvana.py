@@ -106,5 +106,5 @@ def refuse_other_files(folder: Path, names: set[str]) -> None:
 
 def save(image: Image.Image, path: Path, **options: Any) -> None:
     """Write an image whole or not at all."""
-    with whole_file(path) as partial:
+    with whole_file(path, flush=False) as partial:
         image.save(partial, **options)
