@@ -324,14 +324,14 @@ def predict_with_ray(model: UNet, names: list[str], args: argparse.Namespace) ->
         sys.exit(f"no machine of the cluster has what an actor needs: {needed} (--threads, --device)")
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Every block is one task of an actor. Ray starts an actor that dies again, on another machine if need be, and its task too.
-    blocks = -(-len(names) // (BATCHES * args.batch_size))
-    rows = ray.data.from_items([{"name": os.fsencode(name)} for name in names], override_num_blocks=blocks)
-    outcomes = rows.map_batches(
+    size = BATCHES * args.batch_size
+    blocks = [b"\0".join(map(os.fsencode, names[start : start + size])) for start in range(0, len(names), size)]
+    rows = ray.data.from_items([{"names": block} for block in blocks], override_num_blocks=len(blocks))
+    outcomes = rows.flat_map(
         RayActor,
         fn_constructor_args=(model, names[: 2 * CALIBRATION], args),
-        batch_size=None,
         # One block at a time for each, so that none queues at one actor while another has nothing to do.
-        compute=ray.data.ActorPoolStrategy(size=min(room, blocks, args.actors or room), max_tasks_in_flight_per_actor=1),
+        compute=ray.data.ActorPoolStrategy(size=min(room, len(blocks), args.actors or room), max_tasks_in_flight_per_actor=1),
         num_cpus=needed["CPU"],
         num_gpus=needed["GPU"],
     )
@@ -352,16 +352,16 @@ class RayActor:
         except Unprepared as error:
             self.unprepared = str(error)
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
+    def __call__(self, block: dict[str, bytes]) -> list[dict[str, Any]]:
         try:
             if not (self.args.pictures.is_dir() and (self.args.masks / FAILED).is_file()):
                 raise FileNotFoundError(f"{platform.node()} does not see both folders; share them, at one path on each machine")
             if self.unprepared:
                 raise Unprepared(self.unprepared)
-            outcomes = self.predict([os.fsdecode(name) for name in rows["name"].tolist()])
+            outcomes = self.predict([os.fsdecode(name) for name in block["names"].split(b"\0")])
         except tuple(ENDS.values()) as error:
             outcomes = [(next(name for name, end in ENDS.items() if isinstance(error, end)), str(error))]
-        return {"name": [os.fsencode(name) for name, _ in outcomes], "reason": [printable(reason) for _, reason in outcomes]}
+        return [{"name": os.fsencode(name), "reason": printable(reason)} for name, reason in outcomes]
 
     def predict(self, names: list[str]) -> list[tuple[str, str]]:
         """The outcomes of one block.

@@ -517,8 +517,8 @@ def actor(script, pictures, model, tmp_path):
 
 
 def outcomes(actor, *names: str) -> dict[str, str]:
-    rows = actor({"name": np.array([os.fsencode(name) for name in names], object)})
-    return {os.fsdecode(name): reason for name, reason in zip(rows["name"], rows["reason"], strict=True)}
+    rows = actor({"names": b"\0".join(map(os.fsencode, names))})
+    return {os.fsdecode(row["name"]): row["reason"] for row in rows}
 
 
 def test_an_actor_computes_in_the_precision_that_was_asked_for(script, pictures, model, tmp_path):
@@ -578,7 +578,8 @@ def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 - it ends actors where others fill the memory
     ray = pytest.importorskip("ray", reason='Ray is not installed; `pip install ".[ray]"` has it')
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    options = {"include_dashboard": False, "object_store_memory": 100 * 2**20, "log_to_driver": False}
+    ray.init("local", num_cpus=2, num_gpus=1, **options)  # Ray counts what it is told
     yield ray
     ray.shutdown()
 
@@ -622,9 +623,27 @@ def test_two_actors_of_which_one_is_killed_write_all_masks(cluster, script, mode
     assert_masks_are_those_of_predict(pictures, masks, model, [name for name in files(pictures) if name != "text.png"])
 
 
-def test_an_actor_needs_room(cluster, script, pictures, model, tmp_path):
+def test_an_actor_on_a_gpu_gets_whole_blocks(cluster, script, pictures, model, tmp_path, monkeypatch):
+    predict_files, blocks = script.predict_files, tmp_path / "blocks"
+    blocks.mkdir()
+
+    def noted(network, names, args):
+        (blocks / f"{len(names)} from {names[0].replace('/', '-')}").touch()
+        return predict_files(network, names, args)
+
+    monkeypatch.setattr(script, "prepared", lambda network, *_: network)  # on the CPU
+    monkeypatch.setattr(script, "predict_files", noted)
+    monkeypatch.setattr(script, "BATCHES", 2)
+    masks, options = tmp_path / "masks", ["--device", "cuda", "--threads", "1", "--batch-size", "2", "--ray"]
+    assert script.main([str(pictures), str(masks), "--model", model, *options]) == 0
+    assert files(blocks) == ["2 from deep-g.png", "4 from a.png"]
+    assert_masks_are_those_of_predict(pictures, masks, model, pngs(pictures))
+
+
+def test_an_actor_needs_room(cluster, script, pictures, model, tmp_path, monkeypatch):
     arguments = [str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu", "--ray"]
     with pytest.raises(SystemExit, match=r"no machine of the cluster has what an actor needs: \{'CPU': 3, 'GPU': 0\}"):
         script.main([*arguments, "--threads", "3"])
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     with pytest.raises(SystemExit, match=r"'GPU': 1"):
         script.main([*arguments, "--threads", "1", "--device", "cuda"])
