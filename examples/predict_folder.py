@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     except BlockingIOError as error:
         sys.exit(str(error))
     except Unprepared as error:
-        sys.exit(f"--precision {args.precision}: {error}")
+        sys.exit(str(error))
     except OSError as error:
         sys.exit(f"cannot write to {args.masks}: {error}. Make room, or name another folder; the same command then goes on.")
 
@@ -169,7 +169,7 @@ def mask_path(masks: Path, name: str) -> Path:
 
 
 class Unprepared(Exception):
-    """The model cannot compute in the precision that was asked for."""
+    """The model cannot compute in the precision, or on the device, that was asked for."""
 
 
 # What ends the whole run, by the name that a Ray actor gives it; no picture has one that begins with a slash.
@@ -178,7 +178,10 @@ ENDS = {"/Unprepared": Unprepared, "/OSError": OSError}
 
 def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
     """The model on its device, or a fast copy; int8 takes its ranges from the first pictures to be read."""
-    model.to(args.device)
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch is one for CPUs
+        raise Unprepared(f"--device {args.device}: {error}") from error
     if args.precision == "float32" and torch.device(args.device).type != "cpu":
         return model
     dtype, options = getattr(torch, args.precision), {}
@@ -187,14 +190,16 @@ def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
         pictures = (read(args.pictures, mode, name)[1] for name in names)
         first = list(islice((picture for picture in pictures if isinstance(picture, np.ndarray)), CALIBRATION))
         if not first and any(is_huge_tiff(args.pictures / name) for name in names):
-            raise Unprepared("it takes its ranges from pictures that are read whole, and all are huge TIFFs; give another")
+            raise Unprepared(
+                "--precision int8: it takes its ranges from pictures that are read whole, and all are huge TIFFs; give another"
+            )
         if not first:  # nothing to segment
             return model
         options = {"backend": "openvino", "calibration": network_inputs(model, first)}
     try:
         return optimize_for_inference(model, dtype=dtype, **options)
     except (ImportError, ValueError) as error:
-        raise Unprepared(error) from error
+        raise Unprepared(f"--precision {args.precision}: {error}") from error
 
 
 def predict_files(model: UNet, names: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -446,6 +451,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if not args.pictures.is_dir():
         parser.error(f"there is no folder {str(args.pictures)!r}")
+    if args.ray and torch.device(args.device).index is not None:
+        parser.error(f"--ray gives each actor a GPU of its own; give --device cuda, got {args.device}")
     if not args.ray and (args.ray_address or args.actors):
         parser.error("--ray-address and --actors are for --ray; add that, or leave them out")
     if args.masks.exists() and not args.masks.is_dir():

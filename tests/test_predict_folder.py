@@ -158,8 +158,15 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_written(script, p
         script.main(arguments)
     assert f"device {device} is not to be had here; give cpu" in capsys.readouterr().err
     assert not (tmp_path / "masks").exists()
-    if device != "gpu":
-        assert script.parse_args([*arguments, "--ray"]).device == device  # another machine may have it
+
+
+def test_ray_takes_a_device_that_is_not_here_and_chooses_among_gpus(script, pictures, tmp_path, monkeypatch, capsys):
+    arguments = [str(pictures), str(tmp_path / "masks"), "--ray", "--device"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert script.parse_args([*arguments, "cuda"]).device == "cuda"  # another machine may have it
+    with pytest.raises(SystemExit):
+        script.parse_args([*arguments, "cuda:1"])
+    assert "--ray gives each actor a GPU of its own; give --device cuda, got cuda:1" in capsys.readouterr().err
 
 
 def test_grey_models_and_names_that_are_no_text(script, tmp_path):
@@ -565,6 +572,16 @@ def test_an_actor_says_that_a_precision_is_not_to_be_had(script, pictures, model
     script.write_failed(args.masks, {})
     actor = script.RayActor(UNet.from_pretrained(model), ["a.png"], args)
     assert "nncf is not installed" in outcomes(actor, "a.png")["/Unprepared"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("No CUDA GPUs are available"), AssertionError("Torch not compiled with CUDA")])
+def test_an_actor_says_that_a_device_is_not_to_be_had(script, pictures, model, tmp_path, monkeypatch, error):
+    args = script.parse_args([str(pictures), str(tmp_path / "masks"), "--device", "cuda", "--ray"])
+    script.write_failed(args.masks, {})
+    network = UNet.from_pretrained(model)
+    monkeypatch.setattr(network, "to", lambda _: (_ for _ in ()).throw(error))
+    actor = script.RayActor(network, ["a.png"], args)
+    assert outcomes(actor, "a.png") == {"/Unprepared": f"--device cuda: {error}"}
 
 
 def test_ray_is_asked_for_where_it_is_missing(script, pictures, model, tmp_path, monkeypatch):
