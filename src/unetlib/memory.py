@@ -15,6 +15,7 @@ from .config import UNetConfig
 
 _SHARE = 2  # half of what is free: it is an estimate, and others live here too
 _LIBRARY = 1.75  # what convolution libraries hold besides: measured on a CPU, 0.9 to 1.75 times the maps alone
+_LOGITS = 8  # bytes for each class: float32, and beside it either the same in the maps' type, or probabilities
 _MOST_NUMBERS = 2**31 - 1  # in one map; kernels that count in 32 bits fail or slow down beyond
 _UNKNOWN = 4 * 2**30  # bytes; taken for the memory of a system that does not say
 _UNLIMITED = 2**63
@@ -43,16 +44,17 @@ def pixels_in_one_pass(
         True
     """
     concatenations = (sum(widths) / 4**level for level, widths in enumerate(zip(config.features, config.up_features)))
-    widest = max(max(concatenations) / config.patch_size**2, config.in_channels)
+    widest = max(max(concatenations) / config.patch_size**2, config.in_channels, config.out_channels)
     room = max(0, available_memory(device) // _SHARE - held)
     return min(room // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
 
 
 def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Memory of a forward pass for each pixel of the picture, an estimate on the high side.
+    """Memory of a forward pass and of what follows from it, for each pixel of the picture, an estimate on the high side.
 
     The most is held at a level of the decoder, mostly the last: all skips, the map below, the concatenation, and either the
     doubled map or the outputs of a convolution and its norm. In networks that are wide at depth it is held at the bottleneck.
+    Logits and probabilities come on top, as a fast copy keeps the memory of its maps.
 
     Args:
         config: the network's.
@@ -60,7 +62,7 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
 
     Example:
         >>> bytes_per_pixel(UNetConfig()), bytes_per_pixel(UNetConfig(), torch.bfloat16)
-        (2856, 1428)
+        (2864, 1436)
     """
     skips = sum(width / 4**level for level, width in enumerate(config.features))
     deeper = (*config.decoder_features[1:], config.bottleneck)
@@ -71,7 +73,7 @@ def bytes_per_pixel(config: UNetConfig, dtype: torch.dtype = torch.float32) -> i
         most = max(most, (below / 4 + skip + doubled + max(doubled, 2 * middle, 2 * out)) / 4**level)
     maps = (skips + most) / config.patch_size**2
     patches = config.in_channels + config.out_channels if config.patch_size > 1 else 0  # copies in another order
-    return int(_LIBRARY * (maps + patches) * dtype.itemsize)
+    return int(_LIBRARY * (maps + patches) * dtype.itemsize) + _LOGITS * config.out_channels
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
