@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from unetlib import UNet
+from unetlib import UNet, symmetries as module
 from unetlib.symmetries import average_symmetries
 
 
@@ -45,6 +47,24 @@ def test_four_views_at_a_time():
     seen = []
     average_symmetries(lambda batch: seen.append(tuple(batch.shape)) or batch[:, :1], torch.rand(2, 3, 5, 7))
     assert seen == [(8, 3, 5, 7), (8, 3, 7, 5)]
+
+
+def test_the_networks_own_answers_are_let_go_before_their_probabilities(monkeypatch):
+    given, held = [], []
+    log_probabilities = module._log_probabilities
+
+    def forward(views):
+        logits = views[:, :2] * 3
+        given.append(weakref.ref(logits))
+        return logits
+
+    def noted(*args):
+        held.append(given[-1]() is not None)
+        return log_probabilities(*args)
+
+    monkeypatch.setattr(module, "_log_probabilities", noted)
+    average_symmetries(forward, torch.rand(1, 3, 5, 7))
+    assert held == [False, False]
 
 
 def test_sure_answers_stay_finite():

@@ -48,10 +48,11 @@ def average_symmetries(
     sums: list[Tensor] = []
     for turned in (False, True) if turns else (False,):
         views = _transpose(batch, turned)
-        logits = forward(torch.cat([views.flip(dims) for dims in flips]))
-        answers = [_transpose(part.flip(dims), turned) for part, dims in zip(logits.chunk(len(flips)), flips)]
-        sigmoid = multilabel or logits.shape[1] == 1
-        sums.append(_log_probabilities(torch.stack(answers), sigmoid).logsumexp(dim=0))
+        answers = forward(torch.cat([views.flip(dims) for dims in flips]))
+        # By the same name, so that those of many classes, which are large, are not held twice.
+        answers = torch.stack([_transpose(part.flip(dims), turned) for part, dims in zip(answers.chunk(len(flips)), flips)])
+        sigmoid = multilabel or answers.shape[2] == 1
+        sums.append(_log_probabilities(answers, sigmoid).logsumexp(dim=0))
     log_sum = torch.stack(sums).logsumexp(dim=0)
     if sigmoid:
         foreground, background = log_sum.chunk(2, dim=1)
