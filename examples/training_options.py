@@ -86,6 +86,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Everything about the loop: model, augmentation, optimizer, precision, output."""
     cuda = torch.cuda.is_available()
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures (%(default)s)")
     add("--init", help="start from these weights: a zoo name, model folder, checkpoint file or Hub repository")
@@ -136,7 +137,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="STD",
         help="standard deviation of Gaussian noise on pixels from 0 to 1, added to half of the pictures (0)",
     )
-    add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16" if cuda else "fp32", help="(bf16 on CUDA, else fp32)")
+    add(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        default=half if cuda else "fp32",
+        help="(bf16 on CUDA, fp16 on GPUs before Ampere, else fp32)",
+    )
     add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda, help="layout for tensor cores (on CUDA)")
     add("--compile", action="store_true", help="torch.compile")
     add("--checkpoint-gradients", action="store_true", help="compute maps again instead of keeping them: slower, less memory")

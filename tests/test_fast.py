@@ -545,6 +545,14 @@ def test_types_that_the_cpu_is_slow_in_are_refused(monkeypatch):
                 optimize_for_inference(trained(), dtype=dtype)
 
 
+def test_bfloat16_is_refused_on_a_gpu_before_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (8, 0), 1: (7, 5)}[device.index])
+    network._check_dtype(torch.bfloat16, torch.device("cuda:0"))
+    network._check_dtype(torch.float16, torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=r"^cuda:1 has no fast convolutions in torch\.bfloat16; take torch\.float16 or"):
+        network._check_dtype(torch.bfloat16, torch.device("cuda:1"))
+
+
 def test_without_onednn_there_is_the_plain_way(monkeypatch):
     monkeypatch.setattr(network, "_has_onednn", lambda: False)
     model = trained()

@@ -580,6 +580,13 @@ def test_the_preset_is_the_study(script, monkeypatch):
     assert script.parse_args(["--preset", "study", "--data", "carvana", "--epochs", "1"]).epochs == 1
 
 
+@pytest.mark.parametrize(("ampere", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_bfloat16_is_the_default_only_where_the_gpu_has_it(script, monkeypatch, ampere, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: ampere or including_emulation)
+    assert script.parse_args(["--data", "carvana", "--device", "cpu"]).precision == expected
+
+
 def test_the_bottleneck_of_a_recipe_goes_with_its_features(script):
     full = ["--preset", "full", "--data", "carvana"]
     assert script.parse_args(full).bottleneck == 192

@@ -283,6 +283,9 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query, lambda: False)():
         raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
+    # PyTorch takes bfloat16 there as well, but not to cuDNN.
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{device} has no fast convolutions in {dtype}; take torch.float16 or torch.float32")
 
 
 def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], Way]:
