@@ -231,6 +231,19 @@ def test_trials_of_two_threads_leave_cudnns_switch_as_it_was(monkeypatch):
     assert not torch.backends.cudnn.benchmark
 
 
+def test_a_trial_is_made_with_frozen_flags_too(monkeypatch):
+    tuned = []
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: tuned.append(torch.backends.cudnn.benchmark) or 1.0)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with monkeypatch.context() as frozen:
+        # As torch.backends.disable_global_flags() does, for good.
+        frozen.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
+        assert torch.backends.flags_frozen()
+        fastest((cuda._Plain, Right), layer(), a_map(), None)
+        assert tuned == [True, True]
+        assert not torch.backends.cudnn.benchmark
+
+
 def test_the_shapes_that_are_remembered_are_bounded(monkeypatch):
     tried = []
     monkeypatch.setattr(cuda, "_milliseconds", lambda function: tried.append(function) or 1.0)

@@ -346,7 +346,8 @@ def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | N
         return makers[0]
     times: dict[Maker, float] = {}
     tuned = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = tuned or tune  # cuDNN looks for its fastest plan now, and keeps it
+    # So cuDNN looks for its fastest plan now, and keeps it. By the function beneath, for a program may have frozen the flags.
+    torch._C._set_cudnn_benchmark(tuned or tune)
     try:
         case = _Case(layer, x, place)
         expected = case.run(makers[0](case.layer, x.dtype))
@@ -360,7 +361,7 @@ def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | N
     except Exception as error:  # no memory for a trial, most likely
         logger.debug("no trial with %s: %r", tuple(x.shape), error)
     finally:
-        torch.backends.cudnn.benchmark = tuned
+        torch._C._set_cudnn_benchmark(tuned)
     logger.debug("ms of %s for %s: %s", tuple(layer.weight.shape), tuple(x.shape), times)
     return min(times, key=times.__getitem__, default=makers[0])
 
