@@ -25,6 +25,7 @@ def _forget(monkeypatch):
     """Every test makes its own trials."""
     monkeypatch.setattr(cuda, "_winners", {})
     monkeypatch.setattr(cuda, "_leaders", {})
+    monkeypatch.setattr(cuda, "_untried", set())
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ def test_half_precision(cuda_level, stand_ins, monkeypatch, dtype):
 
 def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monkeypatch):
     monkeypatch.setitem(sys.modules, "unetlib.fast.kernels", None)  # as where there is no Triton
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
     model = trained()
     x = pictures(model, 40, 56)
     assert error(optimize_for_inference(model)(x), model(x)) <= 1e-5
@@ -279,12 +281,27 @@ def test_a_trial_leaves_no_trace(monkeypatch):
     assert torch.backends.cudnn.benchmark == tuned
 
 
-def test_a_trial_without_memory_gives_the_plain_route(monkeypatch):
+def test_a_trial_without_memory_gives_the_plain_route_and_is_made_once_more(monkeypatch):
+    prefer(monkeypatch, Right)
+    tries = []
+
     def full(*args):
+        tries.append(args)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cuda, "_Case", full)
-    assert fastest((Right, cuda._Plain), layer(), a_map(), None) is Right
+    def found(x):
+        return fastest((cuda._Plain, Right), layer(), x, None)
+
+    x, small = a_map(), a_map()[:, :, :4, :4]
+    with monkeypatch.context() as short:
+        short.setattr(cuda, "_Case", full)
+        assert found(small) is cuda._Plain
+        for _ in range(3):
+            assert found(x) is cuda._Plain
+        assert len(tries) == 1 + 2
+    assert found(small) is Right  # memory was short for a moment only
+    assert found(x) is cuda._Plain  # for this shape it was short twice
+    assert found(x[..., 1:]) is Right  # another of its size
 
 
 def test_only_narrow_layers_try_kernels_of_triton():

@@ -314,6 +314,7 @@ _KEPT = 4096  # shapes
 _trials = threading.Lock()  # they set a switch of cuDNN's, and would time each other
 _winners: dict[tuple[Any, ...], Maker] = {}  # for each shape
 _leaders: dict[tuple[Any, ...], Maker] = {}  # for each size, by powers of two
+_untried: set[tuple[Any, ...]] = set()  # sizes for which a trial came to nothing, most likely for want of memory
 
 
 def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None) -> Maker:
@@ -334,14 +335,20 @@ def fastest(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | 
             if winner is None:
                 size = (kind, len(x), x.numel().bit_length(), place is None)
                 tried = (makers[0], _leaders[size]) if size in _leaders else makers
-                winner = _winners[kind, shape] = _trial(tried, layer, x, place, tune=size not in _leaders)
-                _leaders.setdefault(size, winner)
+                found = _trial(tried, layer, x, place, tune=size not in _leaders)
+                if found:
+                    _leaders.setdefault(size, found)
+                elif size not in _untried:
+                    _untried.add(size)
+                    return makers[0]  # for now: memory may be short for a moment, or always, so that one more trial is enough
+                winner = _winners[kind, shape] = found or makers[0]
                 if len(_winners) > _KEPT:
                     _winners.pop(next(iter(_winners)))
     return winner
 
 
-def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker:
+def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | None, tune: bool) -> Maker | None:
+    """The fastest that is right; None where none could be tried."""
     if len(set(makers)) == 1:
         return makers[0]
     times: dict[Maker, float] = {}
@@ -363,7 +370,7 @@ def _trial(makers: tuple[Maker, ...], layer: Layer, x: Tensor, place: Tensor | N
     finally:
         torch._C._set_cudnn_benchmark(tuned)
     logger.debug("ms of %s for %s: %s", tuple(layer.weight.shape), tuple(x.shape), times)
-    return min(times, key=times.__getitem__, default=makers[0])
+    return min(times, key=times.__getitem__, default=None)
 
 
 class _Case:
