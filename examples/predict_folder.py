@@ -265,7 +265,7 @@ def predict_each(model: UNet, pictures: list[np.ndarray | Raster], options: dict
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
-        memory = "that is free; give --tile, or a smaller one, for it"
+        memory = "that is free; give --tile 512 --overlap 64 for an approximate mask"
     # Only out here, without the error and its stack, is the memory of the attempt free.
     if len(pictures) == 1:
         height, width = pictures[0].shape[:2]

@@ -350,8 +350,8 @@ def out_of_memory_on_a_cpu():
     ("fail", "reason"),
     [
         (out_of_memory_on_a_gpu, "of the GPU; use --device cpu for it"),
-        (out_of_memory_in_numpy, "that is free; give --tile, or a smaller one, for it"),
-        (out_of_memory_on_a_cpu, "that is free; give --tile, or a smaller one, for it"),
+        (out_of_memory_in_numpy, "that is free; give --tile 512 --overlap 64 for an approximate mask"),
+        (out_of_memory_on_a_cpu, "that is free; give --tile 512 --overlap 64 for an approximate mask"),
     ],
 )
 def test_pictures_too_large_for_the_memory_fail_alone(script, pictures, model, tmp_path, monkeypatch, fail, reason):
