@@ -253,11 +253,12 @@ def earlier_run(out: Path) -> bool:
 
 def check_start(args: argparse.Namespace) -> None:
     """End where a run would start over in the place of an earlier one, or has none to go on with."""
-    if len({*shared(earlier_run(args.out))}) > 1:
+    seen = shared(earlier_run(args.out))
+    if len({*seen}) > 1:
         raise SystemExit(f"{args.out} has an earlier run for some processes and none for others; give a folder that all share")
-    if earlier_run(args.out) and not args.resume:
+    if seen[0] and not args.resume:
         raise SystemExit(f"{args.out / CHECKPOINT} is of an earlier run; add --resume to go on with it, or give another --out")
-    if args.resume and not earlier_run(args.out):
+    if args.resume and not seen[0]:
         raise SystemExit(f"there is no {args.out / CHECKPOINT}; leave out --resume, or give --out of an earlier run")
 
 

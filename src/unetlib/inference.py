@@ -94,8 +94,9 @@ def predict(
         FileNotFoundError: for a path that does not exist.
         ImportError: for a large TIFF file without the extra `tiff`.
         TypeError: for something that is no picture, and a `batch_size` or `overlap` that is no integer.
-        ValueError: for a file, shape or value that cannot be read, naming it; for logits that are NaN; for a picture that needs
-            tiles and a network whose tiles cannot give the whole picture's result, without an `overlap`.
+        ValueError: for a file, shape or value that cannot be read, naming it; for logits that are NaN, or infinite before a
+            softmax; for a picture that needs tiles and a network whose tiles cannot give the whole picture's result, without an
+            `overlap`.
 
     Example:
         >>> from unetlib import UNet
@@ -105,10 +106,10 @@ def predict(
         (90, 120)
     """
     _check_model(model)
-    multilabel = model.preprocessing.multilabel
+    multilabel, softmax = model.preprocessing.multilabel, _softmax(model)
     if threshold is None:
         threshold = model.preprocessing.threshold
-    elif model.config.out_channels > 1 and not multilabel:
+    elif softmax:
         raise ValueError("threshold is for one output channel; several are decided by the largest logit, so leave it out")
     else:
         check_threshold(threshold)
@@ -126,7 +127,7 @@ def predict(
     decide = _probabilities if probabilities else _classes
     results: list[Any] = []
     for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        numbers = _without_nan(pieces, pictures[len(results)], len(results), softmax=_softmax(model))
+        numbers = _without_nan(pieces, pictures[len(results)], len(results), softmax=softmax)
         decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in numbers)
         if out is None:
             results.append(join(decided, size).numpy())
