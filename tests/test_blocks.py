@@ -11,7 +11,7 @@ from study import randomize
 from torch import nn
 
 from unetlib import DoubleConv
-from unetlib.blocks import Up, make_activation, make_norm, make_upsample, match_size
+from unetlib.blocks import LayerOptions, Up, conv_layers, make_activation, make_norm, make_upsample, match_size
 from unetlib.config import ACTIVATIONS, NORMS, UPSAMPLINGS
 
 # --- NumPy readings, float64, one number at a time
@@ -190,6 +190,10 @@ def test_the_leaky_slope_may_be_chosen():
     x = torch.tensor([-2.0, 3.0])
     assert torch.equal(make_activation("leaky_relu", negative_slope=0.25)(x.clone()), torch.tensor([-0.5, 3.0]))
     assert DoubleConv(2, 4, activation="leaky_relu", negative_slope=0.25).act2.negative_slope == 0.25
+
+
+def test_type_checkers_see_the_keywords_that_there_are():
+    assert set(LayerOptions.__annotations__) == set(conv_layers.__kwdefaults__)
 
 
 # --- norms

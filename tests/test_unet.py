@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import itertools
 import pickle
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from study import randomize
 from torch import Tensor
 
 from unetlib import Preprocessing, UNet, UNetConfig
-from unetlib.config import ACTIVATIONS, MATCHES, NORMS
+from unetlib.config import ACTIVATIONS, MATCHES, NORMS, PeerOptions
+from unetlib.unet import PredictOptions
 
 
 def small(**options) -> UNet:
@@ -129,6 +132,22 @@ def test_options_are_checked():
         UNet(colour="red")
     with pytest.raises(TypeError, match="expected a batch as a tensor, got a list; `predict` takes pictures as they are"):
         UNet(features=(8,))([[0.0]])
+
+
+def test_a_dictionary_is_told_how_to_become_a_config():
+    with pytest.raises(TypeError, match=r"expected a UNetConfig, got a dict; UNetConfig\.from_dict makes one"):
+        UNet.from_config({"features": (4, 8)})
+
+
+def test_type_checkers_see_the_keywords_that_there_are():
+    def keywords(function) -> set[str]:
+        return {name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind.value != 4} - {
+            "self"
+        }
+
+    fields = [field.name for field in dataclasses.fields(UNetConfig)]
+    assert sorted([*keywords(UNet.__init__), *PeerOptions.__annotations__]) == sorted(fields)
+    assert keywords(UNet.predict) - {"images", "out"} == set(PredictOptions.__annotations__)
 
 
 @pytest.mark.parametrize("norm", NORMS)

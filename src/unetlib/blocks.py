@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.fx
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .arguments import check_options
 from .config import ACTIVATIONS, MATCHES, NORMS, UPSAMPLINGS
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class DoubleConv(nn.Sequential):
     """Two 3x3 convolutions with padding 1, each followed by a normalisation and an activation; height and width stay.
@@ -23,10 +26,9 @@ class DoubleConv(nn.Sequential):
         in_channels: channels of the input.
         out_channels: channels of the output.
         mid_channels: channels between the convolutions; None takes `out_channels`.
-        norm: "batch", "instance", "group" or "none".
         dropout: probability of dropping a channel at the block's end.
         first_norm: False leaves the first convolution with a bias and without a norm.
-        options: `activation`, `bias`, `affine` and `negative_slope`, as in `conv_layers`.
+        options: `norm`, `activation` and others: see `LayerOptions`.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H, W), any float dtype.
@@ -46,22 +48,18 @@ class DoubleConv(nn.Sequential):
         out_channels: int,
         mid_channels: int | None = None,
         *,
-        norm: str = "batch",
         dropout: float = 0.0,
         first_norm: bool = True,
-        **options: Any,
+        **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__()
-        own = ("mid_channels", "norm", "dropout", "first_norm")
-        check_options("DoubleConv", options, (*own, "activation", "bias", "affine", "negative_slope"))
+        check_options("DoubleConv", options, ("mid_channels", "dropout", "first_norm", *LayerOptions.__annotations__))
         mid_channels = mid_channels or out_channels
-        first = {"norm": norm, **options} if first_norm else {**options, "norm": "none", "bias": True}
-        for name, layer in conv_layers(in_channels, mid_channels, **first).items():
-            self.add_module(f"{name}1", layer)
-        for name, layer in conv_layers(mid_channels, out_channels, norm=norm, **options).items():
-            self.add_module(f"{name}2", layer)
+        first: LayerOptions = options if first_norm else {**options, "norm": "none", "bias": True}
+        self.conv1, self.norm1, self.act1 = conv_layers(in_channels, mid_channels, **first)
+        self.conv2, self.norm2, self.act2 = conv_layers(mid_channels, out_channels, **options)
         if dropout:
-            self.add_module("dropout", nn.Dropout2d(dropout))
+            self.dropout = nn.Dropout2d(dropout)
 
 
 class Up(nn.Module):
@@ -78,7 +76,7 @@ class Up(nn.Module):
         match: as in `match_size`.
         skip_first: the skip's channels come first in the concatenation.
         dropout: as in `DoubleConv`.
-        options: `norm`, `activation`, `bias`, `affine` and `negative_slope`, as in `conv_layers`.
+        options: `norm`, `activation` and others: see `LayerOptions`.
 
     Shape:
         (N, in_channels, h, w) and (N, skip_channels, H, W) to (N, out_channels, H, W).
@@ -105,11 +103,11 @@ class Up(nn.Module):
         match: str = "resize",
         skip_first: bool = True,
         dropout: float = 0.0,
-        **options: Any,
+        **options: Unpack[LayerOptions],
     ) -> None:
         super().__init__()
         own = ("mid_channels", "up_channels", "upsample", "align_corners", "match", "skip_first", "dropout")
-        check_options("Up", options, (*own, "norm", "activation", "bias", "affine", "negative_slope"))
+        check_options("Up", options, (*own, *LayerOptions.__annotations__))
         _check_match(match)
         self.match = match
         self.skip_first = skip_first
@@ -183,6 +181,24 @@ class InstanceNorm(nn.InstanceNorm2d):
         return torch.instance_norm(input, self.weight, self.bias, None, None, True, 0.0, self.eps, cudnn)
 
 
+class LayerOptions(TypedDict, total=False):
+    """Keywords of `conv_layers`, which the blocks hand on to it.
+
+    Attributes:
+        norm: "batch", the default, "instance", "group" or "none".
+        activation: "relu", the default, "leaky_relu", "elu", "gelu" or "silu".
+        bias: the convolution has a bias; None, the default: with norm "none" only.
+        affine: False takes weight and bias from norm "instance".
+        negative_slope: slope of "leaky_relu" below zero, 0.1.
+    """
+
+    norm: str
+    activation: str
+    bias: bool | None
+    affine: bool
+    negative_slope: float
+
+
 def conv_layers(
     in_channels: int,
     out_channels: int,
@@ -192,35 +208,29 @@ def conv_layers(
     bias: bool | None = None,
     affine: bool = True,
     negative_slope: float = 0.1,
-) -> dict[str, nn.Module]:
-    """A 3x3 convolution with padding 1, its normalisation and its activation, as "conv", "norm" and "act".
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        norm: "batch", "instance", "group" or "none".
-        activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
-        bias: the convolution has a bias; None: with norm "none" only.
-        affine: False takes weight and bias from norm "instance".
-        negative_slope: slope of "leaky_relu" below zero.
+) -> tuple[nn.Conv2d, nn.Module, nn.Module]:
+    """A 3x3 convolution with padding 1, its normalisation and its activation; for the options see `LayerOptions`.
 
     Raises:
         ValueError: for an unknown `norm` or `activation`.
 
     Example:
-        >>> conv_layers(3, 64, norm="none")["conv"].bias.shape
+        >>> conv, norm, activation = conv_layers(3, 64, norm="none")
+        >>> conv.bias.shape
         torch.Size([64])
     """
     bias = norm == "none" if bias is None else bias
-    return {
-        "conv": nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias),
-        "norm": make_norm(norm, out_channels, affine=affine),
-        "act": make_activation(activation, negative_slope=negative_slope),
-    }
+    return (
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias),
+        make_norm(norm, out_channels, affine=affine),
+        make_activation(activation, negative_slope=negative_slope),
+    )
 
 
-def make_upsample(name: str, in_channels: int, out_channels: int, *, align_corners: bool = False, **options: Any) -> nn.Module:
-    """The layer called `name` that doubles a map's height and width; `options` as in `conv_layers`, for "nearest_conv".
+def make_upsample(
+    name: str, in_channels: int, out_channels: int, *, align_corners: bool = False, **options: Unpack[LayerOptions]
+) -> nn.Module:
+    """The layer called `name` that doubles a map's height and width; the options are for "nearest_conv".
 
     Raises:
         ValueError: for another name than those of `UNetConfig`.
@@ -237,9 +247,8 @@ def make_upsample(name: str, in_channels: int, out_channels: int, *, align_corne
     if name == "nearest":
         return nn.Upsample(scale_factor=2)
     if name == "nearest_conv":
-        return nn.Sequential(
-            OrderedDict(resize=nn.Upsample(scale_factor=2), **conv_layers(in_channels, out_channels, **options))
-        )
+        conv, norm, act = conv_layers(in_channels, out_channels, **options)
+        return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2), conv=conv, norm=norm, act=act))
     raise ValueError(f"upsample must be one of {', '.join(UPSAMPLINGS)}, got {name!r}")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu")
@@ -65,7 +65,7 @@ class _JSONConfig:
 class UNetConfig(_JSONConfig):
     """Everything that decides a `UNet`'s architecture.
 
-    The options from `upsample` on are there for networks of other projects (`unetlib.convert`); each names those that need it.
+    The options of `PeerOptions` are there for networks of other projects (`unetlib.convert`); each names those that need it.
     Tuples hold one number for each level, the full-size level first. Numbers and arrays of NumPy and PyTorch are taken too.
 
     Args:
@@ -206,6 +206,22 @@ class UNetConfig(_JSONConfig):
     def stride(self) -> int:
         """Side in pixels of what is one pixel at the bottleneck, `patch_size * 2 ** depth`; pictures are at least as large."""
         return self.patch_size << self.depth
+
+
+class PeerOptions(TypedDict, total=False):
+    """The fields of `UNetConfig` that networks of other projects need, as further keywords of `UNet`."""
+
+    upsample: str
+    align_corners: bool
+    match: str
+    skip_first: bool
+    up_features: Sequence[int] | None
+    mid_features: Sequence[int] | None
+    decoder_features: Sequence[int] | None
+    conv_bias: bool | None
+    first_norm: bool
+    affine: bool
+    negative_slope: float
 
 
 @dataclass(frozen=True)

@@ -436,6 +436,6 @@ def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:
     """The network without memory and without random numbers: every tensor is assigned later."""
     try:
         with torch.device("meta"):
-            return cls.from_config(config)  # type: ignore[return-value]
+            return cls.from_config(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # what torch says of numbers beyond 2**63
         raise ValueError(f"the config of {name!r} asks for a network that cannot be ({error})") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 import torch.fx
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from .arguments import check_options
 from .blocks import DoubleConv, Up, join_patches, split_patches
-from .config import Preprocessing, UNetConfig
+from .config import PeerOptions, Preprocessing, UNetConfig
 from .recompute import recomputed
 
 if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self, Unpack
 
     from .inference import Picture
 
@@ -42,8 +45,9 @@ class UNet(nn.Module):
         norm: "batch", "instance", "group" or "none".
         activation: "relu", "leaky_relu", "elu", "gelu" or "silu".
         dropout: probability of dropping a channel at the end of each double convolution, while training.
-        options: the further fields of `UNetConfig`, which the networks of other projects need: how the decoder upsamples,
-            matches sizes and concatenates, its widths, convolution biases and others.
+        patch_size: side of the squares of pixels that are one pixel of the first level's maps, as in `UNetConfig`.
+        options: what the networks of other projects need, as in `UNetConfig`: how the decoder upsamples, matches sizes and
+            concatenates, its widths, convolution biases and others.
 
     Attributes:
         config: the `UNetConfig` that builds this network again.
@@ -77,7 +81,8 @@ class UNet(nn.Module):
         norm: str = "batch",
         activation: str = "relu",
         dropout: float = 0.0,
-        **options: Any,
+        patch_size: int = 1,
+        **options: Unpack[PeerOptions],
     ) -> None:
         super().__init__()
         check_options("UNet", options, (field.name for field in fields(UNetConfig)))
@@ -89,7 +94,8 @@ class UNet(nn.Module):
             norm=norm,
             activation=activation,
             dropout=dropout,
-            **options,
+            patch_size=patch_size,
+            **options,  # type: ignore[arg-type]
         )
         self._preprocessing = Preprocessing()
         self.checkpoint_gradients = False
@@ -111,9 +117,9 @@ class UNet(nn.Module):
         deeper = (*config.decoder_features[1:], config.bottleneck)
         self.decoder = nn.ModuleList(  # the deepest level first
             Up(
-                deeper[level],
-                widths[level],
-                config.decoder_features[level],
+                in_channels=deeper[level],
+                skip_channels=widths[level],
+                out_channels=config.decoder_features[level],
                 mid_channels=config.mid_features[level],
                 up_channels=config.up_features[level],
                 upsample=config.upsample,
@@ -126,14 +132,49 @@ class UNet(nn.Module):
         )
         self.head = nn.Conv2d(config.decoder_features[0], patch * config.out_channels, kernel_size=1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for a batch of pictures.
+
+        Args:
+            x: (N, in_channels, H, W), floats, outside autocast of the weights' type; H and W at least `config.stride`.
+
+        Returns:
+            (N, out_channels, H, W) logits.
+
+        Raises:
+            ValueError: for another shape, or integers.
+        """
+        check_input(x, self.config)
+        # run(block, x) is block(x); recomputed, the maps inside the block are not kept for the backward pass.
+        run = recomputed if self.checkpoint_gradients and torch.is_grad_enabled() else nn.Module.__call__
+        size, skips = x.shape[-2:], []
+        x = split_patches(x, self.config.patch_size)  # the same for patch_size=1, as is join_patches
+        for block in self.encoder:
+            x = run(block, x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
+            skips.append(x)
+            x = F.max_pool2d(x, kernel_size=2)  # (h, w) -> (h // 2, w // 2)
+        x = run(self.bottleneck, x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
+        for up, skip in zip(self.decoder, reversed(skips)):
+            x = run(up, x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
+        x = self.head(x)  # (N, decoder_features[0], h, w) -> (N, patch_size ** 2 * out_channels, h, w)
+        return join_patches(x, self.config.patch_size, size)  # -> (N, out_channels, H, W)
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, x: Tensor) -> Tensor:
+            """Logits for a batch of pictures: `forward`, and hooks."""
+
     @classmethod
-    def from_config(cls, config: UNetConfig) -> UNet:
+    def from_config(cls, config: UNetConfig) -> Self:
         """Build the network that `config` describes, with fresh random weights.
 
         Example:
             >>> UNet.from_config(UNetConfig(features=(8, 16))).config.features
             (8, 16)
         """
+        if not isinstance(config, UNetConfig):
+            name = type(config).__name__
+            raise TypeError(f"expected a UNetConfig, got a {name}; UNetConfig.from_dict makes one of a dictionary")
         return cls(**config.to_dict())
 
     @property
@@ -170,7 +211,7 @@ class UNet(nn.Module):
         in_channels: int | None = None,
         out_channels: int | None = None,
         allow_nonfinite: bool = False,
-    ) -> UNet:
+    ) -> Self:
         """A trained network by name, in evaluation mode.
 
         Args:
@@ -290,6 +331,14 @@ class UNet(nn.Module):
             card=card,
         )
 
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+        self, images: Picture, *, out: None = None, **options: Unpack[PredictOptions]
+    ) -> NDArray[Any]: ...
+    @overload
+    def predict(self, images: Picture, *, out: str | PathLike[str], **options: Unpack[PredictOptions]) -> Path: ...
+    @overload
+    def predict(self, images: Sequence[Picture], **options: Unpack[PredictOptions]) -> list[NDArray[Any]]: ...
     def predict(
         self,
         images: Picture | Sequence[Picture],
@@ -343,31 +392,17 @@ class UNet(nn.Module):
             out=out,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits for a batch of pictures.
 
-        Args:
-            x: (N, in_channels, H, W), floats, outside autocast of the weights' type; H and W at least `config.stride`.
+class PredictOptions(TypedDict, total=False):
+    """Keywords of `UNet.predict`, but for `out`, for type checkers."""
 
-        Returns:
-            (N, out_channels, H, W) logits.
-
-        Raises:
-            ValueError: for another shape, or integers.
-        """
-        check_input(x, self.config)
-        run = recomputed if self.checkpoint_gradients and torch.is_grad_enabled() else nn.Module.__call__
-        size, skips = x.shape[-2:], []
-        x = split_patches(x, self.config.patch_size)  # the same for patch_size=1, as is join_patches
-        for block in self.encoder:
-            x = run(block, x)  # (N, features[k - 1], h, w) -> (N, features[k], h, w)
-            skips.append(x)
-            x = F.max_pool2d(x, kernel_size=2)  # (h, w) -> (h // 2, w // 2)
-        x = run(self.bottleneck, x)  # (N, features[-1], h, w) -> (N, bottleneck, h, w)
-        for up, skip in zip(self.decoder, reversed(skips)):
-            x = run(up, x, skip)  # (N, deeper, h, w) -> (N, decoder_features[k], the skip's h, w)
-        x = self.head(x)  # (N, decoder_features[0], h, w) -> (N, patch_size ** 2 * out_channels, h, w)
-        return join_patches(x, self.config.patch_size, size)  # -> (N, out_channels, H, W)
+    threshold: float | None
+    tile: int | tuple[int, int] | None
+    overlap: int | None
+    tta: bool | str
+    probabilities: bool
+    batch_size: int
+    progress: bool
 
 
 def check_input(x: Tensor, config: UNetConfig) -> None:
