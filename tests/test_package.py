@@ -88,6 +88,19 @@ def test_type_checkers_see_the_names_that_the_lazy_table_gives():
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {(node.module, alias.asname or alias.name) for node in block.body for alias in node.names}
     assert seen == {(module, name) for name, module in unetlib._HOME_OF.items()} | {(None, name) for name in unetlib._MODULES}
+    # One that they saw would make names of all that are misspelt.
+    assert not any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body)
+
+
+def test_the_source_distribution_has_what_its_tests_read():
+    sdist = (
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.hatch.build.targets.sdist]\n")[1].split("\n\n")[0]
+    )
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 128:
+        pytest.skip("not a clone")
+    top = {name.partition("/")[0] for name in listed.stdout.split("\0")} - {"", ".gitignore", ".pre-commit-config.yaml"}
+    assert top - {"pyproject.toml"} == set(ast.literal_eval(sdist.removeprefix("include = ")))
 
 
 def test_the_table_names_each_things_own_module():

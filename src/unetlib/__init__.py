@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from .pretrained import list_pretrained as list_pretrained, model_info as model_info
     from .unet import UNet as UNet
 
+__version__: str
+
 # The rooms that are public as a whole, and the room of each name.
 _MODULES = ("datasets", "inference", "synthetic", "transforms", "visualize")
 _NAMES = {
@@ -103,16 +105,18 @@ _HOME_OF = {name: module for module, names in _NAMES.items() for name in names.s
 __all__ = sorted([*_HOME_OF, *_MODULES])  # noqa: PLE0605  # strings, from the tables above
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES or name in _NAMES:
-        return importlib.import_module(f".{name}", __name__)
-    if name == "__version__":
-        return importlib.import_module(".version", __name__).installed_version()
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # or every misspelt name were one, to type checkers
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES or name in _NAMES:
+            return importlib.import_module(f".{name}", __name__)
+        if name == "__version__":
+            return importlib.import_module(".version", __name__).installed_version()
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
