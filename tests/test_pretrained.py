@@ -323,6 +323,14 @@ def test_an_existing_card_is_kept_unless_another_is_given(folder, model):
     assert (folder / "README.md").read_text(encoding="utf-8") == "né à neuf"
 
 
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "unet"}', '{"model": null}', "[]", "3", "", "\xff", '{"model": {}'])
+def test_a_card_beside_a_config_of_another_kind_is_kept(tmp_path, model, config):
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    assert_same(model, UNet.from_pretrained(model.save_pretrained(tmp_path)))
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
 # --- whole or not at all
 
 
@@ -597,6 +605,15 @@ def test_a_weights_file_of_rubbish_is_named(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or a damaged one"):
         UNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["saved", "saved/model.safetensors", "study.pth"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(folder, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 31057\n"
+    for path in (folder / "model.safetensors", folder.parent / "study.pth"):
+        path.write_text(pointer)
+    with pytest.raises(ValueError, match=r"is a pointer of Git LFS, .* type `git lfs pull` in its folder"):
+        UNet.from_pretrained(folder.parent / name)
 
 
 @pytest.mark.parametrize("keep", [4, 0.1, 0.9])

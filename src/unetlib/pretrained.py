@@ -336,6 +336,8 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
         path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {_zoo_names()}")
+    if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, and the file itself is not here: type `git lfs pull` in its folder")
     if path.suffix == ".safetensors":
         found = _interpret(trust.read_safetensors(path, header_only=header_only), path, config)
     elif path.suffix in CHECKPOINT_SUFFIXES:
@@ -386,7 +388,7 @@ def _keeps_card(folder: Path, cls: type[UNet]) -> bool:
     """Whether there is a card that is not just what a network of that class was given with the config that is there."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
-        config, preprocessing = trust.read_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        config, preprocessing = trust.read_config(trust.read_json(trust.read_small(folder / CONFIG)))
         before = _skeleton(cls, config, str(folder))
     except (ValueError, OSError):
         return (folder / CARD).exists()

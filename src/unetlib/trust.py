@@ -119,7 +119,7 @@ def read_config(values: Mapping[str, Any]) -> tuple[UNetConfig, Preprocessing]:
     """
     check_version(values.get("unetlib", installed_version()))
     try:
-        config = UNetConfig.from_dict(values["model"])
+        config = UNetConfig.from_dict(values.get("model"))  # type: ignore[arg-type]  # refuses None
         preprocessing = Preprocessing.from_dict(values.get("preprocessing", {}))
         preprocessing.check_channels(config.in_channels, config.out_channels)
     except (TypeError, OverflowError) as error:  # numbers beyond what floats hold, lists where numbers are expected
