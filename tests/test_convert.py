@@ -459,8 +459,8 @@ def test_autocast_equals_the_studys(size):
 STATE = randomize(StudyUNet(features=(4, 8))).state_dict()
 
 
-def prefixed(*prefixes: str) -> dict[str, Tensor]:
-    return {"".join(prefixes) + key: value for key, value in STATE.items()}
+def prefixed(*prefixes: str, state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
+    return {"".join(prefixes) + key: value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -781,6 +781,17 @@ def test_a_state_dict_of_unetlibs_own_is_pointed_to_load_state_dict(wrap):
 
 
 # --- the tables
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": prefixed("module.", state=state)}])
+def test_a_training_module_with_more_than_the_network_is_told_what_to_call(wrap):
+    checkpoint = wrap({**prefixed("model."), "criterion.pos_weight": torch.ones(1)})
+    with pytest.raises(
+        ValueError, match=r"'criterion\.pos_weight' are not under 'model\.': call convert on the rest, "
+    ) as error:
+        convert(checkpoint)
+    rest = eval(str(error.value).partition("on the rest, ")[2], {"checkpoint": checkpoint})
+    assert convert(rest).config == UNetConfig(features=(4, 8))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -421,8 +421,13 @@ def _peel(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         peeled += prefix
     if peeled:
-        source = f"{{key[{len(peeled)}:]: value for key, value in {source}.items() if key.startswith({peeled!r})}}"
+        source = _peeled(source, peeled)
     return state, source
+
+
+def _peeled(source: str, prefix: str) -> str:
+    """What to type for what is under a prefix."""
+    return f"{{key[{len(prefix)}:]: value for key, value in {source}.items() if key.startswith({prefix!r})}}"
 
 
 def _inside(
@@ -458,6 +463,10 @@ def _unknown_message(state: Mapping[str, Any], source: str) -> str:
     nearest = min(unmatched, key=lambda name: len(unmatched[name]))
     keys = unmatched[nearest] or list(state)  # each key is of some depth, but no depth has them all
     message = f"this checkpoint of {len(state)} entries is of no known family; tried {', '.join(unmatched)}; "
+    for prefix in PREFIXES:  # of a training module that has more than the network, such as the weights of its loss
+        others = [key for key in state if not key.startswith(prefix)]
+        if 0 < len(others) < len(state) / 2:
+            return f"{message}{_list(others)} are not under {prefix!r}: call convert on the rest, {_peeled(source, prefix)}"
     if "bottleneck.conv1.weight" in state:  # what stands in its config cannot be told from tensors
         return (
             f"{message}it looks like a unetlib UNet's: build that UNet, then call load_state_dict({source}) and save_pretrained"
