@@ -167,6 +167,7 @@ ANY = [
     {"skip_first": False, "norm": "instance"},
     {"out_channels": 3, "conv_bias": True, "match": "zeros"},
     {"upsample": "bilinear", "norm": "none"},
+    {"upsample": "nearest", "skip_first": False},
     {"upsample": "nearest_conv", "mid_features": (3, 5), "decoder_features": (4, 6), "up_features": (3, 7)},
 ]
 

@@ -39,6 +39,13 @@ def test_seeds_differ_between_pictures_epochs_and_runs():
     assert len(set(seeds)) == 4 * 5 * 50
 
 
+def test_any_integer_is_a_seed():
+    for seed in (-1, 2**63, 10**30):
+        assert sorted(draw.item for batch in ShuffledBatches(range(8), batch_size=4, seed=seed) for draw in batch) == [
+            *range(8)
+        ]
+
+
 def test_processes_share_the_batches_of_one():
     whole = list(ShuffledBatches(range(20), batch_size=6, seed=1))
     shares = [list(ShuffledBatches(range(20), batch_size=6, seed=1, rank=rank, world_size=3)) for rank in range(3)]

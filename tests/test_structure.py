@@ -45,6 +45,13 @@ def test_what_modules_of_others_keep_is_not_looked_at():
 def test_hooks_and_a_forward_of_its_own_are_a_difference(model):
     model.head.register_forward_hook(lambda *_: None)
     assert difference(model) == "its module 'head' has hooks, or a forward of its own"
+    before = UNet(features=(4,))
+    before.bottleneck.register_forward_pre_hook(lambda *_: None)
+    assert difference(before) == "its module 'bottleneck' has hooks, or a forward of its own"
+    for register in (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert difference(UNet(features=(4,))) == "there are hooks for all modules"
+        handle.remove()
 
     class Other(UNet):
         def forward(self, x):

@@ -314,7 +314,7 @@ class Preprocessing(_JSONConfig):
         if self.multilabel and out_channels == 1:
             raise ValueError("multilabel is for two output channels and more; one is a sigmoid in any case, so leave it out")
         background = "none of them the background" if self.multilabel else "background included"
-        classes = out_channels if self.multilabel else max(out_channels, 2)
+        classes = max(out_channels, 2)
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names, but {out_channels} output channels make {classes} classes "

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -257,7 +256,6 @@ def save_pretrained(
         made = Path(name)
         (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt", "unetlib": text}))
         (made / CONFIG).write_text(text + "\n", encoding="utf-8")
-        shutil.copymode(made / CONFIG, made / WEIGHTS)  # safetensors lets nobody but the owner read
         if card is not None:
             (made / CARD).write_text(card, encoding="utf-8")
         for file in made.iterdir():
