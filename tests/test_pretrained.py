@@ -355,6 +355,14 @@ def test_a_model_is_not_saved_in_the_place_of_a_file(tmp_path, model):
     assert (tmp_path / "model.pt").read_bytes() == b"weights"
 
 
+def test_a_name_that_is_empty_is_not_the_working_directory(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder's name is empty; for the working directory give '\.'"):
+        model.save_pretrained("")
+    assert not contents(tmp_path)
+    assert set(contents(model.save_pretrained("."))) == set(FILES)
+
+
 def test_a_card_that_cannot_be_written_leaves_weights_and_config_as_they_were(folder):
     before = contents(folder)
     with pytest.raises(UnicodeEncodeError):

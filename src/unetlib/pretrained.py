@@ -226,7 +226,7 @@ def save_pretrained(
 
     Raises:
         ValueError: for a `dtype` that is no floating point type or too small for a weight; for a network that is no longer the
-            one of its config, as after replacing a layer. Hooks are not seen, and not saved.
+            one of its config, as after replacing a layer; for an empty name. Hooks are not seen, and not saved.
         OSError: where the folder cannot be written.
 
     Example:
@@ -246,6 +246,8 @@ def save_pretrained(
     }
     text = json.dumps(config, indent=2)
     trust.read_config(json.loads(text))
+    if not os.fspath(folder):
+        raise ValueError("the folder's name is empty; for the working directory give '.'")
     folder = hub.local_path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file, and a model is saved as a folder; give another name")
