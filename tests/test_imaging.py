@@ -217,6 +217,32 @@ def test_exif_orientation(tmp_path, suffix, orientation, upright):
         np.testing.assert_array_equal(read_mask(path, "nonzero"), upright(stored)[..., 0] > 0)
 
 
+def exif_of(*entries: tuple[int, int, int, int]) -> bytes:
+    """EXIF of tags, their types, counts and values, which Pillow would not write."""
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    ("exif", "turns"),
+    [
+        (exif_of((0x0112, 3, 1, 6), (296, 2, 2, 0x32)), -1),  # the unit of resolution as text
+        (exif_of((0x0112, 3, 1, 8), (531, 4, 1, 2**16)), 1),
+        (b"Exif\0\0no header", 0),
+        (b"Exif\0\0II*\0", 0),
+    ],
+    ids=["text for a number", "too large a number", "no header", "cut off"],
+)
+def test_broken_exif_does_not_spoil_a_picture(tmp_path, suffix, exif, turns):
+    image = Image.fromarray(np.kron(RGB[:2, :3], np.ones((16, 16, 1), np.uint8)))
+    image.save(tmp_path / f"odd.{suffix}", exif=exif)
+    image.save(tmp_path / f"plain.{suffix}")
+    expected = np.rot90(read_image(tmp_path / f"plain.{suffix}"), turns)
+    np.testing.assert_array_equal(read_image(tmp_path / f"odd.{suffix}"), expected)
+    assert image_size(tmp_path / f"odd.{suffix}") == expected.shape[:2]
+
+
 def test_an_open_picture_is_read_like_its_file_and_left_alone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -290,6 +316,19 @@ def test_grey_that_transparency_was_multiplied_into_is_divided_by_it(tmp_path):
     image.putpixel((0, 0), (50, 128))
     for mode in ("L", "RGB"):
         assert {*read_image(image, mode).flat} == {99}
+
+
+@pytest.mark.parametrize("values", [None, "nonzero", (0, 1), ((0, 0, 0), (9, 9, 9))])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_mask_that_is_drawn_in_transparency_alone_is_not_empty(tmp_path, mode, values):
+    mask = Image.new(mode, (4, 3))
+    mask.putalpha(Image.fromarray(SHAPE * 255))
+    mask.save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png has its shape in its transparency alone.*getchannel\('A'\)$"):
+        read_mask(tmp_path / "x.png", values)
+    np.testing.assert_array_equal(read_mask(Image.open(tmp_path / "x.png").getchannel("A")), SHAPE)
+    mask.putalpha(9)
+    assert not read_mask(mask, values).any()
 
 
 def test_an_index_counts_beside_transparency():
@@ -552,6 +591,18 @@ def test_bands_beside_colour_and_alpha_are_not_dropped(tmp_path, bands, photomet
     if bands == 4:
         tifffile.imwrite(tmp_path / "x.tif", pixels, extrasamples=["unassalpha"], **kinds)
         np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), pixels[..., :3])
+
+
+def test_bools_of_tifffile_are_not_turned_round(tmp_path):
+    """It declares their 0 to be white, unlike that of other numbers, and unlike Pillow."""
+    tifffile.imwrite(tmp_path / "x.tif", SHAPE.astype(bool))
+    for values in (None, "nonzero", (0, 1)):
+        with pytest.raises(ValueError, match=r"x\.tif holds bools of tifffile.*True would be background\. Save mask\.astype"):
+            read_mask(tmp_path / "x.tif", values)
+    tifffile.imwrite(tmp_path / "x.tif", SHAPE.astype(bool), photometric="minisblack")
+    np.testing.assert_array_equal(read_mask(tmp_path / "x.tif"), SHAPE)
+    Image.fromarray(SHAPE.astype(bool)).save(tmp_path / "x.tif", tiffinfo={262: 0})  # scanners' way: white is the shape
+    np.testing.assert_array_equal(read_mask(tmp_path / "x.tif"), SHAPE)
 
 
 def test_numpy_gives_values_and_classes():

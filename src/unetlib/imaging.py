@@ -7,6 +7,7 @@ to do, never a guess or a clipped value.
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -30,7 +31,17 @@ MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
 # Tags of EXIF and of TIFF.
-_ORIENTATION, _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA = 0x0112, 256, 258, 259, 262, 277, 284, 338
+_ORIENTATION, _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 0x0112, 256, 258, 259, 262
+_SAMPLES, _PLANAR, _SOFTWARE, _EXTRA = 277, 284, 305, 338
+_TURNS = {  # upright, by orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(
@@ -119,7 +130,7 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     With `mask_values` the values are classes. A palette mask then counts by index for integers, and by colour for
     colours.
 
-    EXIF orientation is applied and transparency dropped, as in `read_image`.
+    EXIF orientation is applied and transparency dropped, as in `read_image`; a mask with a shape in that alone is an error.
 
     Args:
         source: Path of a mask, or an open PIL picture (left unchanged).
@@ -169,6 +180,14 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         dtype('uint8')
     """
     image, _, _ = _load(source, exact=True)
+    if image.mode in ("LA", "PA", "RGBA"):
+        ranges: Any = image.getextrema()
+        *flat, alpha_flat = (low == high for low, high in ranges)
+        if all(flat) and not alpha_flat:
+            raise ValueError(
+                f"{_name(source)} has its shape in its transparency alone, which is dropped, and one colour under it. Save its "
+                "alpha channel as the mask: Image.open(path).getchannel('A')"
+            )
     classes = class_of_value(mask_values)
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
@@ -180,14 +199,17 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         values, are_colors = _stored_values(image, source), False
     keys = np.array([_color_codes(key).item() if isinstance(key, tuple) else key for key in classes])
     order = np.argsort(keys)
-    nearest = np.minimum(np.searchsorted(keys[order], values), len(keys) - 1)
-    unexpected = keys[order][nearest] != values
+    keys, labels = keys[order], np.array([*classes.values()], label_dtype(classes))[order]
+    looked_up = np.arange(256) if values.dtype == np.uint8 else values  # each byte once, and not each pixel
+    nearest = np.minimum(np.searchsorted(keys, looked_up), len(keys) - 1)
+    indices, unexpected = labels[nearest], keys[nearest] != looked_up
+    if looked_up is not values:
+        indices, unexpected = indices[values], unexpected[values]
     if unexpected.any():
         raise ValueError(
             f"{_name(source)} holds {_describe(values[unexpected], are_colors)}, which mask_values={mask_values!r} "
             "does not name. Name it too, or mend the mask."
         )
-    indices: NDArray[Any] = np.array(list(classes.values()), label_dtype(classes))[order][nearest]
     return indices
 
 
@@ -314,13 +336,12 @@ def _load(
         if refusal is None:
             if isinstance(image, TiffImageFile):
                 _load_unmapped(image)
-            upright = image
-            if image is source:  # the caller's, which stays as it is
-                upright = ImageOps.exif_transpose(image)
-            else:
-                if min_size is not None:
-                    upright = _reduced(image, min_size)
-                ImageOps.exif_transpose(upright, in_place=True)  # without a copy
+            # The caller's stays as it is.
+            upright = image if min_size is None or image is source else _reduced(image, min_size)
+            upright.load()
+            # Not by ImageOps.exif_transpose, which writes EXIF anew and fails at a tag of an odd type.
+            if (orientation := _orientation(upright)) in _TURNS:
+                upright = upright.transpose(_TURNS[orientation])
             if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
                 upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
             return upright, image.format, halved
@@ -385,6 +406,8 @@ def _refusal(image: Image.Image, source: Source, exact: bool) -> str | None:
             return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
         if tags.get(_PLANAR) == 2 and tags.get(_COMPRESSION, 1) == 1:
             return "has 16-bit colour in planes, which Pillow mixes up. Save it with the colours of each pixel together."
+    if exact and image.mode == "1" and tags.get(_PHOTOMETRIC) == 0 and "tifffile" in str(tags.get(_SOFTWARE)):
+        return "holds bools of tifffile, which calls 0 white: True would be background. Save mask.astype(numpy.uint8)."
     if 0 in tags.get(_EXTRA, ()):  # neither of the two kinds of alpha: a band of its own, which Pillow drops
         return f"has {tags.get(_SAMPLES)} bands, of which not all would be read. Save it as grey or RGB."
     return None
@@ -394,7 +417,15 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether the size that Pillow gives is the other way round; newer versions give that of a TIFF as it will be turned."""
     if image.format == "TIFF" and image.size[0] != _tags(image).get(_WIDTH, image.size[0]):
         return False
-    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """As EXIF says; where that is broken 1, upright, as all programs show such a picture."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, struct.error):
+        return 1
 
 
 def _convert(image: Image.Image, mode: Literal["RGB", "L"], source: Source) -> Image.Image:
