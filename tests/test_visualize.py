@@ -36,6 +36,15 @@ def test_overlay_mixes_the_class_colour_and_leaves_the_background(shape, alpha):
     assert (painted[mask == 0] == expected[mask == 0]).all()
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int16, np.float32])
+def test_what_a_grey_data_set_gives_can_be_shown(dtype):
+    image, mask = np.random.default_rng(0).integers(0, 256, (9, 11, 1), np.uint8), np.eye(9, 11, dtype=dtype)
+    painted = overlay(image, mask)
+    np.testing.assert_array_equal(painted, overlay(image[..., 0], mask.astype(np.uint8)))
+    np.testing.assert_array_equal(mask_to_image(mask), 255 * np.eye(9, 11))
+    np.testing.assert_array_equal(grid([image, painted])[4:13, 4:15], np.repeat(image, 3, axis=2))
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 3), (3, 4)])
 def test_overlay_of_an_empty_mask_is_a_copy_of_the_picture(shape):
     image = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
@@ -85,7 +94,9 @@ def test_a_comparison_has_masks_below_their_pictures():
     [
         (lambda: mask_to_image(np.array([[2]])), "holds class 2"),
         (lambda: mask_to_image(np.array([[-1]])), "start at 0, got -1"),
-        (lambda: mask_to_image(np.array([[0.5]])), "float64"),
+        (lambda: mask_to_image(np.array([[0.5]])), "fractions in float64"),
+        (lambda: mask_to_image(np.array([[np.nan]])), "fractions"),
+        (lambda: overlay(PAIR[0], np.ones((1, 2, 2))), r"of shape \(H, W\), got float64 \(1, 2, 2\)"),
         (lambda: mask_to_image(np.array([[0]]), classes=1), "classes=1 must be 2 or more"),
         (lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), np.uint8)), r"\(2, 2\) and its mask \(2, 3\)"),
         (lambda: overlay(np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8)), "float32"),

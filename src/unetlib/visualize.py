@@ -20,7 +20,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
     """A mask as a grey picture: class 0 black, the last class white, the others evenly between.
 
     Args:
-        mask: (H, W) integers or bools, classes 0 to `classes` - 1.
+        mask: (H, W), classes 0 to `classes` - 1, of any type.
         classes: number of classes, 2 or more.
 
     Returns:
@@ -28,7 +28,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
 
     Raises:
         TypeError: for a mask that is no array, or `classes` that is no integer.
-        ValueError: for another shape, or a class that is out of range.
+        ValueError: for another shape, or a class that is out of range or a fraction.
 
     Example:
         >>> mask_to_image(np.array([[0, 1, 2]]), classes=3).tolist()
@@ -38,7 +38,7 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
     classes = whole("classes", classes, 2)
     if mask.size and mask.max() >= classes:
         raise ValueError(f"the mask holds class {mask.max()}, but classes={classes} makes {classes - 1} the last")
-    return (mask.astype(np.int64) * 255 // (classes - 1)).astype(np.uint8)
+    return (mask * 255 // (classes - 1)).astype(np.uint8)
 
 
 def overlay(
@@ -51,8 +51,8 @@ def overlay(
     """A picture with each class of its mask in a colour of its own; class 0 stays as it is.
 
     Args:
-        image: uint8 (H, W, 3), or (H, W) for a grey one.
-        mask: (H, W) integers or bools: the class of each pixel.
+        image: uint8 (H, W, 3), or (H, W) or (H, W, 1) for a grey one.
+        mask: (H, W), of any type: the class of each pixel.
         alpha: opacity of the colours, 0 to 1.
         colors: RGB for class 1, 2, ...; taken from the start again when there are more classes.
 
@@ -61,7 +61,8 @@ def overlay(
 
     Raises:
         TypeError: for a picture or mask that is no array.
-        ValueError: where picture and mask differ in size, or `image` is no uint8 picture; for `alpha` or `colors` out of range.
+        ValueError: where picture and mask differ in size, or `image` is no uint8 picture; for a class below 0 or a fraction,
+            and for `alpha` or `colors` out of range.
 
     Example:
         >>> overlay(np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.uint8), alpha=1.0)[0, 0].tolist()
@@ -73,7 +74,7 @@ def overlay(
         raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
     at_least("alpha", alpha, 0, 1)
     pixels = image if image.ndim == 3 else image[..., None]
-    tones = _tones(colors)[(mask.astype(np.int64) - 1) % len(colors)]
+    tones = _tones(colors)[(mask - 1) % len(colors)]
     mixed = (1 - alpha) * pixels.astype(np.float32) + alpha * tones
     return np.where(mask[..., None] > 0, mixed.round(), pixels).astype(np.uint8)
 
@@ -82,7 +83,7 @@ def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 
     """Pictures of one size side by side, in rows, on white.
 
     Args:
-        pictures: uint8 (H, W, 3), or (H, W) for grey ones such as `mask_to_image`'s; all of one height and width.
+        pictures: uint8 (H, W, 3), or (H, W) or (H, W, 1) for grey ones; all of one height and width.
         columns: pictures in a row.
         gap: pixels between pictures and around them.
 
@@ -146,20 +147,18 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
-    for mask in (*masks, *predicted):
-        _check_array("a mask", mask)
-    images = [image[..., 0] if isinstance(image, np.ndarray) and image.shape[2:] == (1,) else image for image in images]
     for image in images:
         _check_picture(image)
     columns, height = whole("columns", columns, 1), whole("height", height, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
     def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return np.asarray(Image.fromarray(picture).convert("RGB").resize(size))
+        grey = picture.shape[2:] == (1,)
+        return np.asarray(Image.fromarray(picture[..., 0] if grey else picture).convert("RGB").resize(size))
 
     kinds = (
         [tile(image) for image in images],
-        *([tile(mask_to_image(_whole(mask), classes)) for mask in kind] for kind in (masks, predicted)),
+        *([tile(mask_to_image(mask, classes)) for mask in kind] for kind in (masks, predicted)),
     )
     tiles: list[NDArray[np.uint8]] = []
     for start in range(0, len(images), columns):
@@ -211,16 +210,9 @@ def _check_array(name: str, value: Any) -> None:
 
 def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     _check_array("a picture", image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ValueError(f"a picture must be uint8 of shape (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        raise ValueError(f"a picture must be uint8 of shape (H, W, 3), (H, W, 1) or (H, W), got {image.dtype} {image.shape}")
     return image
-
-
-def _whole(mask: NDArray[Any]) -> NDArray[np.int64]:
-    classes = mask.astype(np.int64)
-    if (classes != mask).any():
-        raise ValueError("a mask holds fractions, as a resized one does, where classes are compared; round it first")
-    return classes
 
 
 def _tones(colors: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
@@ -233,10 +225,12 @@ def _tones(colors: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
     return tones
 
 
-def _check_mask(mask: NDArray[Any]) -> NDArray[Any]:
+def _check_mask(mask: NDArray[Any]) -> NDArray[np.int64]:
     _check_array("a mask", mask)
-    if mask.ndim != 2 or mask.dtype.kind not in "bui":
-        raise ValueError(f"mask must be integers or bools of shape (H, W), got {mask.dtype} {mask.shape}")
+    if mask.ndim != 2 or mask.dtype.kind not in "buif":
+        raise ValueError(f"a mask must be numbers or bools of shape (H, W), got {mask.dtype} {mask.shape}")
+    if mask.dtype.kind == "f" and (mask % 1 != 0).any():
+        raise ValueError(f"a mask holds fractions in {mask.dtype}, as a resized one does; round it first")
     if mask.size and mask.min() < 0:
         raise ValueError(f"a mask's classes start at 0, got {mask.min()}")
-    return mask
+    return mask.astype(np.int64)
