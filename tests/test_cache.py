@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import tv_tensors
 
-from unetlib.cache import CachedDataset
+from unetlib.cache import CachedDataset, _is_memory
 from unetlib.datasets import CarvanaDataset, ImageMaskDataset
 from unetlib.imaging import read_image
 from unetlib.transforms import Resize, eval_transform, train_transform
@@ -242,6 +242,15 @@ def test_a_small_disk_is_a_smaller_budget(folders, monkeypatch, caplog):
         cached = CachedDataset(CarvanaDataset(*folders), SMALL)
     assert room(cached) == "0 pictures and 3 masks"
     assert "the rest is decoded each time" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="knows Linux's kind alone")
+def test_a_folder_in_memory_takes_half_of_what_is_free(folders, monkeypatch):
+    pixels = SMALL[0] * SMALL[1]
+    monkeypatch.setattr("unetlib.cache.available_memory", lambda: 2 * 7 * pixels)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 2**30}))
+    assert room(CachedDataset(CarvanaDataset(*folders), SMALL, folder="/dev/shm")) == "1 pictures and 4 masks"
+    assert not _is_memory("/proc")
 
 
 def test_the_folder_is_where_the_file_lies_and_nothing_stays(folders, tmp_path):

@@ -5,6 +5,7 @@ Decoding is most of what a data set costs: a full-size Carvana pair takes some 2
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from torchvision import tv_tensors
 from .arguments import at_least
 from .datasets import ImageMaskDataset, apply_transform, check_transform, refuse_slice, size_clash
 from .imaging import class_of_value, image_size, is_binary, label_dtype, read_image, read_labels, to_tensor
+from .memory import available_memory
 from .transforms import Resize
 
 logger = logging.getLogger("unetlib")
@@ -36,9 +38,10 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
     """An `ImageMaskDataset` whose pictures and masks are decoded once, reduced or not, and kept within a budget.
 
     They are kept in a temporary file that is mapped into memory, so that the processes of a `DataLoader` share it, each
-    finds what another has decoded, and the system may write it to disk where memory is short. On Linux the file has no
-    name and is gone with the last process, however that ends. Masks come first, since they are the smallest; what no
-    longer fits is decoded each time. The result is the same either way.
+    finds what another has decoded, and the system may write it to disk where memory is short. Where the folder is itself
+    memory, as `/tmp` is on many Linux systems, it takes half of what is free there at most. On Linux the file has no name
+    and is gone with the last process, however that ends. Masks come first, since they are the smallest; what no longer
+    fits is decoded each time. The result is the same either way.
 
     What is kept of a binary mask: at its own size its bits; reduced, the covered share of each pixel in steps of 1/255,
     which is within 1/510 of what `Resize` gives. Class masks keep their classes, reduced by the middle pixel. A JPEG
@@ -188,6 +191,8 @@ class _Store:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to keep decoded pictures in: make it first")
         ends = np.cumsum(sizes, dtype=np.int64)
         free = shutil.disk_usage(folder).free * 9 // 10  # the rest is for others
+        if _is_memory(folder):
+            free = min(free, available_memory() // 2)
         if free < min(budget, sum(sizes)):
             logger.warning("%s has room for %.2f GiB of decoded pictures; the rest is decoded each time", folder, free / 2**30)
         self.fits = int(np.searchsorted(ends, min(budget, free), side="right"))
@@ -240,6 +245,15 @@ class _Store:
         if not found:  # on another machine, or after its maker has ended
             logger.warning("the decoded pictures of another process are out of reach here: each is decoded each time")
             self.fits = 0
+
+
+def _is_memory(folder: str | PathLike[str]) -> bool:
+    """Whether files there are in memory: Linux's tmpfs."""
+    if sys.platform != "linux":
+        return False
+    found = ctypes.create_string_buffer(256)  # more than a `struct statfs`, which begins with the kind
+    ctypes.CDLL(None).statfs(os.fsencode(folder), found)
+    return ctypes.c_long.from_buffer(found).value == 0x01021994
 
 
 def _reserve(descriptor: int, size: int, folder: str | PathLike[str]) -> None:
