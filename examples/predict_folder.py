@@ -82,9 +82,7 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     written += 1
             write_failed(args.masks, failed)
-    except BlockingIOError as error:
-        sys.exit(str(error))
-    except Unprepared as error:
+    except (BlockingIOError, Unprepared) as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"cannot write to {args.masks}: {error}. Make room, or name another folder; the same command then goes on.")

@@ -232,6 +232,18 @@ def test_each_broken_pair_is_one_clear_error_when_read(folders):
             dataset[index]
 
 
+def test_a_mask_that_lies_on_its_side_is_told_from_one_of_another_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    for size, advice in (((20, 10), "Turn the mask: programs"), ((5, 10), "Save the mask at the picture's")):
+        Image.new("L", size).save(tmp_path / "a_mask.png")
+        dataset = ImageMaskDataset(tmp_path, tmp_path, mask_suffix="_mask")
+        for broken in (dataset, CachedDataset(dataset)):
+            with pytest.raises(ValueError, match=rf"a\.jpg is 10x20, but its mask .* is {size[0]}x{size[1]} .*{advice}"):
+                broken[0]
+
+
 def test_check_reads_all_and_reports_once(folders):
     dataset = CarvanaDataset(*folders)
     dataset.check()
@@ -312,6 +324,23 @@ def test_albumentations_take_grey_pictures(folders):
     pipeline = A.Compose([A.Resize(height=20, width=30), to_tensor])
     image, _ = ImageMaskDataset(*folders, pipeline, mask_suffix="_mask", mode="L")[0]
     assert image.shape == (1, 20, 30)
+
+
+@pytest.mark.parametrize("seed", [None, 137])
+def test_albumentations_draw_other_numbers_in_every_worker_and_epoch(folders, seed):
+    A = pytest.importorskip("albumentations")
+    for path in folders[0].iterdir():
+        Image.new("RGB", (WIDTH, HEIGHT), "grey").save(path)
+    dataset = CarvanaDataset(*folders, A.Compose([A.GaussNoise(p=1)], seed=seed))
+
+    def two_epochs() -> list[bytes]:
+        torch.manual_seed(0)
+        loader = DataLoader(dataset, batch_size=1, num_workers=2)
+        return [image.numpy().tobytes() for _ in range(2) for image, _ in loader]
+
+    drawn = two_epochs()
+    assert len({*drawn}) == 12
+    assert two_epochs() == drawn
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import random
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from .arguments import height_and_width
 from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
@@ -45,8 +46,9 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             CxHxW) and `tv_tensors.Mask` (HxW); `unetlib.transforms` has ready ones;
             an albumentations pipeline, or whatever else has keywords `image` and `mask`, as
             `transform(image=image, mask=mask)`, with the arrays one gets without a transform; but class indices are
-            handed as int16, which OpenCV takes, and come back as int64. Other callables are called the first way. The
-            result is `(image, mask)` or a dictionary of "image" and "mask".
+            handed as int16, which OpenCV takes, and come back as int64. In a `DataLoader`'s workers its chance comes from
+            torch's generator, so that no two are alike. Other callables are called the first way. The result is
+            `(image, mask)` or a dictionary of "image" and "mask".
         mask_suffix: What a mask's name has after its picture's, before the dot.
         mode: `"RGB"`, or `"L"` for grey: the model's `in_channels` is then 1.
         mask_values: `None` for binary masks, otherwise the values or colours that are the classes; see
@@ -378,6 +380,10 @@ def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mas
         TypeError: if it does not give a picture and a mask.
     """
     if by_keyword := _by_keyword(transform):
+        if get_worker_info() is not None and hasattr(transform, "set_random_state"):
+            # albumentations' own state is the program's in every worker, and in every epoch: all would augment alike.
+            seed = int(torch.randint(2**63 - 1, ()))
+            transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = transform(image=image, mask=_for_opencv(mask))
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
@@ -490,9 +496,12 @@ def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: 
         >>> print(size_clash(Path("a.jpg"), (2, 3), Path("a.gif"), (2, 4)))
         a.jpg is 3x2, but its mask a.gif is 4x2 (width x height, upright). Save the mask at the picture's size.
     """
+    advice = "Save the mask at the picture's size."
+    if image == mask[::-1]:
+        advice = "Turn the mask: programs that pass over EXIF draw it on the picture as that is stored."
     return (
         f"{image_path} is {image[1]}x{image[0]}, but its mask {mask_path} is {mask[1]}x{mask[0]} (width x height, "
-        "upright). Save the mask at the picture's size."
+        f"upright). {advice}"
     )
 
 
