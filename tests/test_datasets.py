@@ -108,13 +108,13 @@ def test_real_pictures_read_as_the_study_does(folder):
 
 
 def test_the_general_dataset_takes_any_format_and_any_suffix(tmp_path):
-    for name in ("b.JPG", "a.tif", "c.png", "d.webp"):
+    for name in ("b.JPG", "a.tif", "c.png", "d.webp", "e.jfif"):
         Image.fromarray(picture(0)).save(tmp_path / name, format={"b.JPG": "JPEG"}.get(name))
-    for seed, name in enumerate(("a-seg.png", "b-seg.TIF", "c-seg.gif", "d-seg.bmp")):
+    for seed, name in enumerate(("a-seg.png", "b-seg.TIF", "c-seg.gif", "d-seg.bmp", "e-seg.pgm")):
         Image.fromarray(shape(seed) * 255).save(tmp_path / name)
     dataset = ImageMaskDataset(tmp_path, tmp_path / ".." / tmp_path.name, mask_suffix="-seg")
-    assert dataset.images == ["a.tif", "b.JPG", "c.png", "d.webp"]
-    assert dataset.masks == ["a-seg.png", "b-seg.TIF", "c-seg.gif", "d-seg.bmp"]
+    assert dataset.images == ["a.tif", "b.JPG", "c.png", "d.webp", "e.jfif"]
+    assert dataset.masks == ["a-seg.png", "b-seg.TIF", "c-seg.gif", "d-seg.bmp", "e-seg.pgm"]
     for seed, (_, mask) in enumerate(dataset):
         np.testing.assert_array_equal(mask, shape(seed))
 

@@ -22,7 +22,7 @@ from .arguments import height_and_width
 from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
-_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".webp")
 IMAGE_SUFFIXES = _LOSSY_SUFFIXES + MASK_SUFFIXES
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 _NAMED = 3  # of each kind of problem

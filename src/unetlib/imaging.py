@@ -448,7 +448,8 @@ def _is_grey(image: Image.Image) -> bool:
 def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray[np.bool_]:
     """Where a mask does not look black; more than one other value is an error unless `any_values`."""
     if image.mode not in ("L", "P"):
-        values, are_colors = _stored_or_color(image, source)
+        are_colors = not _is_grey(image)
+        values = _color_codes(_convert(image, "RGB", source)) if are_colors else _stored_values(image, source)
         foreground: NDArray[np.bool_] = values != 0
         if not any_values and (foreground & (values != values.flat[foreground.argmax()])).any():
             raise _several_values(values, are_colors, source)
@@ -484,13 +485,6 @@ def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> V
         f"If these are classes, name them: mask_values=({zero}, ...). If all but {zero} is foreground: "
         'mask_values="nonzero". If a lossy format (JPEG) made them, draw or save the mask again as PNG.'
     )
-
-
-def _stored_or_color(image: Image.Image, source: Source) -> tuple[NDArray[Any], bool]:
-    """A number for each pixel, 0 where it is black, and whether the numbers are colour codes."""
-    if _is_grey(image):
-        return _stored_values(image, source), False
-    return _color_codes(_convert(image, "RGB", source)), True
 
 
 def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
