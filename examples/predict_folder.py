@@ -45,7 +45,7 @@ from unetlib.tiling import plan_tiles
 from unetlib.visualize import mask_to_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-PARTIAL = ".unetlib-partial-"  # how the names of files begin that are being written
+PARTIAL = ".unetlib-partial-"  # how the names of files begin that are being written; no suffix, as glob takes hidden files too
 FAILED = "failed.json"
 CALIBRATION = 32  # pictures that int8 takes its ranges from
 BATCHES = 16  # in a block, the piece of work for a Ray actor: many hide its overhead, few are lost with an actor

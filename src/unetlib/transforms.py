@@ -445,7 +445,7 @@ def train_transform(
         elastic: Strength of random bends in pixels of the result, as in `RandomElastic`; 10 in the U-Net paper.
         quarter_turns: Turn by 0, 90, 180 or 270 degrees too, as in `RandomQuarterTurn`.
         reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
-            as in `Mirrored`: for textures, such as microscopy.
+            as in `Mirrored`: for textures, such as microscopy. The grid of bends spans the mirror image too: they are wider.
         outside: Class that rotation, zoom and bends bring into a mask of integers from outside the picture, 0 to 255, such as
             the `ignore_index` of a loss; bool and floating-point masks always get 0, background.
         low_resolution: Probability of losing detail, as in `RandomLowResolution`.
