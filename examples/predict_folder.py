@@ -52,7 +52,7 @@ BATCHES = 16  # in a block, the piece of work for a Ray actor: many hide its ove
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the masks that are missing; 0 where every picture has one now, 1 where some failed."""
+    """Write the masks that are missing; 0 where every picture has one now, 1 where some failed, 130 after Ctrl-C."""
     print_any_letter()
     args = parse_args(argv)
     try:
@@ -76,12 +76,17 @@ def main(argv: list[str] | None = None) -> int:
             write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
             if names and not args.ray:  # Ray's actors do that themselves
                 model = prepared(model, names, args)
-            for name, reason in tqdm(outcomes(model, names, args), total=len(names), unit=" pictures"):
-                if reason:
-                    failed[name] = reason
-                else:
-                    written += 1
-            write_failed(args.masks, failed)
+            try:
+                for name, reason in tqdm(outcomes(model, names, args), total=len(names), unit=" pictures"):
+                    if reason:
+                        failed[name] = reason
+                    else:
+                        written += 1
+            finally:
+                write_failed(args.masks, failed)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except (BlockingIOError, Unprepared) as error:
         sys.exit(str(error))
     except OSError as error:

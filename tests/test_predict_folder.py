@@ -234,6 +234,27 @@ def test_a_killed_run_leaves_only_whole_masks_and_the_next_one_writes_the_rest(s
     assert_masks_are_those_of_predict(pictures, masks, model, files(pictures)[::10])
 
 
+def test_an_interrupted_run_says_what_failed_until_then_and_goes_on(script, pictures, model, tmp_path, monkeypatch, capsys):
+    (pictures / "a.png").write_text("no picture")
+
+    calls = iter(range(4))
+
+    def interrupt(*args, **options):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return inference.predict(*args, **options)
+
+    monkeypatch.setattr(script, "predict", interrupt)
+    options = ["--model", model, "--device", "cpu", "--batch-size", "1", "--threads", "1"]
+    arguments = [str(pictures), str(tmp_path / "masks"), *options]
+    assert script.main(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert list(json.loads((tmp_path / "masks/failed.json").read_text())) == ["a.png"]
+    monkeypatch.undo()
+    assert script.main(arguments) == 1
+    assert files(tmp_path / "masks") == ["b.png", "c.d.png", "deep/er/a.png", "deep/f.png", "deep/g.png", "failed.json"]
+
+
 # ---- what fails --------------------------------------------------------------------------------------------------------
 
 
