@@ -251,6 +251,8 @@ def test_a_folder_in_memory_takes_half_of_what_is_free(folders, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 2**30}))
     assert room(CachedDataset(CarvanaDataset(*folders), SMALL, folder="/dev/shm")) == "1 pictures and 4 masks"
     assert not _is_memory("/proc")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 3 * pixels * 10 // 9 + 1}))
+    assert room(CachedDataset(CarvanaDataset(*folders), SMALL, folder="/dev/shm")) == "0 pictures and 3 masks"
 
 
 def test_the_folder_is_where_the_file_lies_and_nothing_stays(folders, tmp_path):
@@ -302,11 +304,14 @@ def test_a_copy_out_of_reach_of_the_file_decodes_each_time(folders, caplog):
     near = pickle.loads(pickle.dumps(cached))
     assert room(near) == room(cached)
     if sys.platform == "linux":
-        far = pickle.dumps(cached)
+        far, number = pickle.dumps(cached), cached._store._file.fileno()
         del cached, near
         gc.collect()
-        Path(folders[0].parent, "other").write_bytes(bytes(10_000))
-        late = pickle.loads(far)
+        assert room(pickle.loads(far)) == "0 pictures and 0 masks"
+        with open(folders[0].parent / "other", "w+b", buffering=0) as other:
+            other.write(bytes(10_000))
+            assert other.fileno() == number  # the lowest that is free
+            late = pickle.loads(far)
         assert room(late) == "0 pictures and 0 masks"
         assert "each is decoded each time" in caplog.text
         assert_equal(late[0], expected)

@@ -341,6 +341,8 @@ def test_albumentations_draw_other_numbers_in_every_worker_and_epoch(folders, se
     drawn = two_epochs()
     assert len({*drawn}) == 12
     assert two_epochs() == drawn
+    here = [CarvanaDataset(*folders, A.Compose([A.GaussNoise(p=1)], seed=seed))[0][0] for _ in range(2)]
+    assert np.array_equal(*here) == (seed is not None)  # in the program itself a pipeline's own seed holds
 
 
 @pytest.fixture

@@ -331,6 +331,13 @@ def test_a_mask_that_is_drawn_in_transparency_alone_is_not_empty(tmp_path, mode,
     assert not read_mask(mask, values).any()
 
 
+def test_what_a_palette_leaves_out_is_black():
+    mask = Image.new("P", (2, 1))
+    mask.putpalette([255, 255, 255])
+    mask.putdata([0, 1])
+    assert read_mask(mask).tolist() == [[1, 0]]
+
+
 def test_an_index_counts_beside_transparency():
     mask = Image.new("P", (2, 1))
     mask.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 0])
@@ -453,6 +460,7 @@ MASKS_THE_STUDY_MISREADS = {
     "palette_all_black.png": palette_mask(SHAPE, (0, 0, 0), (0, 0, 0)),
     "rgb.png": Image.fromarray(SHAPE[..., None] * np.array([200, 10, 0], np.uint8)),
     "rgba.png": Image.fromarray(np.dstack([SHAPE * 255] * 3 + [np.full_like(SHAPE, 7)])),
+    "red_brush.png": Image.fromarray(np.dstack([SHAPE * 200, SHAPE * 0, SHAPE * 0, SHAPE * 255])),
     "grey_alpha.png": Image.fromarray(np.dstack([SHAPE * 255, SHAPE])),
     "deep.png": Image.fromarray(SHAPE.astype(np.uint16) * 300),
     "float.tif": Image.fromarray(SHAPE.astype(np.float32) / 2),
