@@ -235,6 +235,17 @@ def test_what_is_not_kept_is_read_again(folders):
     assert not cached[0][0].any()
 
 
+def test_a_pair_that_has_another_size_by_now_is_read_each_time(folders):
+    cached = CachedDataset(CarvanaDataset(*folders))
+    for size in ((9, 7), (90, 70)):
+        Image.new("RGB", size, "white").save(folders[0] / "a_00.jpg")
+        Image.new("L", size, 1).save(folders[1] / "a_00_mask.gif")
+        image, mask = cached[0]
+        assert image.shape[1:] == mask.shape == size[::-1]
+        assert image.min() > 250
+        assert mask.all()
+
+
 def test_a_small_disk_is_a_smaller_budget(folders, monkeypatch, caplog):
     pixels = SMALL[0] * SMALL[1]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 3 * pixels * 10 // 9 + 1}))

@@ -219,12 +219,13 @@ class _Store:
         return np.array(kept).view(dtype).reshape(height, width, -1)
 
     def put(self, slot: int, array: NDArray[Any]) -> None:
-        """Fill a slot, if it is one."""
-        if slot < self.fits:
-            flat = array.reshape(-1)
-            self._bytes[self._starts[slot] : self._ends[slot]] = (
-                np.packbits(flat) if array.dtype == np.bool_ else flat.view(np.uint8)
-            )
+        """Fill a slot, if it is one, and as large: a file may have changed since."""
+        if slot >= self.fits:
+            return
+        kept = self._bytes[self._starts[slot] : self._ends[slot]]
+        flat = np.packbits(array) if array.dtype == np.bool_ else array.reshape(-1).view(np.uint8)
+        if len(flat) == len(kept):
+            kept[:] = flat
             self._shapes[slot, 1] = array.shape[1]
             self._shapes[slot, 0] = array.shape[0]  # the one that `get` looks at
 
