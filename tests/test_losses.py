@@ -473,6 +473,24 @@ def test_pixel_reduction_and_class_weights(loss: Any, kind: str) -> None:
         torch.testing.assert_close(loss(logits, one_hot, weight=weight), loss(logits, target, weight=weight))
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-30])
+def test_class_weights_may_be_one_over_large_counts(scale: float) -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    for loss in (cross_entropy_loss, focal_loss, dice_loss):
+        value = loss(logits.float(), target, weight=weight)
+        torch.testing.assert_close(loss(logits.float(), target, weight=scale * weight), value)
+
+
+def test_pixels_that_weigh_nothing_are_no_pixels() -> None:
+    logits = torch.randn(1, 2, 5, 6, requires_grad=True)
+    target, weight = torch.zeros(1, 5, 6, dtype=torch.long), torch.tensor([0.0, 1.0])
+    loss = cross_entropy_loss(logits, target, weight=weight, label_smoothing=0.1)  # whose terms are above 0
+    loss.backward()
+    assert loss == 0
+    assert torch.all(logits.grad == 0)
+
+
 def test_label_smoothing_of_a_sigmoid() -> None:
     logits, target, _ = case("binary", (5, 6))
     ours = cross_entropy_loss(logits, target, label_smoothing=0.2)

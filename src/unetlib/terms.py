@@ -53,7 +53,8 @@ def reduce_pixels(pixels: Tensor, reading: Reading, weight: Tensor | None, reduc
         weight = valid.to(pixels.dtype) if weight is None else weight * valid
     if weight is None or reduction != "mean":
         return _reduce(pixels, reduction)
-    return pixels.sum() / weight.expand_as(pixels).sum().clamp_min(EPS)
+    total = weight.expand_as(pixels).sum()
+    return pixels.sum() / torch.where(total > 0, total, torch.inf)  # 0 where nothing counts
 
 
 def sums(
