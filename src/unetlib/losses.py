@@ -268,7 +268,8 @@ def tversky_loss(
     tp, p, t = sums(reading, batch)
     score = ratio(tp, tp + alpha * (p - tp) + beta * (t - tp), smooth)
     if gamma != 1:
-        score = 1 - (1 - score).clamp_min(EPS) ** gamma
+        wrong = 1 - score
+        score = 1 - (wrong.clamp_min(EPS) ** gamma).masked_fill(wrong <= EPS, 0)
     return reduce_regions(score, reading, weight, reduction)
 
 
