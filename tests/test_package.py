@@ -180,7 +180,7 @@ def test_config_imports_the_standard_library_alone():
         ("console", set()),
         ("cards", {"console", "trust", "version"}),
         ("hub", {"files", "trust", "version"}),
-        ("tiling", {"config"}),
+        ("tiling", {"arguments", "config"}),
         ("memory", {"config"}),
         ("symmetries", set()),
         ("rasters", {"arguments", "files", "imaging"}),

@@ -273,6 +273,12 @@ def test_a_side_that_one_tile_covers_needs_no_halo(side):
     assert torch.equal(found, whole(model, picture))
 
 
+@pytest.mark.parametrize(("overlap", "error"), [(-8, ValueError), (8.0, TypeError)])
+def test_an_overlap_that_would_leave_gaps_is_named(overlap, error):
+    with pytest.raises(error, match=f"overlap={overlap} must be"):
+        plan_tiles(UNetConfig(features=(8, 16)), (100, 100), (64, 64), overlap)
+
+
 # --- blending
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .config import UNetConfig
 
 
@@ -143,7 +144,8 @@ def plan_tiles(
             end as well, and where its sides are no multiples, `exact_halo` takes a multiple more.
 
     Raises:
-        ValueError: for a tile too small for the overlap, or a network that `exact_halo` refuses, without an `overlap`.
+        TypeError: for an `overlap` that is no integer.
+        ValueError: for one below 0, a tile too small for it, or a network that `exact_halo` refuses, without an `overlap`.
 
     Example:
         >>> plan = plan_tiles(UNetConfig(features=(8, 16)), (100, 64), (96, 96))
@@ -163,7 +165,7 @@ def plan_tiles(
         )
     two_grids = mirrored and _has_two_grids(config, size)
     halo = _round_up(min(tile) if obstacle else exact_halo(config), multiple) + multiple * two_grids
-    overlap = halo if overlap is None else _round_up(overlap, multiple)
+    overlap = halo if overlap is None else _round_up(whole("overlap", overlap, 0), multiple)
     exact = not obstacle and overlap >= halo
     rests = [length % multiple if two_grids and exact else 0 for length in size]
     for side, length, rest in zip(tile, size, rests):
