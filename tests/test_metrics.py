@@ -328,6 +328,25 @@ def test_edge_scores_equal_loops() -> None:
         assert boundary_f_score(*pair, tolerance=1.5).item() == pytest.approx(2 * a * b / (a + b))
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (20, 31), (54, 67)])
+def test_distances_are_looked_for_where_the_masks_are(corner: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ndimage = library("scipy.ndimage")
+    transform, shapes = ndimage.distance_transform_edt, []
+
+    def noted(image: np.ndarray, **options: Any) -> np.ndarray:
+        shapes.append(image.shape)
+        return transform(image, **options)
+
+    monkeypatch.setattr(ndimage, "distance_transform_edt", noted)
+    (top, left), masks = corner, torch.zeros(2, 1, 60, 73)
+    masks[0, 0, top : top + 6, left : left + 4] = 1
+    masks[1, 0, top : top + 3, left + 2 : left + 6] = 1
+    ours = hausdorff_distance(as_logits(masks[:1]), masks[1:])
+    there, back = (nearest(*map(edge_points, pair)) for pair in (masks[:, 0], masks[:, 0].flip(0)))
+    assert ours.item() == pytest.approx(max(there.max(), back.max()))
+    assert shapes == [(6, 6), (6, 6)]
+
+
 def test_hausdorff_equals_monai() -> None:
     library("scipy.ndimage")
     monai = library("monai.metrics")

@@ -52,6 +52,7 @@ def edge_distances(predicted: Any, true: Any, spacing: Any) -> tuple[Any, Any]:
         ImportError: without scipy.
     """
     ndimage = needed("scipy.ndimage", "a distance between edges", "metrics")
-    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted, true)]
+    box = ndimage.find_objects((predicted | true).view("uint8"))[0]  # outside of it there is nothing to find
+    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (predicted[box], true[box])]
     to_predicted, to_true = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
     return to_true[edges[0]], to_predicted[edges[1]]
