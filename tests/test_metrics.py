@@ -639,7 +639,8 @@ def test_accumulator_names_bad_input() -> None:
             score([[[0.0, 1.0]]], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="found 255"):
         SegmentationMetrics().update(torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), 255))
-    SegmentationMetrics(empty=1).merge(SegmentationMetrics(threshold=np.float64(0.5), empty=np.float32(1.0)))  # the same
+    same = SegmentationMetrics(threshold=np.float64(0.5), empty=np.float32(1.0), ignore_index=np.int64(255))
+    SegmentationMetrics(empty=1, ignore_index=255).merge(same)
     with pytest.raises(ValueError, match=r"different options: .*'threshold': 0\.5.*'threshold': 0\.4"):
         SegmentationMetrics().merge(SegmentationMetrics(threshold=0.4))
     with pytest.raises(TypeError, match="merge takes one SegmentationMetrics, got list; merge several one by one"):

@@ -474,7 +474,7 @@ class SegmentationMetrics:
         self.empty = float(_checked_empty(empty))
         self.keep_pictures = keep_pictures
         check_ignore_index(ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = None if ignore_index is None else int(ignore_index)
         self.multilabel = multilabel
         self.reset()
 
