@@ -78,7 +78,9 @@ class Focal(torch.autograd.Function):
     @staticmethod
     def forward(entropy: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         """Return the focal loss of each value, and its slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
-        wrong = torch.expm1(-entropy).neg_().clamp_min_(_EPS)  # 0 to a power below 0 is infinite
+        # 1 - e^-CE = 2 tanh(CE / 2) / (1 + tanh(CE / 2)), with as many digits as by expm1, which takes a CPU twice as long.
+        half = (entropy / 2).tanh_()
+        wrong = half.div_(1 + half).mul_(2).clamp_min_(_EPS)  # 0 to a power below 0 is infinite
         power = wrong ** (gamma - 1)
         slope = torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power)
         # Not in place, or torch.compile of PyTorch 2.11 gives it a gradient of zero.
