@@ -740,6 +740,15 @@ def test_an_absent_class_costs_its_false_positives(smooth: float) -> None:
         assert loss(torch.full((1, 1, 4, 5), -30.0), empty) < 1e-6
 
 
+@pytest.mark.parametrize("loss", [dice_loss, jaccard_loss])
+def test_the_log_of_no_overlap_is_finite(loss: Any) -> None:
+    logits = torch.full((1, 1, 4, 5), 3.0, requires_grad=True)
+    value = loss(logits, torch.zeros(1, 4, 5), smooth=0, log=True)
+    value.backward()
+    assert value.item() == pytest.approx(-math.log(1e-7))
+    assert torch.all(logits.grad == 0)
+
+
 def test_smp_lets_false_positives_on_empty_pictures_go_free() -> None:
     smp = library("segmentation_models_pytorch.losses")
     everywhere, empty = torch.full((1, 1, 8, 8), 9.0), torch.zeros(1, 1, 8, 8)

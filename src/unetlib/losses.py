@@ -4,8 +4,8 @@ Losses take **logits**, never probabilities; the two cannot be told apart, so no
 logits and masks look like. Everything is computed in float32, whatever type the logits have and whatever autocast does
 (float64 stays float64). The common keywords mean the same everywhere:
 
-- ``smooth``: imaginary pixels, all of them right, added to the sums of each class. They make the score of a class that
-  is absent from the picture smooth / (P + smooth) for P predicted pixels: 1 when nothing is predicted, falling with
+- ``smooth``: imaginary pixels, all of them right, added to the sums of each class. They make Dice and Jaccard of a class
+  that is absent from the picture smooth / (P + smooth) for P predicted pixels: 1 when nothing is predicted, falling with
   every false positive. With 0, absent from both scores 1, and false positives alone score 0, without a gradient.
 - ``batch``: pool the sums over the batch, instead of a score for each picture.
 - ``weight``: a factor for each class, shape (C,); the mean is then the weighted mean.
