@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_EPS = 1e-7
+EPS = 1e-7
 _ROW = 1024
 
 
@@ -80,7 +80,7 @@ class Focal(torch.autograd.Function):
         """Return the focal loss of each value, and its slope, w^gamma + gamma w^(gamma - 1) (1 - w) CE, with w = 1 - e^-CE."""
         # 1 - e^-CE = 2 tanh(CE / 2) / (1 + tanh(CE / 2)), with as many digits as by expm1, which takes a CPU twice as long.
         half = (entropy / 2).tanh_()
-        wrong = half.div_(1 + half).mul_(2).clamp_min_(_EPS)  # 0 to a power below 0 is infinite
+        wrong = half.div_(1 + half).mul_(2).clamp_min_(EPS)  # 0 to a power below 0 is infinite
         power = wrong ** (gamma - 1)
         slope = torch.addcmul(wrong, 1 - wrong, entropy, value=gamma).mul_(power)
         # Not in place, or torch.compile of PyTorch 2.11 gives it a gradient of zero.
@@ -98,7 +98,7 @@ class Focal(torch.autograd.Function):
         """Return grad times the slope."""
         entropy, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative the slope is made once more, by steps that have one
-            wrong = (-torch.expm1(-entropy)).clamp_min(_EPS)
+            wrong = (-torch.expm1(-entropy)).clamp_min(EPS)
             slope = (wrong + ctx.gamma * (1 - wrong) * entropy) * wrong ** (ctx.gamma - 1)
         return grad * slope, None
 

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import at_least, check_options, whole
-from .gradients import Focal, Lovasz
+from .gradients import EPS, Focal, Lovasz
 from .targets import read
 from .terms import (
-    EPS,
     border_map,
     cross_entropy,
     pixel_weight,

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from .arguments import at_least
 from .boundary import window_sums
-from .gradients import RegionSums
+from .gradients import EPS, RegionSums
 from .targets import Reading, require
-
-EPS = 1e-7
 
 
 def cross_entropy(
