@@ -144,6 +144,15 @@ def test_scores_equal_loops(kind: str, shape: tuple[int, ...], ignore: bool) -> 
     assert pixel_accuracy(logits, target, **options).item() == pytest.approx(right)
 
 
+@pytest.mark.parametrize("shape", [(1000,), (64, 128), (7, 37, 41)], ids=str)
+def test_pixels_beyond_what_a_byte_counts_are_counted(shape: tuple[int, ...]) -> None:
+    logits, target, _ = case("binary", shape)
+    logits += 1  # most are set
+    predicted, true = (logits > 0).flatten(1).numpy(), target.flatten(1).numpy() == 1
+    cells = [[(t & p).sum() for t in (~true[i], true[i]) for p in (~predicted[i], predicted[i])] for i in range(3)]
+    assert confusion_matrix(logits, target).flatten(1).tolist() == cells
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_equal_smp(kind: str) -> None:
     smp = library("segmentation_models_pytorch.metrics")
