@@ -300,8 +300,10 @@ def test_boundary_iou_equals_loops(shape: tuple[int, ...], distance: int) -> Non
 
 
 def test_boundary_iou_by_default_takes_2_percent_of_the_diagonal() -> None:
-    predicted, true = blob(0, (60, 80)), blob(1, (60, 80))
-    assert torch.equal(boundary_iou(as_logits(predicted), true), boundary_iou(as_logits(predicted), true, distance=2))
+    for shape, distance in (((60, 80), 2), ((78, 104), 3), ((6, 8), 1)):
+        predicted, true = blob(0, shape), blob(1, shape)
+        given = boundary_iou(as_logits(predicted), true, distance=distance)
+        assert torch.equal(boundary_iou(as_logits(predicted), true), given)
     with pytest.raises(ValueError, match="distance=0 must be 1 or more"):
         boundary_iou(as_logits(predicted), true, distance=0)
     with pytest.raises(TypeError, match=r"distance=2\.0 must be an integer"):
