@@ -319,6 +319,28 @@ def test_blending_is_the_weighted_mean_of_all_tiles(overlap, size):
     assert [piece.rows.start for piece in pieces[1:]] == [piece.rows.stop for piece in pieces[:-1]]
 
 
+@pytest.mark.parametrize("match", ["zeros", "replicate"])
+def test_blended_tiles_end_where_the_picture_does(match):
+    model = with_exact_sums(2, match=match)
+    picture = integers(119, 121)
+    with pytest.warns(UserWarning, match="approximate"):
+        blended = in_tiles(model, picture, 80, overlap=20)
+    corner = np.s_[:, -20:, -20:]  # of the last tile alone, and further than the halo from where it begins
+    assert torch.equal(blended[corner], whole(model, picture)[corner])
+
+
+@pytest.mark.parametrize("match", ["zeros", "resize"])
+@pytest.mark.parametrize("overlap", [0, 4, 8])
+def test_blended_tiles_are_no_smaller_than_a_network_takes(overlap, match):
+    config = UNetConfig(features=(8, 16), match=match)
+    for tile, length in itertools.product(range(2 * overlap + 4, 48), range(50, 70)):
+        with pytest.warns(UserWarning, match="approximate"):
+            plan = plan_tiles(config, (length, 50), (tile, tile), overlap)
+        spans = plan.rows + plan.columns
+        assert all(4 <= span.stop - span.start <= tile for span in spans)
+        assert {pixel for span in plan.rows for pixel in range(span.keep_start, span.keep_stop)} == {*range(length)}
+
+
 def test_blending_is_near_the_whole_picture_and_nearer_with_more_overlap():
     model = small(2, norm="instance")
     picture = torch.rand(3, 160, 160)

@@ -185,7 +185,8 @@ def plan_tiles(
             'and with "replicate" in the model\'s config both agree',
             stacklevel=2,
         )
-    pad = config.match == "resize" or not exact
+    # Without an overlap the last tile could be less than a multiple, which no network takes.
+    pad = overlap == 0 or (exact and config.match == "resize")
     rows, columns = (
         _spans(length, _round_up(length, multiple) if pad else length, side, overlap, multiple, exact, rest)
         for length, side, rest in zip(size, tile, rests)
