@@ -721,6 +721,18 @@ def test_mcc_of_a_class_that_fills_nearly_everything_keeps_its_digits(kind: str,
     assert (x.grad - gradient).norm() < 1e-5 * gradient.norm()
 
 
+def test_mcc_of_one_pixel_in_a_million_is_defined() -> None:
+    logits, target = torch.full((1, 1, 2**20), -100.0), torch.zeros(1, 2**20)
+    logits[..., 7], target[..., 7] = 100.0, 1
+    assert mcc_loss(logits, target, smooth=0).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_skeletons_that_nowhere_meet_cost_all() -> None:
+    lines = torch.zeros(1, 9, 9)
+    lines[:, 2] = 1
+    assert soft_cldice_loss(400 * lines[:, None] - 200, lines.roll(4, 1), smooth=0) == 1
+
+
 @pytest.mark.parametrize("smooth", [0.5, 1.0])
 def test_an_absent_class_costs_its_false_positives(smooth: float) -> None:
     """The rule for empty masks: score smooth / (P + smooth)."""
