@@ -511,6 +511,22 @@ def test_lovasz_cuts_class_probabilities_at_their_largest_class() -> None:
     torch.testing.assert_close(lovasz_loss(logits, soft), lovasz_loss(logits, target))
 
 
+def test_class_probabilities_sum_to_1_within_a_hundredth() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    shares = F.one_hot(target, 3).movedim(-1, 1) * 0.7 + 0.1
+    dice_loss(logits, shares * 0.995)
+    with pytest.raises(ValueError, match=r"sum to 1 at every pixel, found 0\.98"):
+        dice_loss(logits, shares * 0.98)
+
+
+def test_a_pixel_that_one_class_ignores_does_not_count() -> None:
+    logits, target, _ = case("multiclass", (5, 6))
+    one_hot = F.one_hot(target, 3).movedim(-1, 1)
+    one_hot[0, 1, 2, 3], target[0, 2, 3] = 255, 255
+    for loss in (cross_entropy_loss, dice_loss):
+        torch.testing.assert_close(loss(logits, one_hot, ignore_index=255), loss(logits, target, ignore_index=255))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_soft_masks_may_be_a_rounding_outside(name: str, kind: str) -> None:
@@ -719,6 +735,15 @@ def test_mcc_of_a_class_that_fills_nearly_everything_keeps_its_digits(kind: str,
     torch.testing.assert_close(value.double(), reference, rtol=0, atol=5e-6)
     gradient = y.grad if kind != "multilabel" else (y.grad[:, :1] / 2).expand(1, 2, -1)
     assert (x.grad - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_the_focal_loss_of_sure_pixels_is_finite_for_small_gamma(gamma: float) -> None:
+    logits = torch.tensor([[[1e4, -1e4, 1e4]]], requires_grad=True)
+    value = focal_loss(logits, torch.tensor([[1, 0, 0]]), gamma=gamma)
+    value.backward()
+    assert value.item() == pytest.approx(1e4 / 3)
+    torch.testing.assert_close(logits.grad, torch.tensor([[[0, 0, 1 / 3]]]))
 
 
 def test_mcc_of_one_pixel_in_a_million_is_defined() -> None:

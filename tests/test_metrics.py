@@ -268,6 +268,11 @@ def test_forms_and_types_are_one(kind: str) -> None:
         assert torch.equal(dice_score(same, target, **options), value)
 
 
+def test_half_is_no_in_masks_as_in_predictions() -> None:
+    half = torch.full((1, 4), 0.5)
+    assert confusion_matrix(half.logit()[:, None], half).tolist() == [[[[4, 0], [0, 0]]]]
+
+
 def test_threshold_is_a_probability() -> None:
     logits = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]]).logit()
     target = torch.tensor([[0, 1, 1, 1]])
