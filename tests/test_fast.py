@@ -336,6 +336,37 @@ def test_needs_no_gradients_and_gives_results_that_stay():
     assert torch.equal(first, kept)
 
 
+@pytest.mark.parametrize("size", [(40, 56), (37, 51)])
+def test_results_may_be_changed_and_derived_from(way, size):
+    model = trained()
+    fast, x, temperature = optimize_for_inference(model), pictures(model, *size), torch.ones((), requires_grad=True)
+    for _ in range(3):
+        (fast(x).add_(1) * temperature).sum().backward()
+    with torch.inference_mode():
+        assert fast(x).is_inference()  # where nothing is derived, nothing is copied
+    assert temperature.grad == pytest.approx(3 * float((model(x) + 1).sum()), rel=1e-4)
+
+
+def test_tracing_would_leave_native_code_out_and_is_refused():
+    fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
+    with pytest.raises(TypeError, match=r"a fast copy cannot be traced, .*; trace or export the UNet"):
+        torch.jit.trace(fast, x)
+    assert fast(x).shape == (2, 1, 40, 56)
+
+
+@pytest.mark.parametrize("interrupted", ["Pool", "Replays"])
+def test_an_interrupt_on_the_way_to_memory_leaves_nothing_half_done(monkeypatch, interrupted):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
+    with monkeypatch.context() as patched:
+        patched.setattr(network, interrupted, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fast(x)
+    assert fast(x).shape == (2, 1, 40, 56)
+
+
 @needs_native
 def test_memory_is_kept_until_it_is_freed(monkeypatch):
     monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)

@@ -90,8 +90,8 @@ def optimize_for_inference(
 
     Returns:
         A module from (N, in_channels, H, W) of any float type to logits (N, out_channels, H, W) of the same type, without
-        gradients. In float32 the norm of the difference from the model's logits is some 1e-5 of their norm or less; on CUDA
-        some 1e-3, as long as convolutions may be in TF32, PyTorch's default there.
+        gradients, which cannot be traced or exported. In float32 the norm of the difference from the model's logits is some
+        1e-5 of their norm or less; on CUDA some 1e-3, as long as convolutions may be in TF32, PyTorch's default there.
 
     Raises:
         ImportError: for a backend whose extra is not installed.
@@ -173,20 +173,23 @@ class FastUNet(nn.Module):
             self._run = Replays(self._run or (lambda x: this._logits(x)))
 
     @untraced
-    @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise TypeError("a fast copy cannot be traced, as most of its work is in no graph; trace or export the UNet")
         check_input(x, self.config)
         if x.device != self.device:
             raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
-        if not hasattr(self._memory, "pool"):
+        if not hasattr(self._memory, "replays"):  # the last to be there, where an interrupt came between
             self._take_memory()
         if self.device.type == "cpu" and keep_freed():
             self._release = weakref.finalize(self, release_freed)
             self._release.atexit = False
         here, own = torch.cuda.device_of(x), torch.autocast(self.device.type, enabled=False)  # type: ignore[no-untyped-call]
-        with pooled(self._memory.pool), here, own:
-            return (self._run or self._memory.replays)(x.resolve_neg()).to(x.dtype)
+        with torch.inference_mode(), pooled(self._memory.pool), here, own:
+            logits = (self._run or self._memory.replays)(x.resolve_neg()).to(x.dtype)
+        # Outside inference mode a tensor that may be changed, and that losses of other networks may be derived from.
+        return logits if torch.is_inference_mode_enabled() else logits.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """It holds code and memory of this process."""
