@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import platform
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -616,7 +619,7 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_trial_compares_what_there_is(monkeypatch, dtype):
-    fastest_ways, tried = network.fastest_ways.__wrapped__, []
+    fastest_ways, tried = network._found_by_trial.__wrapped__, []
     seconds = {PrepackedLevel: 3.0, WinogradLevel: 1.8, NativeLevel: 2.0}
     monkeypatch.setattr(network, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
     monkeypatch.setattr(native_kernels, "available", lambda: True)
@@ -629,6 +632,22 @@ def test_the_trial_compares_what_there_is(monkeypatch, dtype):
     monkeypatch.setattr(winograd, "available", lambda: False)
     assert fastest_ways(64, dtype) == (PrepackedLevel,)
     assert not tried
+
+
+def test_of_several_threads_one_makes_the_trial(monkeypatch):
+    trials, start = [], threading.Barrier(3)
+
+    def trial(channels, dtype, ways):
+        trials.append(channels)
+        time.sleep(0.05)  # in which the others would begin theirs
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(network, "_trial", trial)
+    monkeypatch.setattr(network, "_found_by_trial", functools.cache(network._found_by_trial.__wrapped__))
+    monkeypatch.setattr(native_kernels, "available", lambda: True)
+    with ThreadPoolExecutor(3) as pool:
+        assert len({*pool.map(lambda _: start.wait() >= 0 and network.fastest_ways(16, torch.float32), range(3))}) == 1
+    assert trials == [16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=fast_bfloat16)])

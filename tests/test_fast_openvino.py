@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -74,6 +76,21 @@ def test_threads_wait_for_each_other():
     for number, batch in enumerate(batches):
         expected = model(batch)
         assert all(error(result, expected) <= 1e-5 for result in results[number])
+
+
+def test_what_is_kept_is_given_back_when_no_thread_computes():
+    fast, cleared = optimize_for_inference(trained(), backend="openvino"), []
+    with fast._run._lock, ThreadPoolExecutor(1) as pool:
+        fast._run._compiled["shape"] = None
+        done = pool.submit(fast.free_memory)
+        done.add_done_callback(cleared.append)
+        time.sleep(0.05)
+        assert fast._run._compiled
+        assert not cleared
+        fast._run._lock.release()
+        done.result()
+        fast._run._lock.acquire()
+    assert not fast._run._compiled
 
 
 def test_predict_takes_it():

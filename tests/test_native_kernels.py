@@ -358,7 +358,7 @@ def test_of_several_threads_one_compiles(compilations, no_room):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked there")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_forked_while_a_thread_compiles_does_not_wait_for_it():
-    compiling, lock = threading.Event(), native_kernels._one_at_a_time
+    compiling, lock = threading.Event(), native_kernels.one_at_a_time
 
     def compile():
         with lock:

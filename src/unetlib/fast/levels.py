@@ -155,15 +155,15 @@ class _PackedStep:
         self.bias = layer.bias.to(dtype)
         self.relu = layer.relu
         self.after = layer.rest(dtype)
-        self._shape: torch.Size | None = None
-        self._packed = self.weight
+        self._packed: tuple[torch.Size | None, Tensor] = None, self.weight  # in one, which threads may not see half changed
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Convolve; with `onto`, add that first, and overwrite it."""
-        if x.shape != self._shape:  # another layout would be a slow one: for maps of a few pixels by a factor of 70
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, _ONES, _ONES, _ONES, 1, list(x.shape))
-            self._shape = x.shape
-        convolution = (self._packed, self.bias, _ONES, _ONES, _ONES, 1)
+        shape, weight = self._packed
+        if x.shape != shape:  # another layout would be a slow one: for maps of a few pixels by a factor of 70
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, _ONES, _ONES, _ONES, 1, list(x.shape))
+            self._packed = x.shape, weight
+        convolution = (weight, self.bias, _ONES, _ONES, _ONES, 1)
         relu = "relu" if self.relu else None
         if onto is None:
             found = torch.ops.mkldnn._convolution_pointwise.default(x, *convolution, relu or "none", [], "")

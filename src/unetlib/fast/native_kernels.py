@@ -57,10 +57,10 @@ _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
 )
 logger = logging.getLogger("unetlib")
 _local = threading.local()
-_one_at_a_time = threading.RLock()  # of several threads one compiles, and the others wait
+one_at_a_time = threading.RLock()  # of several threads one compiles, or makes trials, and the others wait
 if sys.platform != "win32":  # a process forked meanwhile would wait for ever
     os.register_at_fork(
-        before=_one_at_a_time.acquire, after_in_parent=_one_at_a_time.release, after_in_child=_one_at_a_time.release
+        before=one_at_a_time.acquire, after_in_parent=one_at_a_time.release, after_in_child=one_at_a_time.release
     )
 
 
@@ -217,7 +217,7 @@ class NativeHead:
 def available() -> bool:
     """Whether the code could be compiled for this CPU, and agrees with PyTorch's own operations."""
     try:
-        with _one_at_a_time, torch.device("cpu"):
+        with one_at_a_time, torch.device("cpu"):
             return _agrees()
     except (OSError, AttributeError, KeyError, ValueError, subprocess.SubprocessError) as reason:  # ValueError: of a `CXX`
         logger.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))

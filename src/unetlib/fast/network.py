@@ -321,13 +321,18 @@ def _has_onednn() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-@functools.cache
 def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
     """The ways to run a level of one of the widths of the trials on this CPU, the fastest first.
 
     Found once in a process, in a few tenths of a second for all widths, by the least of a few times, taken in turn, since other
     work only makes them longer.
     """
+    with native_kernels.one_at_a_time:  # trials of several threads would time each other
+        return _found_by_trial(channels, dtype)
+
+
+@functools.cache
+def _found_by_trial(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
     handicaps: dict[Way, float] = {PrepackedLevel: 1}
     if native_kernels.available():
         handicaps[NativeLevel] = _NATIVE_SPARES

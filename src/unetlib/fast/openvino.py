@@ -68,7 +68,8 @@ class OpenVINO:
 
     def clear(self) -> None:
         """Give back what is kept for shapes."""
-        self._compiled.clear()
+        with self._lock:
+            self._compiled.clear()
 
     def _whole(self, x: Tensor) -> Tensor:
         """The batch as whole patches: the graph is traced, where sides must be multiples of their side."""
