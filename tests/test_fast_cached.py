@@ -132,6 +132,16 @@ def replaced(network):
     network.head.forward = lambda x: 2 * nn.Conv2d.forward(network.head, x)
 
 
+def another_padding(network):
+    """A recipe for seamless textures."""
+
+    def circular(self, x, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    conv = network.encoder[0].conv2
+    conv._conv_forward = circular.__get__(conv)
+
+
 def wrapped(network):
     network.head = nn.Sequential(network.head, nn.Softplus())
 
@@ -182,6 +192,7 @@ def another_order(network):
     [
         hooked,
         replaced,
+        another_padding,
         wrapped,
         padding_mode,
         dilation,

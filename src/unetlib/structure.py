@@ -13,6 +13,7 @@ from .config import UNetConfig
 from .unet import UNet
 
 _SAME: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: nn.BatchNorm2d}  # in evaluation mode
+_METHODS = ("forward", "_conv_forward")  # that a program puts in their place, the latter for another padding
 _IDLE = {"training", "momentum", "inplace", "p", "checkpoint_gradients"}  # settings that change no result there
 
 
@@ -42,7 +43,7 @@ def difference(model: UNet) -> str | None:
     if other := changed_module(model, _parts_of_unet(model.config)):
         return other
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if module._forward_hooks or module._forward_pre_hooks or not vars(module).keys().isdisjoint(_METHODS):
             return f"its module {name!r} has hooks, or a forward of its own"
     return None
 
