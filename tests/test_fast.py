@@ -170,6 +170,15 @@ def test_a_replay_takes_new_pictures_of_any_type(monkeypatch, dtype):
 
 
 @needs_native
+def test_replays_are_of_the_type_of_the_pictures(monkeypatch):
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    model = trained(features=(16, 32), patch_size=2)
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    for dtype in (torch.float32, torch.float32, torch.float64, torch.float32):  # the second one is recorded
+        assert error(fast(x.to(dtype)), model(x)) <= 1e-5
+
+
+@needs_native
 @needs_nnpack
 @pytest.mark.parametrize("size", [(40, 56), (4, 4)])  # a bottleneck of one pixel lies alike in both layouts
 def test_levels_that_are_not_native_are_not_replayed(monkeypatch, size):

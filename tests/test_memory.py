@@ -83,6 +83,17 @@ def test_version_1_and_a_path_of_the_machine_outside(tmp_path):
     assert list(memory._container_room(tmp_path / "no linux")) == [2**63]
 
 
+def test_groups_of_other_controllers_say_nothing_of_memory(tmp_path):
+    root = container(tmp_path, "4:memory:/mine", "sys/fs/cgroup/memory/mine")
+    for group, limit in (("mine", 1000), ("a", 7)):  # the latter of the CPU's
+        folder = root / "sys/fs/cgroup/memory" / group
+        folder.mkdir(exist_ok=True)
+        for name, text in zip(memory._VERSION_1, (limit, 0)):
+            (folder / name).write_text(str(text))
+        (folder / "memory.stat").write_text("total_inactive_file 0")
+    assert min(memory._container_room(root)) == 1000
+
+
 def test_the_least_of_all_limits_decides(monkeypatch):
     monkeypatch.setattr(memory, "_system_memory", lambda path: 5000)
     monkeypatch.setattr(memory, "_container_room", lambda root: iter([7000, 4000]))
@@ -123,7 +134,8 @@ def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
     assert pixels_in_one_pass(config, held=10**9) == 0
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**15)
     assert pixels_in_one_pass(config) * 16 < 2**31 <= (pixels_in_one_pass(config) + 1) * 16
-    assert pixels_in_one_pass(UNetConfig(features=(8, 16), out_channels=150)) == (2**31 - 1) // 150
+    for channels in ("in_channels", "out_channels"):
+        assert pixels_in_one_pass(UNetConfig(features=(8, 16), **{channels: 150})) == (2**31 - 1) // 150
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")

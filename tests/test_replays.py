@@ -70,7 +70,7 @@ def test_large_batches_and_captures_within_captures_go_to_the_function(monkeypat
     recorder = Recorder()
     doubled, x = Replays(recorder, recorder.capture, most_pixels=40), torch.rand(2, 3, 4, 5)
     for _ in range(3):
-        doubled(torch.rand(2, 3, 1, 41))
+        doubled(torch.rand(2, 3, 1, 21))
     assert (recorder.calls, recorder.captures) == (3, 0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for _ in range(3):

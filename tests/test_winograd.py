@@ -188,3 +188,12 @@ def test_a_pool_is_used_within_its_context_and_in_its_thread():
     assert len(pool._free) == 1
     del outside
     assert len(pool._free) == 1
+
+
+def test_a_pool_within_another_one_gives_way_to_it_again():
+    outer, inner = Pool(), Pool()
+    with pooled(outer, least=0):
+        with pooled(inner, least=0):
+            empty(8)
+        empty(8)
+    assert len(outer._free) == len(inner._free) == 1
