@@ -751,7 +751,7 @@ def test_sides_may_be_numbers_of_numpy(model, wide):
     expected = model.predict(wide, tile=64)
     np.testing.assert_array_equal(model.predict(wide, tile=np.int64(64), overlap=np.int32(24)), expected)
     np.testing.assert_array_equal(model.predict(wide, tile=(np.int64(64), 64), batch_size=np.int64(2)), expected)
-    with pytest.raises(TypeError, match=r"overlap=0\.5 must be an integer"):
+    with pytest.raises(TypeError, match=r"overlap=0\.5 must be an integer, in pixels; leave it out for as many as"):
         model.predict(wide, overlap=0.5)
 
 
@@ -858,7 +858,7 @@ def test_a_wrapped_model_is_told_to_be_unwrapped(model, picture, wrapper):
     ):
         with pytest.raises(TypeError, match=rf"expected a UNet, got a {wrapper.__name__}; .* as in model\.module"):
             call()
-    with pytest.raises(TypeError, match="expected a UNet, got a str"):
+    with pytest.raises(TypeError, match=r"expected a UNet, got a str; give UNet\.from_pretrained\('carvana'\)$"):
         predict("carvana", picture)
 
 

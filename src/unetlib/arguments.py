@@ -6,18 +6,19 @@ import importlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Read an integer, Python's or NumPy's, from `low` to `high`."""
+def whole(name: str, value: Any, low: int, high: int | None = None, *, hint: str | None = None) -> int:
+    """Read an integer, Python's or NumPy's, from `low` to `high`; the hint says what to give where `low` is no good example."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}={value!r} must be an integer, such as {name}={low}") from None
+        raise TypeError(f"{name}={value!r} must be an integer, {hint or f'such as {name}={low}'}") from None
     if number < low or (high is not None and number > high):
         allowed = f"{low} or more" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}={number} must be {allowed}")
@@ -42,6 +43,8 @@ def not_a_unet(model: object) -> TypeError:
     """The error for something that is no network, or is one in a wrapper."""
     wrapper = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
     hint = f"; take it out of its wrapper, as in model.{wrapper}" if wrapper else ""
+    if isinstance(model, (str, PathLike)):
+        hint = f"; give UNet.from_pretrained({str(model)!r})"
     return TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
 
 

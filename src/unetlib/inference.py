@@ -302,7 +302,9 @@ def _predictions(
     """For each picture its size, and its logits (K, h, w) in pieces from the top down, to be taken before the next picture."""
     _check_model(model)
     batch_size = whole("batch_size", batch_size, 1)
-    overlap, tile = None if overlap is None else whole("overlap", overlap, 0), _tile_size(tile)
+    if overlap is not None:
+        overlap = whole("overlap", overlap, 0, hint="in pixels; leave it out for as many as decide the result")
+    tile = _tile_size(tile)
     if not isinstance(tta, bool) and tta != "mirror":
         raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}")
     passes = _Passes(model, tile, overlap, tta, batch_size, progress)
