@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -294,15 +295,24 @@ def test_a_subclass_without_a_forward_of_its_own_has_a_copy():
 
 def test_autocast_is_the_callers_wish():
     network = model()
+    kept = fast_copy(network)
     with torch.autocast("cpu", torch.bfloat16):
         assert fast_copy(network) is None
-    assert fast_copy(network) is not None
+    assert fast_copy(network) is kept
 
 
 def test_a_type_that_is_slow_here_is_run_as_it_is():
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         pytest.skip("this CPU is fast in float16")
     assert fast_copy(model().half()) is None
+
+
+def test_a_network_that_is_run_as_it_is_holds_no_copy_of_what_it_was():
+    network = model()
+    kept = weakref.ref(fast_copy(network))
+    network.head.register_forward_hook(lambda *_: None)
+    predict(network, picture())
+    assert kept() is None
 
 
 def test_weights_made_in_inference_mode():
