@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -359,10 +360,11 @@ def test_results_may_be_changed_and_derived_from(way, size):
     assert temperature.grad == pytest.approx(3 * float((model(x) + 1).sum()), rel=1e-4)
 
 
-def test_tracing_would_leave_native_code_out_and_is_refused():
+def test_a_graph_would_lack_native_code_and_is_refused():
     fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
-    with pytest.raises(TypeError, match=r"a fast copy cannot be traced, .*; trace or export the UNet"):
-        torch.jit.trace(fast, x)
+    for graph in (torch.jit.trace, partial(torch.export.export, strict=False)):
+        with pytest.raises(TypeError, match=r"a fast copy cannot be traced or exported, .*; take the UNet"):
+            graph(fast, (x,))
     assert fast(x).shape == (2, 1, 40, 56)
 
 

@@ -175,8 +175,8 @@ class FastUNet(nn.Module):
     @untraced
     def forward(self, x: Tensor) -> Tensor:
         """Logits for a batch of pictures, as `UNet.forward`."""
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise TypeError("a fast copy cannot be traced, as most of its work is in no graph; trace or export the UNet")
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise TypeError("a fast copy cannot be traced or exported, as most of its work is in no graph; take the UNet")
         check_input(x, self.config)
         if x.device != self.device:
             raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
