@@ -158,6 +158,23 @@ def test_native_passes_of_small_pictures_are_replayed(monkeypatch, options, repl
     assert not fast._memory.replays._replays
 
 
+@pytest.mark.parametrize("options", [{"match": "replicate"}, {"norm": "group"}])
+def test_recording_loads_no_compiler(options):
+    """Of PyTorch, which takes a second. In a process of its own, in which nothing else has."""
+    code = f"""
+import sys, torch
+from unetlib import UNet
+from unetlib.fast import optimize_for_inference
+fast, x = optimize_for_inference(UNet(features=(16, 32), **{options}).eval()), torch.rand(1, 3, 40, 56)
+fast(x)
+before = {{*sys.modules}}
+fast(x), fast(x)
+print(len({{*sys.modules}} - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_a_replay_takes_new_pictures_of_any_type(monkeypatch, dtype):

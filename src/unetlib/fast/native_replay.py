@@ -38,11 +38,11 @@ class NativeReplay:
         self._inputs, self._results = self._recording.places(x), self._recording.places(result)
         if not (self._inputs and self._results):
             raise NotNative("the input is not read, or the result not made, by a native operation")
-        self._like = torch.empty_like(result, device="meta")
+        self._layout = result.shape, result.stride()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The function's result for x, in memory of its own."""
-        result = torch.empty_like(self._like, device="cpu")
+        result = torch.empty_strided(*self._layout, dtype=torch.float32, device="cpu")
         for places, tensor in ((self._inputs, x), (self._results, result)):
             for arguments, name in places:
                 setattr(arguments, name, tensor.data_ptr())
@@ -56,6 +56,11 @@ class NotNative(Exception):
 
 class _NativeOnly(TorchDispatchMode):
     """Within it, PyTorch only makes views, and memory."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks, and would load the compiler: a second, and 120 MB. A copy is `untraced` as a whole."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
