@@ -195,6 +195,49 @@ print(faults())
     assert int(done.stdout) < 5 * 2048  # and not 20 * 2048
 
 
+@pytest.mark.skipif(not hasattr(memory._glibc(), "mallinfo2"), reason="needs glibc 2.33 on Linux")
+def test_what_is_kept_is_available():
+    """In a process of its own, with a limit that no other one moves."""
+    code = """
+import resource, torch
+from unetlib.memory import available_memory, keep_freed
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, resource.RLIM_INFINITY))
+keep_freed()
+before = available_memory()
+block = torch.ones(2**26)  # 256 MiB
+print(before - available_memory(), end=" ")
+del block
+print(before - available_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    held, kept = map(int, done.stdout.split())
+    assert abs(held - 2**28) < 2**24
+    assert abs(kept) < 2**24
+
+
+@pytest.mark.skipif(not hasattr(memory._glibc(), "mallinfo2"), reason="needs glibc 2.33 on Linux")
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_one_picture_has_left_behind_is_there_for_the_next(by_hand):
+    """Without an error that it does not fit; in a process of its own, with a limit that no other one moves."""
+    code = """
+import resource, sys, numpy as np
+from unetlib import UNet
+from unetlib.inference import optimize_for_inference, predict
+from unetlib.memory import pixels_in_one_pass
+model = UNet(features=(16, 32), norm="group").eval()
+network = optimize_for_inference(model) if sys.argv[1] == "True" else model
+predict(network, np.zeros((64, 64, 3), np.uint8))
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, resource.RLIM_INFINITY))
+picture = np.zeros((512, int(0.8 * pixels_in_one_pass(model.config)) // 512, 3), np.uint8)
+predict(network, [picture] * 3, batch_size=1)
+predict(network, picture)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(by_hand)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
 def test_what_is_freed_is_kept_until_it_is_released():
     code = """

@@ -391,13 +391,13 @@ class _Passes:
         return MIRROR if self.tta == "mirror" else FLIPS
 
     @cached_property
-    def _held(self) -> int:
-        fast = self.model if isinstance(self.model, FastUNet) else fast_copy(self.model)
-        return 0 if fast is None else fast.held_bytes
+    def _fast(self) -> FastUNet | None:
+        return self.model if isinstance(self.model, FastUNet) else fast_copy(self.model)
 
     def _pixels(self) -> int:
-        weight = next(self.model.parameters())
-        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=self._held)
+        weight, fast = next(self.model.parameters()), self._fast
+        held, kept = (fast.held_bytes, fast.kept_bytes) if fast else (0, 0)
+        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=held, kept=kept)
         return pixels // (len(self._flips) if self.tta else 1)
 
 

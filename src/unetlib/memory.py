@@ -25,11 +25,16 @@ _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # parameters of glibc's mallopt
 # The thresholds as far as glibc moves them by itself, which it gives up once one is set; and its default.
 _LARGEST_TRIM_THRESHOLD, _LARGEST_MMAP_THRESHOLD, _MOST_MAPPINGS = 2**26, 2**25, 2**16
-_kept = False
+_kept, _free_before = False, 0  # whether glibc keeps what is freed, and what it had free before it began to
 
 
 def pixels_in_one_pass(
-    config: UNetConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", held: int = 0
+    config: UNetConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    held: int = 0,
+    kept: int = 0,
 ) -> int:
     """Pixels, of one picture or of several, that go through the network in half of the memory that is free.
 
@@ -38,6 +43,7 @@ def pixels_in_one_pass(
         dtype: of its weights.
         device: where it is.
         held: bytes that it will hold whatever the picture's size.
+        kept: bytes that it has kept for maps.
 
     Example:
         >>> pixels_in_one_pass(UNetConfig(features=(8, 16))) > 160 * 240
@@ -45,7 +51,7 @@ def pixels_in_one_pass(
     """
     concatenations = (sum(widths) / 4**level for level, widths in enumerate(zip(config.features, config.up_features)))
     widest = max(max(concatenations) / config.patch_size**2, config.in_channels, config.out_channels)
-    room = max(0, available_memory(device) // _SHARE - held)
+    room = max(0, (available_memory(device) + kept) // _SHARE - held)
     return min(room // bytes_per_pixel(config, dtype), int(_MOST_NUMBERS / widest))
 
 
@@ -80,7 +86,7 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     """Bytes that can be asked for now.
 
     On CUDA what the driver has free and PyTorch keeps unused. On the CPU what the system calls available, or less, where the
-    limit of a container or of the process (`ulimit -v`) is nearer.
+    limit of a container or of the process (`ulimit -v`) is nearer, and what `keep_freed` has had kept.
 
     Args:
         device: whose memory: a GPU on CUDA; for all others it is the system's.
@@ -93,7 +99,8 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")), _address_room(Path("/proc/self/statm")))
+    room = min(_system_memory(Path("/proc/meminfo")), *_container_room(Path("/")), _address_room(Path("/proc/self/statm")))
+    return room + (max(0, _free_in_glibc() - _free_before) if _kept else 0)
 
 
 def keep_freed() -> bool:
@@ -113,9 +120,10 @@ def keep_freed() -> bool:
         >>> if began:
         ...     release_freed()
     """
-    global _kept
+    global _kept, _free_before
     if _kept or (libc := _glibc()) is None:
         return False
+    _free_before = _free_in_glibc()
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     _kept = True
@@ -139,6 +147,19 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = (("numbers", ctypes.c_size_t * 10),)
+
+
+def _free_in_glibc() -> int:
+    """What is free of the addresses that glibc has taken, whether it lies in memory or was given back."""
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):  # before glibc 2.33
+        return 0
+    libc.mallinfo2.restype = _Mallinfo
+    return int(libc.mallinfo2().numbers[8])
 
 
 def _system_memory(meminfo: Path) -> int:

@@ -207,6 +207,11 @@ class FastUNet(nn.Module):
             held += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
         return held
 
+    @property
+    def kept_bytes(self) -> int:
+        """What the calls of this thread have kept for the maps of the next one, beside what glibc keeps for all."""
+        return self._memory.pool.free_bytes if hasattr(self._memory, "pool") else 0
+
     def free_memory(self) -> None:
         """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
         self._take_memory()

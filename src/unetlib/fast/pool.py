@@ -35,6 +35,11 @@ class Pool:
     def __init__(self) -> None:
         self._free: list[tuple[int, Tensor]] = []  # numbers in a block, and the block; the smallest first
 
+    @property
+    def free_bytes(self) -> int:
+        """What is there to be handed out again."""
+        return sum(4 * numbers for numbers, _ in self._free)
+
     def empty(self, *shape: int, channels_last: bool = False) -> Tensor:
         """An uninitialised float32 tensor of this shape, contiguous, or (N, C, H, W) in channels_last."""
         numbers = math.prod(shape)
