@@ -120,6 +120,31 @@ def test_contents_differ_where_any_tensor_does():
     assert cached._contents(network) == before
 
 
+def test_contents_differ_where_parts_of_a_large_tensor_change_places():
+    network = model()
+    network.head.weight = nn.Parameter(torch.randn(1, 8, 64, 64))  # 4 rows of the checksum, and of whole ones no rest
+    weights = network.head.weight.data.view(4, -1)
+    found = {cached._contents(network)}
+    for order in ([1, 0, 2, 3], [0, 1, 3, 2]):
+        weights.copy_(weights[order])
+        found.add(cached._contents(network))
+    weights.copy_(weights.roll(2, dims=1))
+    found.add(cached._contents(network))
+    weights[0, [0, 5]] = weights[0, [5, 0]]
+    found.add(cached._contents(network))
+    weights[[0, 3], 7] = weights[[3, 0], 7]
+    found.add(cached._contents(network))
+    assert len(found) == 6
+
+
+def test_contents_are_read_wherever_in_memory_weights_begin():
+    network, weights = model(), torch.randn(2**14 + 1)
+    network.head.weight = nn.Parameter(weights[1:].view(1, 4, 64, 64))  # four bytes off a multiple of eight
+    other = copy.deepcopy(network)
+    other.head.weight = nn.Parameter(weights[1:].clone().view(1, 4, 64, 64))
+    assert cached._contents(network) == cached._contents(other)
+
+
 class Louder(UNet):
     def forward(self, x):
         return 2 * super().forward(x)
