@@ -122,7 +122,7 @@ def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
                         palette = [*mask.getpalette("RGB"), *[0] * 768]  # entries that the file leaves out are black
                         palettes |= {(number, tuple(palette[3 * number : 3 * number + 3])) for number in numbers}
                 else:
-                    found |= set(map(tuple, np.unique(np.asarray(mask.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
+                    found |= {colour for _, colour in mask.convert("RGB").getcolors(mask.width * mask.height)}
         except Exception as error:  # inside a decoder a broken file can raise nearly anything
             raise ValueError(f"{path} cannot be read as a picture ({error}). Replace or remove it.") from error
     if found in ({255}, {0, 255}):
@@ -195,7 +195,7 @@ def held_out(images: list[str], last: int, share: float) -> list[int]:
     if not 0 < count < len(images):
         raise ValueError(f"cannot hold out {count} of {len(images)} pictures; see --val-last and --val-share")
     if last:
-        by_number = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", image)] for image in images]
+        by_number = [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", image)] for image in images]
         return sorted(range(len(images)), key=by_number.__getitem__)[-last:]
     return sorted(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
 

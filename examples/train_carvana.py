@@ -136,7 +136,8 @@ def train(
     epoch = step = 0  # `step` counts within the epoch
     best: dict[str, float] = {"dice": -1.0}
     checkpoint = args.out / CHECKPOINT
-    command = f"python {shlex.join(word for word in sys.argv if word != '--resume')}"
+    launcher = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
+    command = f"{launcher} {shlex.join(word for word in sys.argv if word != '--resume')}"
     settings = settings_of(args, model, names, val_set.images)
     say = print if rank == 0 else lambda *_: None
 
@@ -150,12 +151,13 @@ def train(
 
     torch.manual_seed((args.seed + rank) % 2**64)  # or all processes would drop the same channels
     if args.resume:
-        state = load_run(checkpoint, settings, device)
+        state = load_run(checkpoint, settings)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
         if len(state["random"]) == world:
             set_random_state(state["random"][rank])
+        del state  # or the run would hold a second set of weights to its end
         if epoch < args.epochs:
             say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
         else:
@@ -273,7 +275,7 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     share: Any = val_set.subset(range(process.rank, len(val_set), process.world_size))
     if args.validate_at == "size":
         share.transform = eval_transform(args.size)
-        share = [(image, mask.round()) for image, mask in (share[i] for i in range(len(share)))]  # shares of pixels: yes or no
+        share = ((image, mask.round()) for image, mask in share)  # shares of pixels: yes or no
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
@@ -328,17 +330,10 @@ def load_data(args: argparse.Namespace, process: Process) -> tuple[list[CarvanaD
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="defaults of a whole recipe, not those in brackets; options given beside it win"
-    )
-    parser.add_argument("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
-    parser.add_argument(
-        "--synthetic",
-        type=int,
-        default=0,
-        metavar="N",
-        help="train on N rendered scenes, beside --data or alone (8 or more); rounded up to fours",
-    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="defaults of a whole recipe, not those in brackets; options given beside it win")
+    add("--data", type=Path, help="folder with train/, train_masks/ and perhaps val/, val_masks/")
+    add("--synthetic", type=int, default=0, metavar="N", help="train on N rendered scenes, made in fours, with --data or alone")
     args = parse_options(parser, argv)
     if args.synthetic < 0:
         parser.error(f"--synthetic must be 0 or more, not {args.synthetic}")

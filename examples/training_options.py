@@ -269,8 +269,9 @@ def only_run(args: argparse.Namespace, process: Process, model: UNet) -> Iterato
         problem = None
         if process.rank == 0:  # which alone writes
             try:
-                # Two checkpoints of weights, average and moments; weights; pictures.
-                check_space(args.out, needed=100 * sum(tensor.numel() for tensor in model.parameters()))
+                # Three checkpoints of weights, average and moments, two of which a resumed run has; weights in half precision.
+                there = sum(path.stat().st_size for path in args.out.glob(f"{CHECKPOINT}*"))
+                check_space(args.out, needed=55 * sum(tensor.numel() for tensor in model.parameters()) - there)
                 stack.enter_context(only_writer(args.out))
             except OSError as error:
                 problem = str(error)
@@ -316,10 +317,10 @@ def settings_of(args: argparse.Namespace, model: UNet, train: Sequence[str], val
     return settings | found | {"network": model.config.to_dict() | statistics}
 
 
-def load_run(checkpoint: Path, now: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def load_run(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """The state of the run to go on with, where its settings are still these."""
     try:
-        state = load_checkpoint(checkpoint, map_location=device)
+        state = load_checkpoint(checkpoint)
     except ValueError as error:
         raise SystemExit(f"{error}; {ANEW}") from error
     check_same(checkpoint, state, now)

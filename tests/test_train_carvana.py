@@ -6,12 +6,14 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -197,6 +199,73 @@ def test_killed_and_resumed_it_has_the_losses_of_an_unbroken_run_to_the_last_bit
         assert_same(ends[0][part], ends[1][part])
 
 
+def interrupted(script, monkeypatch, options, *dice):
+    """A run that is interrupted in the validation after that of the last of these scores."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "validate", given_scores(*dice))
+        with pytest.raises(KeyboardInterrupt):
+            script.main(options)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(script, data, tmp_path, monkeypatch):
+    UNet(features=(8, 16), norm="group").save_pretrained(tmp_path / "start")
+    options = ["--data", str(data), *TINY, "--init", str(tmp_path / "start"), "--out"]
+    script.main([*options, str(tmp_path / "one")])
+    interrupted(script, monkeypatch, [*options, str(tmp_path / "other")], 0.0)
+    printed = run_processes(2, str(SCRIPT), *options, str(tmp_path / "other"), "--resume")
+    assert "going on in epoch 2" in printed
+    one, other = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "other"))
+    assert len(other["random"]) == 2
+    assert other["history"]["loss"] == pytest.approx(one["history"]["loss"], rel=1e-4)
+    assert other["history"]["loss"][:2] == one["history"]["loss"][:2]
+    for part in ("model", "average"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(other[part][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_run_holds_what_it_read_no_longer_than_it_needs(script, data, tmp_path, monkeypatch):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY]
+    interrupted(script, monkeypatch, options, 0.0)
+    read, load = [], script.load_run
+
+    def spied(*given):
+        state = load(*given)
+        read.extend(weakref.ref(state[part]["head.weight"]) for part in ("model", "average"))
+        return state
+
+    monkeypatch.setattr(script, "load_run", spied)
+    held, validate = [], script.validate
+    monkeypatch.setattr(script, "validate", lambda *given: held.extend(ref() for ref in read) or validate(*given))
+    script.main([*options, "--resume"])
+    assert held == [None, None]
+
+
+def test_a_run_goes_on_where_the_disk_has_room_for_what_is_missing(script, data, tmp_path, monkeypatch):
+    options = ["--data", str(data), *TINY, "--epochs", "1", "--out"]
+    script.main([*options, str(tmp_path / "run")])
+    needed = 55 * sum(tensor.numel() for tensor in UNet(features=(8, 16)).parameters())
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - needed + 1, needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    script.main([*options, str(tmp_path / "run"), "--resume"])
+    with pytest.raises(SystemExit, match="MB left and the run writes up to"):
+        script.main([*options, str(tmp_path / "anew")])
+
+
+def test_what_a_run_writes_fits_into_the_room_that_it_asks_for(script, data, tmp_path, monkeypatch):
+    asked, most = [], []
+    monkeypatch.setattr("training_options.check_space", lambda folder, needed: asked.append(needed) or folder.mkdir())
+    replace = os.replace
+
+    def seen(source, target):  # a checkpoint is written, beside what there was
+        most.append(sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", seen)
+    options = ["--data", str(data), "--out", str(tmp_path / "run"), *TINY, "--features", "64", "64", "--epochs", "3"]
+    script.main([*options, "--checkpoint-every", "1"])
+    assert asked[0] * 0.8 < max(most) < asked[0]
+
+
 def test_resuming_a_finished_run_says_so_and_writes_its_end_again(script, data, tmp_path, capsys):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"]
     script.main(options)
@@ -371,9 +440,7 @@ def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, m
 
 def test_the_recipe_of_a_resumed_run_is_for_a_new_one(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
-    monkeypatch.setattr(script, "validate", given_scores(0.1))
-    with pytest.raises(KeyboardInterrupt):
-        script.main(options)
+    interrupted(script, monkeypatch, options, 0.1)
     monkeypatch.setattr(script, "validate", given_scores(0.2))
     monkeypatch.setattr(sys, "argv", ["train_carvana.py", *options, "--resume"])
     script.main(sys.argv[1:])
@@ -383,9 +450,10 @@ def test_the_recipe_of_a_resumed_run_is_for_a_new_one(script, data, tmp_path, mo
 def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
     options = ["--data", str(data), *TINY, "--init", str(tmp_path / "start"), "--epochs", "1", "--ema", "0"]
     UNet(features=(8, 16), norm="group").save_pretrained(tmp_path / "start")
-    script.main([*options, "--out", str(tmp_path / "one")])
-    printed = run_processes(2, str(SCRIPT), *options, "--out", str(tmp_path / "two"))
+    script.main([*options, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    printed = run_processes(2, str(SCRIPT), *options, "--accumulate", "2", "--out", str(tmp_path / "two"))
     assert "2 x cpu" in printed
+    assert f"\ntorchrun --nproc-per-node 2 {SCRIPT} --data" in (tmp_path / "two" / "model" / "README.md").read_text()
     one, two = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     for key, value in one["model"].items():
         torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5)
@@ -622,6 +690,18 @@ def test_the_study_validates_at_its_own_size(script, data, tmp_path):
         pixels += mask.size
     assert entry["accuracy"] == pytest.approx(correct / pixels, abs=0.02)
     assert "4 validation pictures at 32x48" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_pictures_are_read_one_after_another_to_validate_at_the_networks_size(script, data, tmp_path, monkeypatch):
+    read, before = [], []
+    get, judge = CarvanaDataset.__getitem__, script.evaluate
+    monkeypatch.setattr(CarvanaDataset, "__getitem__", lambda part, k: read.append(part.image_dir.name) or get(part, k))
+    monkeypatch.setattr(
+        script, "evaluate", lambda *given, **options: before.append(read.count("val")) or judge(*given, **options)
+    )
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--validate-at", "size"])
+    assert before == [0]
+    assert read.count("val") >= 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
