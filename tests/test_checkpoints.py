@@ -213,6 +213,21 @@ def test_space_and_permission_are_checked_before(tmp_path, monkeypatch):
         check_space(tmp_path, needed=8_000_000)
 
 
+def test_a_full_disk_is_told_as_one_and_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as a full disk or a quota
+    try:
+        with pytest.raises(OSError, match="cannot be written to"):
+            check_space(tmp_path, needed=1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "total used free")(10**9, 10**9, 0))
+        with pytest.raises(OSError, match="has 0 MB left and the run writes up to 8 MB; free some space"):
+            check_space(tmp_path, needed=8_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_random_states_come_back_through_a_file(tmp_path):
     def drawn():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1), np.random.standard_normal()  # noqa: NPY002

@@ -8,7 +8,7 @@ import os
 import pickle
 import random
 import shutil
-import uuid
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -158,14 +158,14 @@ def check_space(folder: str | PathLike[str], needed: int) -> None:
         ...     check_space(Path(folder) / "run", needed=1000)
     """
     folder = Path(folder)
-    probe = folder / f".{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        free = shutil.disk_usage(folder).free
+        if free >= needed:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as probe:
+                probe.write(b"probe")
     except OSError as error:
         raise OSError(f"{folder} cannot be written to ({error}); give another folder") from error
-    free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"{folder} has {free / 1e6:,.0f} MB left and the run writes up to {needed / 1e6:,.0f} MB; "
