@@ -151,6 +151,9 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         save_checkpoint({"step": 2}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert load_checkpoint(path)["step"] == 1
+    path.rename(tmp_path / "checkpoint.pt.previous")
+    with pytest.raises(OSError, match=r"No space left on device.*the one before it is kept"):
+        save_checkpoint({"step": 2}, path)
 
 
 def test_stopped_by_hand_nothing_half_written_stays(tmp_path, monkeypatch):
@@ -209,6 +212,7 @@ def test_space_and_permission_are_checked_before(tmp_path, monkeypatch):
         check_space(tmp_path / "file" / "run", needed=1)
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5_000_000, 5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check_space(tmp_path, needed=5_000_000)
     with pytest.raises(OSError, match="has 5 MB left and the run writes up to 8 MB"):
         check_space(tmp_path, needed=8_000_000)
 
