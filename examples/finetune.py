@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
     add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
-    args = parse_options(parser, argv, out=Path("runs/finetuned"))
+    args = parse_options(parser, argv, out=Path("runs/finetuned"), epochs=100, batch_size=8)
     if args.val_share is not None and args.val_last:
         parser.error(f"--val-last {args.val_last} and --val-share {args.val_share} both hold out pictures; give one of the two")
     if args.val_share is not None and not 0 < args.val_share < 1:

@@ -162,7 +162,8 @@ def train(
             say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
         else:
             say(f"the run is finished: its {epoch} epochs are done, and only what its end writes is written again")
-    say(f"{len(names)} pictures to train on, {len(val_set)} to validate on, {world} x {device}, {args.precision}")
+    seen = f"{'windows of' if args.window else 'at'} {args.size[0]}x{args.size[1]}"
+    say(f"{len(names)} pictures to train on, {len(val_set)} to validate on, {seen}, {world} x {device}, {args.precision}")
 
     writer = None
     if args.tensorboard and rank == 0:

@@ -369,6 +369,14 @@ def test_classes_of_mask_files_exclude_each_other_whatever_the_start_said(exampl
     assert not finetune.make_model(args, ["background", "cell", "wall"], print).preprocessing.multilabel
 
 
+def test_few_pictures_are_trained_on_often_in_small_batches(example, capsys):
+    args = example("finetune").parse_args(["--data", "mine"])
+    assert (args.epochs, args.batch_size) == (100, 8)
+    with pytest.raises(SystemExit):
+        example("finetune").parse_args(["--help"])
+    assert "how often each picture is trained on (100)" in capsys.readouterr().out
+
+
 def test_options_that_cannot_be_right_are_refused(example, capsys):
     with pytest.raises(SystemExit):
         example("finetune").parse_args(["--data", "mine", "--validate-every", "0"])
@@ -428,6 +436,13 @@ def test_a_line_for_a_value_that_does_not_count_is_one_too_many_where_lines_name
     (tmp_path / "classes.txt").write_text("a\nvoid\nb")
     with pytest.raises(ValueError, match=r"names 3 classes \(a, void, b\), .* hold 2 values \(0, 20\) beside --ignore 10$"):
         loaded(example, "--data", tmp_path, "--ignore", "10")
+
+
+def test_no_line_names_a_value_beyond_the_last(example, tmp_path):
+    write(tmp_path, values=(0, 3))
+    (tmp_path / "classes.txt").write_text("a\nb\nc")
+    with pytest.raises(ValueError, match=r"names 3 classes \(a, b, c\), but the masks hold 2 values \(0, 3\)$"):
+        loaded(example, "--data", tmp_path)
 
 
 def test_white_of_one_bit_is_white_of_eight(example, tmp_path):
@@ -523,6 +538,7 @@ def test_numbered_objects_are_foreground_if_one_says_so(example, tmp_path):
     names, train_set, _, _ = loaded(example, "--data", tmp_path, "--nonzero")
     assert names == ["background", "foreground"]
     assert np.unique(train_set[0][1]).tolist() == [0, 1]
+    assert len(loaded(example, "--data", write(tmp_path, values=tuple(range(32))))[0]) == 32  # few enough to be classes
 
 
 def test_without_any_background_not_all_is_foreground(example, tmp_path):
@@ -545,12 +561,12 @@ def test_the_last_pictures_are_held_out_in_natural_order(example, tmp_path):
 
 def test_a_share_is_held_out_at_random_and_always_the_same(example, tmp_path):
     write(tmp_path, count=12)
-    first, second = (loaded(example, "--data", tmp_path, "--val-share", "0.25") for _ in range(2))
+    first, second = (loaded(example, "--data", tmp_path, "--val-share", "0.3") for _ in range(2))
     assert first[2].images == second[2].images
-    assert len(first[2]) == 3
+    assert len(first[2]) == 4
     names = sorted(first[1].images + first[2].images)
     assert names == sorted(f"{number}.png" for number in range(12))
-    assert sorted(first[2].images) not in (names[:3], names[-3:])
+    assert sorted(first[2].images) not in (names[:4], names[-4:])
 
 
 # ---- bad folders: one clear error ---------------------------------------------------------------------------------------
