@@ -405,7 +405,7 @@ def test_batch_norm_needs_more_than_one_value(script, data, tmp_path, options):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", ["--size 8 15 --accumulate 2", "--size 8 16 --batch-size 1"])
+@pytest.mark.parametrize("options", ["--size 8 15 --accumulate 3", "--size 8 16 --batch-size 1"])
 def test_two_values_are_enough_for_batch_norm(script, data, tmp_path, options):
     options = shlex.split(f"--features 8 8 8 --epochs 1 {options}")
     script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
@@ -730,6 +730,7 @@ def test_rates_of_the_other_schedules(script, training_options, schedule):
     rates = rates_of(script, training_options, schedule, 0.5, 8)
     rise, fall = [0.01 + 0.99 * k / 4 for k in range(4)], [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert rates == pytest.approx([1] * 8 if schedule == "constant" else rise + fall)
+    assert np.argmax(rates_of(script, training_options, schedule, 0.1, 17)) == (0 if schedule == "constant" else 2)
 
 
 def test_a_cosine_without_warm_up_begins_at_the_top(script, training_options):
