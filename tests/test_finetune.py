@@ -445,12 +445,13 @@ def test_no_line_names_a_value_beyond_the_last(example, tmp_path):
         loaded(example, "--data", tmp_path)
 
 
-def test_white_of_one_bit_is_white_of_eight(example, tmp_path):
-    write(tmp_path)
+@pytest.mark.parametrize("values", [(0, 255), (255,)])
+def test_white_of_one_bit_is_white_of_eight(example, tmp_path, values):
+    write(tmp_path, values=values)
     Image.fromarray(np.arange(40 * 56).reshape(40, 56) > 999).save(tmp_path / "train_masks" / "0.png")
-    names, train_set, _, _ = loaded(example, "--data", tmp_path)
+    names, *sets, _ = loaded(example, "--data", tmp_path)
     assert names == ["background", "foreground"]
-    assert {value for i in range(3) for value in np.unique(train_set[i][1])} == {0, 1}
+    assert {value for part in sets for _, mask in part for value in np.unique(mask)} == {0, 1}
 
 
 def with_palettes(folder: Path, *palettes: tuple) -> Path:
