@@ -83,7 +83,7 @@ def test_training_on_rendered_scenes_writes_weights_card_curves_and_predictions(
     card = (tmp_path / "model/README.md").read_text()
     assert f"{best:.4f}" in card
     assert "12 pictures to train on" in card
-    assert Image.open(tmp_path / "predictions.png").size == (8 * 244 + 4, 3 * 164 + 4)
+    assert Image.open(tmp_path / "predictions.png").size == (4 * 244 + 4, 3 * 164 + 4)
     assert Image.open(tmp_path / "curves.png").size == (1000, 400)
     assert list((tmp_path / "tensorboard").iterdir())
     assert f"best: Dice {best:.5f}" in capsys.readouterr().out
