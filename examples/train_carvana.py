@@ -225,7 +225,7 @@ def train(
                     follow(average, model, args.ema, steps=len(history["loss"]) + len(unseen))
                 step += 1
                 unseen.append((total, draws))
-                read_losses(leave=1 if device.type == "cuda" else 0)
+                read_losses(leave=1)
                 if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
                     read_losses()  # Dice waits too, and would refuse logits of NaN without naming step and pictures
                     truth = targets.round().long() if targets.is_floating_point() else targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 import weakref
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,10 +160,27 @@ def given_scores(*dice):
     return validate
 
 
-def test_nothing_found_where_nothing_is_to_be_found_is_the_best(script, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "validate", given_scores(0.0, math.nan, 0.5))
+@pytest.mark.parametrize(("dice", "epoch"), [((0.0, math.nan, 0.5), 2), ((0.5, 0.5, 0.4), 1)])
+def test_the_best_is_the_first_of_the_best_or_nothing_found_where_nothing_is_to_be_found(
+    script, data, tmp_path, monkeypatch, dice, epoch
+):
+    monkeypatch.setattr(script, "validate", given_scores(*dice))
     script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "3"])
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["best"]["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["best"]["epoch"] == epoch
+
+
+@pytest.mark.parametrize(("options", "size"), [("", (32, 48)), ("--crop 0.2 1", None), ("--window", None)])
+def test_parts_are_cut_out_of_pictures_that_were_not_reduced_before(script, data, tmp_path, monkeypatch, options, size):
+    given = []
+
+    def batches(*_, size, **__):
+        given.append(size)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "AugmentedBatches", batches)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *shlex.split(options)])
+    assert given == [size]
 
 
 OPTIONS = (
@@ -221,6 +240,24 @@ def test_a_run_goes_on_with_another_number_of_processes(script, data, tmp_path, 
     for part in ("model", "average"):
         for key, value in one[part].items():
             torch.testing.assert_close(other[part][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data, tmp_path, monkeypatch):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--checkpoint-every", "1"]
+    save = script.save_checkpoint
+
+    def saved_once(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_checkpoint", saved_once)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(options)
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    script.main([*options, "--resume"])
+    (entry,) = load_checkpoint(tmp_path / "checkpoint.pt")["history"]["epochs"]
+    assert entry["pictures_per_second"] == 4  # one of two steps
 
 
 def test_a_resumed_run_holds_what_it_read_no_longer_than_it_needs(script, data, tmp_path, monkeypatch):
