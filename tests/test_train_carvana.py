@@ -242,6 +242,14 @@ def test_a_run_goes_on_with_another_number_of_processes(script, data, tmp_path, 
             torch.testing.assert_close(other[part][key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_checkpoints_are_written_after_so_many_steps_and_each_epoch(script, data, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(script, "save_checkpoint", lambda state, path: written.append((state["epoch"], state["step"])))
+    options = ["--epochs", "1", "--batch-size", "1", "--checkpoint-every", "3"]
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    assert written == [(0, 3), (0, 6), (1, 0)]
+
+
 def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--checkpoint-every", "1"]
     save = script.save_checkpoint
