@@ -268,6 +268,17 @@ def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data
     assert entry["pictures_per_second"] == 4  # one of two steps
 
 
+def test_a_resumed_run_drops_the_channels_of_an_unbroken_one(script, data, tmp_path, monkeypatch):
+    UNet(features=(8, 16), dropout=0.5).save_pretrained(tmp_path / "start")
+    options = ["--data", str(data), *TINY, "--init", str(tmp_path / "start"), "--out"]
+    script.main([*options, str(tmp_path / "unbroken")])
+    interrupted(script, monkeypatch, [*options, str(tmp_path / "resumed")], 0.0)
+    torch.rand(1)
+    script.main([*options, str(tmp_path / "resumed"), "--resume"])
+    unbroken, resumed = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("unbroken", "resumed"))
+    assert resumed["history"]["loss"] == unbroken["history"]["loss"]
+
+
 def test_a_resumed_run_holds_what_it_read_no_longer_than_it_needs(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
     interrupted(script, monkeypatch, options, 0.0)
