@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,11 @@ def earlier_run(out: Path) -> bool:
     return any((out / name).is_file() for name in (CHECKPOINT, f"{CHECKPOINT}.previous"))
 
 
+def again(out: Path) -> str:
+    """What the command of a run that ends now will do."""
+    return "with --resume goes on" if earlier_run(out) else "starts anew"
+
+
 def check_start(args: argparse.Namespace) -> None:
     """End where a run would start over in the place of an earlier one, or has none to go on with."""
     seen = shared(earlier_run(args.out))
@@ -264,7 +270,7 @@ def check_start(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def only_run(args: argparse.Namespace, process: Process, model: UNet) -> Iterator[None]:
-    """Keep other runs out of `--out`, which is made where missing, and see that it has room for this one."""
+    """Keep other runs out of `--out`, which is made where missing, see that it has room for this one, and end it on Ctrl-C."""
     with contextlib.ExitStack() as stack:
         problem = None
         if process.rank == 0:  # which alone writes
@@ -277,7 +283,11 @@ def only_run(args: argparse.Namespace, process: Process, model: UNet) -> Iterato
                 problem = str(error)
         if problem := shared(problem)[0]:
             raise SystemExit(problem)
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command {again(args.out)}", file=sys.stderr)
+            raise SystemExit(130) from None  # as the shell has it
 
 
 @contextlib.contextmanager
@@ -286,8 +296,7 @@ def room_asked_for(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        again = "with --resume goes on" if earlier_run(out) else "starts anew"
-        raise SystemExit(f"{error}; make room in {out}, then the same command {again}") from error
+        raise SystemExit(f"{error}; make room in {out}, then the same command {again(out)}") from error
 
 
 def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:

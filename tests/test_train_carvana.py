@@ -178,7 +178,7 @@ def test_parts_are_cut_out_of_pictures_that_were_not_reduced_before(script, data
         raise KeyboardInterrupt
 
     monkeypatch.setattr(script, "AugmentedBatches", batches)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *shlex.split(options)])
     assert given == [size]
 
@@ -222,7 +222,7 @@ def interrupted(script, monkeypatch, options, *dice):
     """A run that is interrupted in the validation after that of the last of these scores."""
     with monkeypatch.context() as patch:
         patch.setattr(script, "validate", given_scores(*dice))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             script.main(options)
 
 
@@ -250,6 +250,13 @@ def test_checkpoints_are_written_after_so_many_steps_and_each_epoch(script, data
     assert written == [(0, 3), (0, 6), (1, 0)]
 
 
+def test_an_interrupt_ends_a_run_in_one_line(script, data, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(data), "--out", str(tmp_path), *TINY]
+    for dice, what in (((), "starts anew"), ((0.0,), "with --resume goes on")):
+        interrupted(script, monkeypatch, options, *dice)
+        assert capsys.readouterr().err.endswith(f"\ninterrupted; the same command {what}\n")
+
+
 def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--checkpoint-every", "1"]
     save = script.save_checkpoint
@@ -260,7 +267,7 @@ def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "save_checkpoint", saved_once)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             script.main(options)
     monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     script.main([*options, "--resume"])
