@@ -62,17 +62,16 @@ def main(argv: list[str] | None = None) -> None:
         model = UNet.from_pretrained(args.model, device=args.device)
         names = model.preprocessing.class_names or [str(k) for k in range(max(2, model.config.out_channels))]
         dataset = load_data(parser, args, model, names)
-    tta = "mirror" if args.tta == "mirror" else bool(args.tta)
     start = time.perf_counter()
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)
     with without_traceback():  # pictures are read on the way
-        scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=tta, metrics=metrics)
+        scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=args.tta, metrics=metrics)
     if model.config.out_channels > 1:
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
     if args.objects:
-        scores |= score_objects(model, dataset, tta, ignored(args))
+        scores |= score_objects(model, dataset, args.tta, ignored(args))
     print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 
@@ -119,7 +118,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the scenes (1280 1918)")
-    parser.add_argument("--tta", choices=("mirror", "all"), help="average over the mirrored picture, or turned ones too")
+    parser.add_argument(
+        "--tta",
+        nargs="?",
+        const="all",
+        default=False,
+        choices=("mirror", "all"),
+        help="average over the mirrored picture, or turned ones too; all where neither is named",
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
     )
@@ -151,6 +157,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(str(error))
     if args.objects and importlib.util.find_spec("scipy") is None:
         parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
+    args.tta = args.tta == "all" or args.tta  # as `predict` takes it
 
 
 if __name__ == "__main__":

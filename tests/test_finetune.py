@@ -702,7 +702,7 @@ def test_the_real_folders_are_read(example, name, options, counts):
 # ---- evaluate.py --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "tta"), [(["--tta", "mirror"], "mirror"), (["--tta", "all"], True)])
+@pytest.mark.parametrize(("given", "tta"), [(["--tta", "mirror"], "mirror"), (["--tta", "all"], True), (["--tta"], True)])
 def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys, given, tta):
     write(tmp_path, count=2)
     model = randomize(UNet(features=(8,)))
