@@ -122,7 +122,7 @@ def test_contents_differ_where_any_tensor_does():
 
 def test_contents_differ_where_parts_of_a_large_tensor_change_places():
     network = model()
-    network.head.weight = nn.Parameter(torch.randn(1, 8, 64, 64))  # 4 rows of the checksum, and of whole ones no rest
+    network.head.weight = nn.Parameter(torch.randn(1, 8, 63, 65))  # 4 rows of the checksum, and of whole ones no rest
     weights = network.head.weight.data.view(4, -1)
     found = {cached._contents(network)}
     for order in ([1, 0, 2, 3], [0, 1, 3, 2]):
@@ -135,6 +135,15 @@ def test_contents_differ_where_parts_of_a_large_tensor_change_places():
     weights[[0, 3], 7] = weights[[3, 0], 7]
     found.add(cached._contents(network))
     assert len(found) == 6
+
+
+@pytest.mark.parametrize(("dtype", "every"), [(torch.float64, 1), (torch.float32, 2)])
+def test_contents_differ_where_the_highest_bits_of_all_words_do(dtype, every):
+    """Twice the highest bit is 0 in sums of words."""
+    network = UNet(features=(32, 64)).to(dtype)
+    before = cached._contents(network)
+    network.bottleneck.conv2.weight.data.view(-1)[every - 1 :: every].neg_()
+    assert cached._contents(network) != before
 
 
 def test_contents_are_read_wherever_in_memory_weights_begin():

@@ -21,7 +21,7 @@ class _Kept(NamedTuple):
     contents: int
 
 
-_ROW = 2**15  # bytes: sums over columns stay in a core's first cache
+_ROW = 4095 * 8  # bytes: sums over columns stay in a core's first cache; an even number of words would hide changed signs
 _copies: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
