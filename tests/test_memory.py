@@ -240,6 +240,24 @@ predict(network, picture)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not hasattr(memory._glibc(), "mallinfo2"), reason="needs glibc 2.33 on Linux")
+def test_maps_of_smaller_pictures_make_room_for_larger_ones():
+    """In a process of its own, with a limit that no other one moves."""
+    code = """
+import resource, numpy as np
+from unetlib import UNet
+from unetlib.memory import pixels_in_one_pass
+model = UNet(features=(16, 32)).eval()
+model.predict(np.zeros((64, 64, 3), np.uint8))
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+most = pixels_in_one_pass(model.config)
+model.predict([np.zeros((256, share * most // 20 // 256, 3), np.uint8) for share in range(4, 19)], batch_size=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
 def test_what_is_freed_is_kept_until_it_is_released():
     code = """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..arguments import not_a_unet
 from ..blocks import DoubleConv
-from ..memory import keep_freed, release_freed
+from ..memory import available_memory, keep_freed, release_freed
 from ..structure import difference
 from ..unet import UNet, check_input
 from . import native_kernels, winograd
@@ -182,6 +182,10 @@ class FastUNet(nn.Module):
             raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
         if not hasattr(self._memory, "replays"):  # the last to be there, where an interrupt came between
             self._take_memory()
+        if x.shape != getattr(self._memory, "shape", None):
+            if (kept := self.kept_bytes) and kept > available_memory():  # blocks of other sizes may be of no use here
+                self.free_memory()
+            self._memory.shape = x.shape
         if self.device.type == "cpu" and keep_freed():
             self._release = weakref.finalize(self, release_freed)
             self._release.atexit = False
