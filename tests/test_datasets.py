@@ -355,6 +355,23 @@ def classes(tmp_path):
     return ImageMaskDataset(folder, folder, mask_suffix="_mask", mask_values={0: 0, 1: 1, 2: 2, 255: 255})
 
 
+def test_only_albumentations_random_state_is_set_in_workers(monkeypatch):
+    class AsInMONAI:
+        def __init__(self):
+            self.R = np.random.RandomState(0)
+
+        def set_random_state(self, seed=None, state=None):
+            self.R = np.random.RandomState(id(seed) % 2**32)
+
+        def __call__(self, image, mask):
+            return image + self.R.randint(200, size=image.shape, dtype=np.uint8), mask
+
+    monkeypatch.setattr("unetlib.datasets.get_worker_info", object)
+    picture = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.bool_)
+    found = apply_transform(AsInMONAI(), *picture)[0]
+    np.testing.assert_array_equal(found, np.random.RandomState(0).randint(200, size=(4, 6, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

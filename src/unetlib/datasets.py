@@ -380,8 +380,9 @@ def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mas
         TypeError: if it does not give a picture and a mask.
     """
     if by_keyword := _by_keyword(transform):
-        if get_worker_info() is not None and hasattr(transform, "set_random_state"):
-            # albumentations' own state is the program's in every worker, and in every epoch: all would augment alike.
+        # albumentations' own state is the program's in every worker, and in every epoch: all would augment alike. MONAI has a
+        # method of that name too, which takes seeds.
+        if get_worker_info() is not None and hasattr(transform, "py_random") and hasattr(transform, "set_random_state"):
             seed = int(torch.randint(2**63 - 1, ()))
             transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = transform(image=image, mask=_for_opencv(mask))
