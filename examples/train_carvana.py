@@ -273,10 +273,15 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
     if process.world_size > 1:  # each has batch-norm statistics of its own, and those of the first are saved
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
-    share: Any = val_set.subset(range(process.rank, len(val_set), process.world_size))
+    share = val_set.subset(range(process.rank, len(val_set), process.world_size))
     if args.validate_at == "size":
-        share.transform = eval_transform(args.size)
-        share = ((image, mask.round()) for image, mask in share)  # shares of pixels: yes or no
+        resized = eval_transform(args.size)
+
+        def at_size(*pair: Tensor) -> tuple[Tensor, Tensor]:
+            picture, shares = resized(*pair)
+            return picture, shares.round()  # shares of pixels: yes or no
+
+        share.transform = at_size
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
     metrics = SegmentationMetrics(model.config.out_channels, **options)
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
