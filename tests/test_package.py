@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def test_every_public_name_resolves(name):
     assert name in dir(unetlib)
     assert getattr(value, "__name__", "").rpartition(".")[2] == name
     assert value.__doc__
+
+
+@pytest.mark.parametrize("name", [name for name in unetlib.__all__ if isinstance(getattr(unetlib, name), type)])
+def test_the_types_of_constructors_are_there_at_run_time(name):
+    """For programs that build objects from configuration files by them."""
+    assert "return" in typing.get_type_hints(getattr(unetlib, name).__init__)
 
 
 def test_public_names_are_listed_once():

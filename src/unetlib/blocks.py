@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .arguments import check_options
 from .config import ACTIVATIONS, MATCHES, NORMS, UPSAMPLINGS
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class DoubleConv(nn.Sequential):

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from .arguments import height_and_width
 
-Source: TypeAlias = "str | PathLike[str] | Image.Image"
+Source: TypeAlias = str | PathLike[str] | Image.Image
 Color: TypeAlias = tuple[int, int, int]
-Classes: TypeAlias = dict["int | Color", int]
-MaskValues: TypeAlias = "Literal['nonzero'] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None"
+Classes: TypeAlias = dict[int | Color, int]
+MaskValues: TypeAlias = Literal["nonzero"] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None
 
 # Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")

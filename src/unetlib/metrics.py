@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import counts
 from .arguments import at_least, check_options, is_number, needed, whole
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from torch.distributed import ProcessGroup
-    from typing_extensions import Unpack
 
 _BITS = 32  # scores are summed as two whole numbers, of 2^-32 and of 2^-64, so that no order of adding changes a bit
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from .arguments import check_options
 from .blocks import DoubleConv, Up, join_patches, split_patches
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from typing_extensions import Self, Unpack
 
     from .inference import Picture
 
