@@ -21,7 +21,7 @@ from training_options import ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
 from unetlib.arguments import check_device, height_and_width, whole
-from unetlib.console import as_json
+from unetlib.console import add_tta, as_json
 from unetlib.inference import evaluate
 from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
@@ -118,14 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--objects", action="store_true", help="score objects and their edges too (needs scipy)")
     parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="score on N rendered scenes instead")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the scenes (1280 1918)")
-    parser.add_argument(
-        "--tta",
-        nargs="?",
-        const="all",
-        default=False,
-        choices=("mirror", "all"),
-        help="average over the mirrored picture, or turned ones too; all where neither is named",
-    )
+    add_tta(parser)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
     )
@@ -157,7 +150,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(str(error))
     if args.objects and importlib.util.find_spec("scipy") is None:
         parser.error("--objects needs scipy: pip install 'unetlib[metrics]'")
-    args.tta = args.tta == "all" or args.tta  # as `predict` takes it
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
-from unetlib.console import print_any_letter, printable
+from unetlib.console import add_tta, print_any_letter, printable
 from unetlib.datasets import IMAGE_SUFFIXES
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
@@ -420,14 +420,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--tile", type=int, metavar="PIXELS", help="side of what the network sees at a time; as memory allows if left out")
     add("--overlap", type=int, metavar="PIXELS", help="of tiles; as much as the whole picture's result takes if left out")
-    add(
-        "--tta",
-        nargs="?",
-        const="all",
-        default=False,
-        choices=("mirror", "all"),
-        help="average over the mirrored picture, or turned ones too; all where neither is named",
-    )
+    add_tta(parser)
     add("--batch-size", type=int, default=4, help="pictures in one forward pass (4)")
     add(
         "--threads",
@@ -460,7 +453,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--ray-address and --actors are for --ray; add that, or leave them out")
     if args.masks.exists() and not args.masks.is_dir():
         parser.error(f"{str(args.masks)!r} is a file; name the folder that gets the masks, which is made where missing")
-    args.tta = args.tta == "all" or args.tta  # as `predict` takes it
     args.pictures, args.masks = args.pictures.resolve(), args.masks.resolve()  # for actors, which work elsewhere
     if args.pictures.is_relative_to(args.masks) or args.masks.is_relative_to(args.pictures):
         parser.error(f"{args.pictures} and {args.masks} lie in one another; keep masks in a folder apart")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -8,7 +9,24 @@ import sys
 
 import pytest
 
-from unetlib.console import as_json, print_any_letter, printable
+from unetlib.console import add_tta, as_json, print_any_letter, printable
+
+
+@pytest.mark.parametrize(
+    ("words", "tta"), [([], False), (["--tta", "mirror"], "mirror"), (["--tta", "all"], True), (["--tta"], True)]
+)
+def test_tta_is_as_predict_takes_it(words, tta):
+    parser = argparse.ArgumentParser()
+    add_tta(parser)
+    assert parser.parse_args(words).tta is tta
+
+
+def test_another_tta_is_refused(capsys):
+    parser = argparse.ArgumentParser()
+    add_tta(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tta", "flip"])
+    assert "invalid choice: 'flip'" in capsys.readouterr().err
 
 
 def test_letters_that_the_encoding_lacks_are_escapes(monkeypatch):

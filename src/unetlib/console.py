@@ -1,12 +1,38 @@
-"""What is printed, and written for people."""
+"""What scripts read from a command line, and print for people."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
 import sys
 from typing import Any
+
+
+def add_tta(parser: argparse.ArgumentParser) -> None:
+    """The option `--tta`, in the form that `predict` takes: False, "mirror" or True.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_tta(parser)
+        >>> [parser.parse_args(words).tta for words in ([], ["--tta", "mirror"], ["--tta", "all"], ["--tta"])]
+        [False, 'mirror', True, True]
+    """
+
+    class AsPredictTakesIt(argparse.Action):
+        def __call__(self, _parser: Any, namespace: argparse.Namespace, given: Any, _option: str | None = None) -> None:
+            namespace.tta = given == "all" or given
+
+    parser.add_argument(
+        "--tta",
+        action=AsPredictTakesIt,
+        nargs="?",
+        const="all",
+        default=False,
+        choices=("mirror", "all"),
+        help="average over the mirrored picture, or turned ones too; all where neither is named",
+    )
 
 
 def print_any_letter() -> None:
