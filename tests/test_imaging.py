@@ -184,6 +184,15 @@ def test_numbers_of_unknown_range_are_refused(tmp_path, dtype, words):
         read_image(tmp_path / "x.tif")
 
 
+def test_signed_bytes_are_no_bytes(tmp_path):
+    labels = np.array([[-1, 0, 1], [1, 0, 0]], np.int8)
+    for orientation, upright in ((1, labels), (6, np.rot90(labels, -1))):
+        tifffile.imwrite(tmp_path / "x.tif", labels, extratags=[(274, 3, 1, orientation, True)])
+        with pytest.raises(ValueError, match=r"x\.tif holds signed or 32-bit integers, whose range is unknown"):
+            read_image(tmp_path / "x.tif")
+        np.testing.assert_array_equal(read_mask(tmp_path / "x.tif", {-1: 255, 0: 0, 1: 1}), upright.astype(np.uint8))
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 @pytest.mark.parametrize(
     ("orientation", "upright"),

@@ -32,7 +32,7 @@ MaskValues: TypeAlias = Literal["nonzero"] | Sequence[int] | Sequence[Color] | M
 _SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
 # Tags of EXIF and of TIFF.
 _ORIENTATION, _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 0x0112, 256, 258, 259, 262
-_SAMPLES, _PLANAR, _SOFTWARE, _EXTRA = 277, 284, 305, 338
+_SAMPLES, _PLANAR, _SOFTWARE, _EXTRA, _SAMPLE_FORMAT = 277, 284, 305, 338, 339
 _TURNS = {  # upright, by orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -344,6 +344,8 @@ def _load(
                 upright = upright.transpose(_TURNS[orientation])
             if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
                 upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
+            if upright.mode == "L" and _tags(image).get(_SAMPLE_FORMAT) == (2,):
+                upright = Image.fromarray(np.asarray(upright).view(np.int8).astype(np.int32))  # signed, unlike Pillow's bytes
             return upright, image.format, halved
     raise ValueError(f"{_name(source)} {refusal}")
 
