@@ -80,9 +80,8 @@ def read_image(
     """
     if mode not in ("RGB", "L"):
         raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
-    image, file_format, halved = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in _SIXTEEN_BIT_IN_MODE_I):
-        bits = _tags(source if isinstance(source, Image.Image) else image).get(_BITS, (16,))[0]
+    image, bits = _load(source, min_size if min_size is None else height_and_width(min_size, "min_size"))
+    if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         if bits == 16:
             _warn_if_dark(levels, 2**12)
@@ -93,7 +92,7 @@ def read_image(
             f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
             "and save it again."
         )
-    if halved:
+    elif bits == 16:  # of which Pillow has kept the high byte
         _warn_if_dark(np.asarray(image.convert("RGB")), 2**4)
     return np.array(_convert(image, mode, source)).reshape(image.height, image.width, -1)
 
@@ -179,7 +178,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         >>> read_labels(Image.new("L", (2, 1), 128), mask_values=(0, 128, 255)).dtype
         dtype('uint8')
     """
-    image, _, _ = _load(source, exact=True)
+    image, _ = _load(source, exact=True)
     if image.mode in ("LA", "PA", "RGBA"):
         ranges: Any = image.getextrema()
         *flat, alpha_flat = (low == high for low, high in ranges)
@@ -324,15 +323,13 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
 
 
-def _load(
-    source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False
-) -> tuple[Image.Image, str | None, bool]:
-    """Decode and turn upright; returns the picture, the format its file had, and whether its pixels are `_halved`.
+def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, int]:
+    """Decode, turn upright and mend what Pillow misreads; returns the picture and the `_bits` its file had.
 
     `exact`: refuse what Pillow rounds.
     """
     with _opened(source) as image:
-        refusal, halved = _refusal(image, source, exact), _halved(image)
+        refusal, bits = _refusal(image, source, exact), _bits(image)
         if refusal is None:
             if isinstance(image, TiffImageFile):
                 _load_unmapped(image)
@@ -342,12 +339,19 @@ def _load(
             # Not by ImageOps.exif_transpose, which writes EXIF anew and fails at a tag of an odd type.
             if (orientation := _orientation(upright)) in _TURNS:
                 upright = upright.transpose(_TURNS[orientation])
-            if upright.mode.startswith("I;16") and _tags(image).get(_PHOTOMETRIC) == 0:
-                upright = Image.fromarray(65535 - np.asarray(upright))  # 0 is white, which Pillow sees to in 8 bits alone
-            if upright.mode == "L" and _tags(image).get(_SAMPLE_FORMAT) == (2,):
-                upright = Image.fromarray(np.asarray(upright).view(np.int8).astype(np.int32))  # signed, unlike Pillow's bytes
-            return upright, image.format, halved
+            return _mended(upright, image), bits
     raise ValueError(f"{_name(source)} {refusal}")
+
+
+def _mended(image: Image.Image, file: Image.Image) -> Image.Image:
+    """A decoded picture with the numbers that its file holds, where Pillow has others."""
+    if image.mode == "I" and file.format in _SIXTEEN_BIT_IN_MODE_I:
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode.startswith("I;16") and _tags(file).get(_PHOTOMETRIC) == 0:  # 0 is white, seen to in 8 bits alone
+        return Image.fromarray(65535 - np.asarray(image))
+    if image.mode == "L" and _tags(file).get(_SAMPLE_FORMAT) == (2,):  # signed
+        return Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
+    return image
 
 
 def _reduced(image: Image.Image, min_size: tuple[int, int]) -> Image.Image:
@@ -376,10 +380,11 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return tags
 
 
-def _halved(image: Image.Image) -> bool:
-    """Whether a picture, not yet decoded, has 16 bits in several bands, of which Pillow keeps the high byte."""
-    deep = _tags(image).get(_BITS, (8,))[0] == 16 or any(";16" in str(part) for part in getattr(image, "tile", ()))
-    return deep and len(image.getbands()) > 1
+def _bits(image: Image.Image) -> int:
+    """Bits of a level in the file of a picture that is not yet decoded, where there may be more than 8."""
+    deep = image.mode.startswith("I") or any(";16" in str(part) for part in getattr(image, "tile", ()))
+    bits: int = _tags(image).get(_BITS, (16 if deep else 8,))[0]
+    return bits
 
 
 def _warn_if_dark(levels: NDArray[Any], limit: int) -> None:
@@ -403,7 +408,7 @@ def _refusal(image: Image.Image, source: Source, exact: bool) -> str | None:
             "[unetlib.imaging.read_image(frame) for frame in PIL.ImageSequence.Iterator(PIL.Image.open(path))]"
         )
     tags = _tags(image)
-    if _halved(image):
+    if _bits(image) == 16 and len(image.getbands()) > 1:
         if exact:
             return "has 16-bit colour, of which Pillow reads 8. Save the mask as 16-bit grey."
         if tags.get(_PLANAR) == 2 and tags.get(_COMPRESSION, 1) == 1:
