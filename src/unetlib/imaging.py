@@ -68,7 +68,7 @@ def read_image(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, 16-bit colour in
-            planes, or 32-bit numbers, whose range is unknown.
+            planes, or signed or 32-bit numbers, whose range is unknown.
         MemoryError: There is too little memory for it.
         TypeError: `min_size` is no pair of integers.
 
@@ -86,7 +86,7 @@ def read_image(
         if bits == 16:
             _warn_if_dark(levels, 2**12)
         image = Image.fromarray(to_bytes(levels, bits))
-    elif image.mode in ("I", "F"):
+    elif image.mode.startswith(("I", "F")):
         kind = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
             f"{_name(source)} holds {kind}, whose range is unknown. Scale it to 0..255 (uint8) or 0..65535 (uint16) "
@@ -191,7 +191,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
     if isinstance(next(iter(classes)), tuple):
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if image.mode.startswith(("I", "F")):
             raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
         values, are_colors = _color_codes(_convert(image, "RGB", source)), True
     else:
@@ -449,7 +449,7 @@ def _convert(image: Image.Image, mode: Literal["RGB", "L"], source: Source) -> I
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+    return image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F"))
 
 
 def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray[np.bool_]:
@@ -467,22 +467,16 @@ def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray
     low, high = int(pixels.min()), int(pixels.max())
     two = high - low <= 1 or ((pixels == low) | (pixels == high)).all()
     used = np.unique([low, high]) if two else np.flatnonzero(image.histogram())
-    looks, are_colors = (_palette_codes(image, used), True) if image.mode == "P" else (used, False)
-    if are_colors and len(used) > 1 and len(set(looks)) == 1:
-        looks, are_colors = used, False
+    looks, are_colors = used, False
+    if image.mode == "P":
+        palette = (image.getpalette("RGB") or []) + [0] * 768  # colours that the file leaves out are black
+        colors = _color_codes(np.array(palette).reshape(-1, 3))[used]
+        if len(used) == 1 or len(set(colors)) > 1:
+            looks, are_colors = colors, True
     if not any_values and len(set(looks) - {0}) > 1:
         raise _several_values(looks, are_colors, source)
     found = used[looks != 0]
     return pixels == found[0] if len(found) == 1 else np.isin(pixels, found.astype(np.uint8))
-
-
-def _palette_codes(image: Image.Image, used: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-    """Colour codes of palette entries; those that the file leaves out are black."""
-    palette = np.zeros((256, 3), np.uint8)
-    entries = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    palette[: len(entries)] = entries
-    codes: NDArray[np.int32] = _color_codes(palette)[used]
-    return codes
 
 
 def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> ValueError:
@@ -509,7 +503,7 @@ def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
     return rgb[..., 0]
 
 
-def _color_codes(rgb: Image.Image | NDArray[np.uint8] | Color) -> NDArray[np.int32]:
+def _color_codes(rgb: Image.Image | NDArray[np.integer[Any]] | Color) -> NDArray[np.int32]:
     """0xRRGGBB for each colour, (..., 3) to (...)."""
     channels = np.asarray(rgb).astype(np.int32)
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
