@@ -129,6 +129,72 @@ def test_names_pair_however_their_accents_are_written(tmp_path):
         assert len(dataset[0]) == 2
 
 
+@pytest.mark.parametrize(
+    ("images", "masks", "where", "mask_suffix"),
+    [
+        ("img_{}.png", "mask_{}.png", ("i/img_*", "m/mask_*"), ""),
+        ("img_{}.png", "mask_{}.png", ("i/img_*.png", "m/mask_*.*"), ""),
+        ("img_{}.png", "mask_{}.png", ("i/img*", "m/mask*.png"), ""),
+        ("{}.png", "{}_segmentation.png", ("i", "m/*_segmentation"), ""),
+        ("{}_sat.jpg", "{}_mask.png", ("i/*_sat.jpg", "i/*_mask.png"), ""),
+        ("{}_sat.jpg", "{}_mask.png", ("i/*_sat", "i"), "_mask"),
+        ("{}.png", "{}_mask.png", ("i/*.png", "i/*_mask.png"), ""),
+        ("cafe\u0301 {} a.png", "caf\u00e9 {} b.png", ("i/caf\u00e9 * a", "m/cafe\u0301 * b"), ""),
+    ],
+)
+def test_patterns_say_how_names_pair(tmp_path, images, masks, where, mask_suffix):
+    (tmp_path / "i").mkdir()
+    (tmp_path / "m").mkdir()
+    mask_dir = tmp_path / where[1][0]
+    for seed in range(12):
+        Image.fromarray(picture(seed)).save(tmp_path / "i" / images.format(seed))
+        Image.fromarray(shape(seed) * 255).save(mask_dir / masks.format(seed))
+    dataset = ImageMaskDataset(tmp_path / where[0], str(tmp_path / where[1]), mask_suffix=mask_suffix)
+    assert (dataset.image_dir, dataset.mask_dir) == (tmp_path / "i", mask_dir)
+    assert sorted(zip(dataset.images, dataset.masks, strict=True)) == sorted(
+        (images.format(seed), masks.format(seed)) for seed in range(12)
+    )
+    for seed in range(12):
+        np.testing.assert_array_equal(dataset[dataset.images.index(images.format(seed))][1], shape(seed))
+
+
+def test_a_pattern_leaves_out_what_does_not_fit_and_reports_what_does_not_pair(tmp_path):
+    for name in ("img_1", "img_2", "mask_1", "mask_3", "overview"):
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError) as error:
+        ImageMaskDataset(tmp_path / "img_*", tmp_path / "mask_*.png")
+    assert str(error.value).splitlines() == [
+        f"pictures in {tmp_path}/img_* and masks in {tmp_path}/mask_*.png:",
+        "1 x picture without a mask:",
+        f"  {tmp_path}/img_2.png (no mask_2.png in {tmp_path})",
+        "1 x mask without a picture:",
+        f"  {tmp_path}/mask_3.png",
+    ]
+    with pytest.raises(ValueError, match=r"no pictures .* in .*photo_\*"):
+        ImageMaskDataset(tmp_path / "photo_*", tmp_path / "label_*")
+    with pytest.raises(ValueError, match=r"a pattern has one \*, for what .*, not '\*_\*'"):
+        ImageMaskDataset(tmp_path / "*_*", tmp_path / "label_*")
+
+
+@pytest.mark.parametrize(
+    ("mask", "mask_suffix", "advice"),
+    [
+        ("{}_segmentation", "", "ImageMaskDataset(..., mask_suffix='_segmentation')"),
+        ("{}", "_mask", "ImageMaskDataset(..., mask_suffix='')"),
+        ("mask_{}", "", "write * for what their names share: ImageMaskDataset('pictures/img_*', 'masks/mask_*')"),
+    ],
+)
+def test_where_nothing_pairs_the_error_says_what_to_type(tmp_path, mask, mask_suffix, advice):
+    for folder, name in (("i", "{}"), ("m", mask)):
+        (tmp_path / folder).mkdir()
+        for number in range(1, 12):
+            Image.new("L", (4, 4)).save(tmp_path / folder / f"{name.format(number)}.png")
+    with pytest.raises(ValueError) as error:
+        ImageMaskDataset(tmp_path / "i", tmp_path / "m", mask_suffix=mask_suffix)
+    assert str(error.value).endswith(advice)
+
+
 def test_grey_pictures_and_class_masks(tmp_path):
     (tmp_path / "i").mkdir()
     (tmp_path / "m").mkdir()

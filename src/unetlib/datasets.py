@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,10 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
     by `check()`. `unetlib.imaging` says how colour, grey, 16-bit and turned pictures and every form of mask are read.
 
     Args:
-        image_dir: Folder of pictures.
-        mask_dir: Folder of masks. May be `image_dir` if `mask_suffix` tells the masks apart.
+        image_dir: Folder of pictures; or which files of a folder, with one `*` for the `<name>`: `"data/img_*"` (any format)
+            or `"data/*_sat.jpg"`.
+        mask_dir: Folder of masks, or which files, likewise. May be the folder of the pictures if `mask_suffix` or a pattern
+            tells the masks apart.
         transform: Called on each pair, in one of two ways:
             a torchvision v2 transform (any `nn.Module`) as `transform(image, mask)`, with `tv_tensors.Image` (uint8,
             CxHxW) and `tv_tensors.Mask` (HxW); `unetlib.transforms` has ready ones;
@@ -49,20 +52,23 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             handed as int16, which OpenCV takes, and come back as int64. In a `DataLoader`'s workers its chance comes from
             torch's generator, so that no two are alike. Other callables are called the first way. The result is
             `(image, mask)` or a dictionary of "image" and "mask".
-        mask_suffix: What a mask's name has after its picture's, before the dot.
+        mask_suffix: What a mask's `<name>` has after its picture's.
         mode: `"RGB"`, or `"L"` for grey: the model's `in_channels` is then 1.
         mask_values: `None` for binary masks, otherwise the values or colours that are the classes; see
             `unetlib.imaging.read_mask`.
 
     Attributes:
-        images: Names of the pictures, sorted.
-        masks: Names of their masks.
+        image_dir: Folder of the pictures.
+        mask_dir: Folder of the masks.
+        images: File names of the pictures, sorted.
+        masks: File names of their masks.
         transform: As given; may be replaced, also on one side of a split.
 
     Raises:
         FileNotFoundError: A folder does not exist.
         ValueError: The folders do not pair up: one error that counts missing masks, stray files and names that clash, and
-            names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a wrong `mode`, or value in `mask_values`.
+            names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a pattern of several `*`, a wrong `mode`,
+            or value in `mask_values`.
         TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_values` is of another type.
 
     Example:
@@ -91,12 +97,11 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
-        self.image_dir = Path(image_dir)
-        self.mask_dir = Path(mask_dir)
+        self.image_dir, self.mask_dir = (_folder_and_pattern(Path(where))[0] for where in (image_dir, mask_dir))
         self.transform = transform
         self.mode = mode
         self.mask_values = mask_values
-        self.images, self.masks = _pair(self.image_dir, self.mask_dir, mask_suffix)
+        self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -433,61 +438,88 @@ def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
     return True
 
 
-def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
+def _pair(image_where: Path, mask_where: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
     """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
-    image_files, mask_files = _list_folder(image_dir), _list_folder(mask_dir)
+    (image_dir, image_pattern), (mask_dir, mask_pattern) = map(_folder_and_pattern, (image_where, mask_where))
+    image_files, mask_files = _list_folder(image_dir, image_pattern), _list_folder(mask_dir, mask_pattern)
     mask_suffix = unicodedata.normalize("NFC", mask_suffix)
     if image_dir.resolve() == mask_dir.resolve():
-        if not mask_suffix:
+        if not mask_suffix and image_pattern == mask_pattern:
             raise ValueError(f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar")
-        image_files = [path for path in image_files if not _stem(path).endswith(mask_suffix)]
-        mask_files = [path for path in mask_files if _stem(path).endswith(mask_suffix)]
-    images, other_images = _by_stem(image_files, IMAGE_SUFFIXES)
-    masks, other_masks = _by_stem(mask_files, MASK_SUFFIXES)
+        mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
+        taken = {path.name for path in mask_files}
+        image_files = {path: key for path, key in image_files.items() if path.name not in taken}
+    images, other_images = _by_key(image_files, IMAGE_SUFFIXES)
+    masks, other_masks = _by_key(mask_files, MASK_SUFFIXES)
     lossy = [path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()]
 
-    unmasked = [stem for stem in images if stem + mask_suffix not in masks]
-    unused = masks.keys() - {stem + mask_suffix for stem in images}
+    unmasked = [key for key in images if key + mask_suffix not in masks]
+    unused = masks.keys() - {key + mask_suffix for key in images}
     several = [paths for group in (images, masks) for paths in group.values() if len(paths) > 1]
+    formats = "" if _names_a_format(mask_pattern) else ".gif or .png"
     problems = {
         "picture without a mask": [
-            f"{images[stem][0]} (no {stem + mask_suffix}.gif or .png in {mask_dir})" for stem in unmasked
+            f"{images[key][0]} (no {mask_pattern.replace('*', key + mask_suffix)}{formats} in {mask_dir})" for key in unmasked
         ],
-        "mask without a picture": [str(masks[stem][0]) for stem in unused],
+        "mask without a picture": [str(masks[key][0]) for key in unused],
         "name in several formats": [" and ".join(map(str, paths)) for paths in several],
         "mask in a lossy format (draw or save it as PNG)": [str(path) for path in lossy],
         "stray file or folder": [str(path) for path in [*other_images, *other_masks] if path not in lossy],
     }
-    _raise_problems(problems, image_dir, mask_dir)
+    advice = _advice(min(images), masks) if images and masks and len(unmasked) == len(images) else ""
+    _raise_problems(problems, image_where, mask_where, advice)
     if not images:
-        raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_dir}")
-    stems = sorted(images, key=lambda stem: images[stem][0].name)
-    return [images[stem][0].name for stem in stems], [masks[stem + mask_suffix][0].name for stem in stems]
+        raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_where}")
+    keys = sorted(images, key=lambda key: images[key][0].name)
+    return [images[key][0].name for key in keys], [masks[key + mask_suffix][0].name for key in keys]
 
 
-def _list_folder(folder: Path) -> list[Path]:
+def _folder_and_pattern(path: Path) -> tuple[Path, str]:
+    """A folder, and a pattern of names in it; `*` is all of them."""
+    if "*" not in path.name or path.is_dir():
+        return path, "*"
+    pattern = path.name.removesuffix(".*")
+    if pattern.count("*") != 1:
+        raise ValueError(f"a pattern has one *, for what a picture and its mask share, as in img_*, not {path.name!r}")
+    return path.parent, unicodedata.normalize("NFC", pattern)
+
+
+def _list_folder(folder: Path, pattern: str) -> dict[Path, str]:
+    """What is in a folder and fits a pattern, each with what the `*` stands for, by which pictures and masks pair up."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no folder {str(folder)!r}. For Carvana, accept the competition's rules on Kaggle, download "
             "train_hq.zip and train_masks.zip, and unpack both."
         )
-    return [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _SYSTEM_FILES]
+    ending = "" if _names_a_format(pattern) else r"(\.[^.]*)?"
+    form = re.compile(re.escape(pattern).replace(r"\*", "(.*?)") + ending, re.DOTALL)
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in _SYSTEM_FILES]
+    # Names that come from a Mac may have their accents apart.
+    matches = ((path, form.fullmatch(unicodedata.normalize("NFC", path.name))) for path in files)
+    return {path: match[1] for path, match in matches if match}
 
 
-def _by_stem(paths: Iterable[Path], suffixes: Sequence[str]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Files of the given kinds by stem, and all the rest."""
+def _names_a_format(pattern: str) -> bool:
+    return pattern.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _by_key(files: Mapping[Path, str], suffixes: Sequence[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Files of the given kinds by the part of their name that pairs them, and all the rest."""
     found: dict[str, list[Path]] = {}
     rest: list[Path] = []
-    for path in sorted(paths):
+    for path, key in files.items():
         if path.suffix.lower() in suffixes and path.is_file():
-            found.setdefault(_stem(path), []).append(path)
+            found.setdefault(key, []).append(path)
         else:
             rest.append(path)
     return found, rest
 
 
-def _stem(path: Path) -> str:
-    return unicodedata.normalize("NFC", path.stem)  # names that come from a Mac may have their accents apart
+def _advice(image: str, masks: Iterable[str]) -> str:
+    """What to type where no mask has the name of a picture."""
+    if longer := [mask for mask in masks if mask.startswith(image)]:
+        return f"If they belong together: ImageMaskDataset(..., mask_suffix={min(longer, key=len).removeprefix(image)!r})"
+    return "If they belong together, write * for what their names share: ImageMaskDataset('pictures/img_*', 'masks/mask_*')"
 
 
 def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:
@@ -506,7 +538,7 @@ def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: 
     )
 
 
-def _raise_problems(problems: Mapping[str, list[str]], image_dir: Path, mask_dir: Path) -> None:
+def _raise_problems(problems: Mapping[str, list[str]], images: Path, masks: Path, advice: str = "") -> None:
     """Raise one error that counts each kind of problem and names the first few, if there is any."""
     lines = []
     for kind, found in problems.items():
@@ -515,4 +547,4 @@ def _raise_problems(problems: Mapping[str, list[str]], image_dir: Path, mask_dir
             lines += [f"  {text}" for text in sorted(found)[:_NAMED]]
             lines += [f"  ... and {len(found) - _NAMED} more"] * (len(found) > _NAMED)
     if lines:
-        raise ValueError("\n".join([f"pictures in {image_dir} and masks in {mask_dir}:", *lines]))
+        raise ValueError("\n".join([f"pictures in {images} and masks in {masks}:", *lines, *filter(None, [advice])]))
