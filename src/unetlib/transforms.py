@@ -22,6 +22,210 @@ from torchvision.transforms.v2 import functional as F
 from .arguments import at_least, check_range, height_and_width, is_number, rising, whole
 
 
+def train_transform(
+    size: Sequence[int] | None = (160, 240),
+    *,
+    rotation: float = 35.0,
+    horizontal_flip: float = 0.5,
+    vertical_flip: float = 0.1,
+    color_jitter: float = 0.0,
+    grayscale: float = 0.0,
+    invert: float = 0.0,
+    crop: Sequence[float] | None = None,
+    scale: Sequence[float] | None = None,
+    elastic: float = 0.0,
+    quarter_turns: bool = False,
+    reflect: bool = False,
+    outside: int = 0,
+    low_resolution: float = 0.0,
+    least_resolution: float = 0.2,
+    jpeg: float = 0.0,
+    noise: float = 0.0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> v2.Compose:
+    """Random augmentation for training; the defaults are those of the study.
+
+    Args:
+        size: (H, W) of the result, or `None` to keep each picture's size.
+        rotation: Turn by up to this many degrees either way; corners become black, and `outside` in the mask.
+        horizontal_flip: Probability of a left-right flip.
+        vertical_flip: Probability of an upside-down flip.
+        color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2), of
+            pictures of 1 or 3 channels.
+        grayscale: Probability of losing colour, of pictures of 1 or 3 channels.
+        invert: Probability of the negative, dark for light: microscopes show the same things either way.
+        crop: Least and largest share of the picture's area that a random part covers, which `size` then gets: (0.25, 1.0).
+        scale: Least and largest factor of a random zoom about the middle: (0.8, 1.25). The size stays.
+        elastic: Strength of random bends in pixels of the result, as in `RandomElastic`; 10 in the U-Net paper.
+        quarter_turns: Turn by 0, 90, 180 or 270 degrees too, as in `RandomQuarterTurn`.
+        reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
+            as in `Mirrored`: for textures, such as microscopy. The grid of bends spans the mirror image too: they are wider.
+        outside: Class that rotation, zoom and bends bring into a mask of integers from outside the picture, 0 to 255, such as
+            the `ignore_index` of a loss; bool and floating-point masks always get 0, background.
+        low_resolution: Probability of losing detail, as in `RandomLowResolution`.
+        least_resolution: Least share of its height and width that a picture is then reduced to, above 0 and up to 1.
+        jpeg: Probability that such a picture is a small JPEG, as in `RandomLowResolution`; of 1 or 3 channels.
+        noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to a picture with probability 0.5.
+        mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
+        std: Divides each channel after that.
+
+    Returns:
+        A transform from a picture CxHxW, uint8 (or uint16, or floats in [0, 1]), and its mask HxW, as plain tensors or
+        `tv_tensors`, to tensors: float32 CxHxW in [0, 1], to 1e-6, before `mean` and `std`, and the mask HxW in its own
+        dtype, or float32 where a bool one is resized.
+
+    Raises:
+        TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
+            picture of other integers, whose range is unknown.
+        ValueError: Only one of `mean` and `std` is given, `crop` without `size`, `jpeg` without `low_resolution`, or a number
+            is out of its range; when called, for floats outside [0, 1], for a mask of another size than the picture, and for
+            a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
+
+    Example:
+        >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
+        >>> image = tv_tensors.Image(torch.zeros(3, 32, 48, dtype=torch.uint8))
+        >>> image, mask = transform(image, tv_tensors.Mask(torch.ones(32, 48)))
+        >>> image.shape, image.dtype, mask.shape
+        (torch.Size([3, 16, 24]), torch.float32, torch.Size([16, 24]))
+    """
+    if crop is not None and size is None:
+        raise ValueError("crop needs the size that the cut out part is to have; got size=None")
+    if jpeg and not low_resolution:
+        raise ValueError(f"jpeg={jpeg!r} is a share of the pictures that low_resolution reduces, and that is 0; give both")
+    shares = {"horizontal_flip": horizontal_flip, "vertical_flip": vertical_flip, "color_jitter": color_jitter}
+    shares |= {"grayscale": grayscale, "invert": invert, "low_resolution": low_resolution, "jpeg": jpeg}
+    for name, value in shares.items():
+        at_least(name, value, 0, 1)
+    for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
+        at_least(name, value, 0)
+    whole("outside", outside, 0, 255)
+    if not is_number(least_resolution) or not 0 < least_resolution <= 1:
+        raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
+    colour = [name for name in ("color_jitter", "grayscale", "jpeg") if shares[name]]
+    steps: list[torch.nn.Module] = [_PictureAndMask(colour)]
+    if size is not None:
+        steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
+    if quarter_turns:
+        steps.append(RandomQuarterTurn())
+    # Flips come first, on bytes: since pictures are turned either way as often, the order is the same to chance. What
+    # interpolates comes after, on floats, so that nothing is rounded in between.
+    if horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+    if vertical_flip:
+        steps.append(v2.RandomVerticalFlip(vertical_flip))
+    steps.append(v2.ToDtype(torch.float32, scale=True))
+    if warps := _warps(rotation, scale, elastic, outside):
+        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
+        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
+    if color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if grayscale:
+        steps.append(v2.RandomGrayscale(grayscale))
+    if invert:
+        steps.append(v2.RandomInvert(invert))
+    if low_resolution:
+        steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0), jpeg))
+    if noise:
+        steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
+    return v2.Compose([*steps, *_last_steps(mean, std)])
+
+
+def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:
+    """What turns and bends."""
+    warps: list[torch.nn.Module] = []
+    if rotation or scale is not None:
+        warps.append(RandomAffine(rotation, scale, outside=outside))
+    if elastic:
+        warps.append(RandomElastic(elastic, outside=outside))
+    return warps
+
+
+def eval_transform(
+    size: Sequence[int] | None = (160, 240), *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> v2.Compose:
+    """Resize and scale to [0, 1], without chance.
+
+    Args:
+        size: (H, W) of the result, or `None` to keep each picture's size.
+        mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
+        std: Divides each channel after that.
+
+    Returns:
+        A transform as `train_transform` gives.
+
+    Raises:
+        TypeError: `size` is no pair of integers; when called, as that of `train_transform`.
+        ValueError: Only one of `mean` and `std` is given, or a number is out of its range; when called, for floats outside
+            [0, 1].
+
+    Example:
+        >>> image = tv_tensors.Image(torch.full((3, 32, 48), 255, dtype=torch.uint8))
+        >>> image, mask = eval_transform((16, 24))(image, tv_tensors.Mask(torch.ones(32, 48)))
+        >>> image.shape, image.max(), mask.shape
+        (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
+    """
+    steps: list[v2.Transform] = [] if size is None else [Resize(size)]
+    return v2.Compose([_PictureAndMask(), *steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
+
+
+class _PictureAndMask(torch.nn.Module):
+    """What a preset begins with: plain tensors beside the picture become masks, which torchvision would leave as they are.
+
+    What it would pass through untouched, or scale by a range that pictures do not fill, is refused.
+    """
+
+    def __init__(self, colour: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.colour = colour  # options that torchvision has for grey and RGB alone
+
+    def forward(self, image: Any, *masks: Any) -> Any:
+        for part in (image, *masks):
+            if not isinstance(part, torch.Tensor):
+                raise TypeError(
+                    f"a preset takes a picture (C, H, W) and its mask (H, W) as two tensors, not a {type(part).__name__}; of "
+                    "arrays: transform(unetlib.imaging.to_tensor(picture), torch.from_numpy(mask))"
+                )
+        if image.is_floating_point():
+            check_range(image)
+        elif image.dtype not in (torch.uint8, torch.uint16):
+            raise TypeError(
+                f"a picture of {image.dtype} has no known range; give a preset uint8, uint16 or floats in [0, 1], such as "
+                "picture / 10000 where 10000 is white"
+            )
+        if self.colour and (channels := F.get_num_channels(image)) not in (1, 3):
+            raise ValueError(
+                f"{self.colour[0]} is for pictures of 1 or 3 channels, got {channels}; leave it out of train_transform"
+            )
+        for mask in masks:
+            if mask.shape[-2:] != image.shape[-2:]:
+                raise ValueError(
+                    f"a preset takes a picture (C, H, W) and a mask (H, W) of one size, not {tuple(image.shape)} and "
+                    f"{tuple(mask.shape)}; put channels first, or resize the mask"
+                )
+        typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
+        return (image, *typed) if masks else image
+
+
+def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
+    if mean is None or std is None:
+        return [v2.ToPureTensor()]
+    wrong = (
+        f"mean and std must each be one number for each channel, and std finite and above 0, not mean={mean!r} and std={std!r}"
+    )
+    try:
+        means, stds = [*map(float, mean)], [*map(float, std)]
+    except (TypeError, ValueError):
+        raise ValueError(wrong) from None
+    if not means or len(means) != len(stds) or not all(0 < value < math.inf for value in stds):
+        raise ValueError(wrong)
+    if not all(0 <= value <= 1 for value in means):
+        raise ValueError(f"mean and std are on the scale of 0 to 1, but mean={mean!r}; divide both by 255, say")
+    return [v2.Normalize(means, stds), v2.ToPureTensor()]
+
+
 class Resize(v2.Transform):  # type: ignore[misc]
     """Resize a picture and its mask to one size, so that the mask stays where the picture is.
 
@@ -158,6 +362,25 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(_resize_picture(small, [height, width]), like=inpt)
 
 
+def _resize_picture(
+    picture: torch.Tensor, size: list[int], rule: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
+) -> torch.Tensor:
+    if picture.dtype == torch.uint8 and size[1] == 1:  # PyTorch's kernel for bytes mixes up the rows of a single column
+        resized = _resize_picture(picture.float(), size, rule).round().to(torch.uint8)
+    else:
+        resized = F.resize(picture, size, rule, antialias=True)
+    same_kind: torch.Tensor = tv_tensors.wrap(resized, like=picture)
+    return same_kind
+
+
+def _as_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    """Floats in [0, 1] of shape (C, H, W), stored as a JPEG and read again: uint8. torchvision's `F.jpeg` is on its way out."""
+    file = io.BytesIO()
+    F.to_pil_image((255 * image).round().to(torch.uint8).cpu()).save(file, "JPEG", quality=quality)
+    stored: torch.Tensor = F.pil_to_tensor(PIL.Image.open(file))
+    return stored.to(image.device)
+
+
 class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
     """Turn and zoom a picture and its mask about the middle, interpolated once for both; what comes from outside is black.
 
@@ -241,6 +464,50 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
         return _sample(inpt, params["grid"], self.outside)
 
 
+def _pixel_grid(image: torch.Tensor, angle: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    """Where each pixel comes from when a picture is turned clockwise by `angle` degrees and enlarged by `scale`.
+
+    Returns:
+        float32 (1, H, W, 2) as `grid_sample` has it: x and y, -1 and 1 at the outer borders.
+    """
+    height, width = image.shape[-2:]
+    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    grid = torch.empty(1, height, width, 2, dtype=torch.float32, device=image.device)
+    x = torch.arange(width, dtype=torch.float32, device=image.device) + (1 - width) / 2  # from the middle, in pixels
+    y = torch.arange(height, dtype=torch.float32, device=image.device)[:, None] + (1 - height) / 2
+    torch.add(x * (2 * cos / width), y * (2 * sin / width), out=grid[0, ..., 0])
+    torch.add(x * (-2 * sin / height), y * (2 * cos / height), out=grid[0, ..., 1])
+    return grid
+
+
+def _sample(inpt: torch.Tensor, grid: torch.Tensor, outside: int) -> Any:
+    """A picture or mask (..., H, W) read at the places of a grid: bilinear, of a mask the nearest pixel.
+
+    Outside it is 0, of a mask of integers `outside`.
+    """
+    pixels = inpt.as_subclass(torch.Tensor)
+    if pixels.dtype == torch.bool:
+        pixels = pixels.view(torch.uint8)  # a third of the time to become float
+    channels = pixels.reshape(1, -1, *pixels.shape[-2:])
+    dtype = torch.promote_types(pixels.dtype, torch.float32)
+    channels = channels.to(dtype)
+    if not isinstance(inpt, tv_tensors.Mask) or inpt.is_floating_point() or inpt.dtype == torch.bool:
+        outside = 0
+    if outside:
+        channels = channels - outside  # so that the 0 of grid_sample stands for it
+    sampled = torch.nn.functional.grid_sample(
+        channels.contiguous(memory_format=torch.channels_last),  # half the time: channels lie side by side
+        grid.to(dtype),
+        mode="nearest" if isinstance(inpt, tv_tensors.Mask) else "bilinear",
+        align_corners=False,
+    )
+    if outside:
+        sampled += outside
+    if not inpt.is_floating_point():
+        sampled.round_()
+    return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)
+
+
 class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
     """Turn by 0, 90, 180 or 270 degrees, each as likely and without interpolation; an oblong picture by 0 or 180 alone.
 
@@ -304,7 +571,7 @@ class PerPicture(torch.nn.Module):
     """Run a transform on each picture of a batch, with new random numbers for each, on whatever device the batch is.
 
     torchvision's transforms draw once a call: a whole batch would be turned by the same angle. With this, pictures go to the
-    GPU as uint8, a quarter of the bytes of float32, and the presets below run there.
+    GPU as uint8, a quarter of the bytes of float32, and the presets run there.
 
     Args:
         transform: Takes (`tv_tensors.Image`, `tv_tensors.Mask`) and gives a picture and a mask, of one size for all.
@@ -359,6 +626,10 @@ class PerPicture(torch.nn.Module):
         return torch.stack(new_images), torch.stack(new_masks)
 
 
+def _shapes(batch: torch.Tensor | Sequence[torch.Tensor]) -> str:
+    return str(tuple(batch.shape)) if isinstance(batch, torch.Tensor) else f"{len(batch)} in a list"
+
+
 def check_one_size(images: Sequence[torch.Tensor]) -> None:
     """Refuse pictures that cannot be one batch.
 
@@ -375,10 +646,6 @@ def check_one_size(images: Sequence[torch.Tensor]) -> None:
             f"a batch needs pictures of one size, and their transform gives {one} and {other}; give it a size, as in "
             "train_transform(size=(160, 240))"
         )
-
-
-def _shapes(batch: torch.Tensor | Sequence[torch.Tensor]) -> str:
-    return str(tuple(batch.shape)) if isinstance(batch, torch.Tensor) else f"{len(batch)} in a list"
 
 
 @contextlib.contextmanager
@@ -405,270 +672,3 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def train_transform(
-    size: Sequence[int] | None = (160, 240),
-    *,
-    rotation: float = 35.0,
-    horizontal_flip: float = 0.5,
-    vertical_flip: float = 0.1,
-    color_jitter: float = 0.0,
-    grayscale: float = 0.0,
-    invert: float = 0.0,
-    crop: Sequence[float] | None = None,
-    scale: Sequence[float] | None = None,
-    elastic: float = 0.0,
-    quarter_turns: bool = False,
-    reflect: bool = False,
-    outside: int = 0,
-    low_resolution: float = 0.0,
-    least_resolution: float = 0.2,
-    jpeg: float = 0.0,
-    noise: float = 0.0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> v2.Compose:
-    """Random augmentation for training; the defaults are those of the study.
-
-    Args:
-        size: (H, W) of the result, or `None` to keep each picture's size.
-        rotation: Turn by up to this many degrees either way; corners become black, and `outside` in the mask.
-        horizontal_flip: Probability of a left-right flip.
-        vertical_flip: Probability of an upside-down flip.
-        color_jitter: Strength of random brightness, contrast and saturation, 0 to 1 (0.2: factors between 0.8 and 1.2), of
-            pictures of 1 or 3 channels.
-        grayscale: Probability of losing colour, of pictures of 1 or 3 channels.
-        invert: Probability of the negative, dark for light: microscopes show the same things either way.
-        crop: Least and largest share of the picture's area that a random part covers, which `size` then gets: (0.25, 1.0).
-        scale: Least and largest factor of a random zoom about the middle: (0.8, 1.25). The size stays.
-        elastic: Strength of random bends in pixels of the result, as in `RandomElastic`; 10 in the U-Net paper.
-        quarter_turns: Turn by 0, 90, 180 or 270 degrees too, as in `RandomQuarterTurn`.
-        reflect: Let rotation, zoom and bends bring in the mirror image of picture and mask instead of black and background,
-            as in `Mirrored`: for textures, such as microscopy. The grid of bends spans the mirror image too: they are wider.
-        outside: Class that rotation, zoom and bends bring into a mask of integers from outside the picture, 0 to 255, such as
-            the `ignore_index` of a loss; bool and floating-point masks always get 0, background.
-        low_resolution: Probability of losing detail, as in `RandomLowResolution`.
-        least_resolution: Least share of its height and width that a picture is then reduced to, above 0 and up to 1.
-        jpeg: Probability that such a picture is a small JPEG, as in `RandomLowResolution`; of 1 or 3 channels.
-        noise: Standard deviation of Gaussian noise on the scale of 0 to 1, added to a picture with probability 0.5.
-        mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
-        std: Divides each channel after that.
-
-    Returns:
-        A transform from a picture CxHxW, uint8 (or uint16, or floats in [0, 1]), and its mask HxW, as plain tensors or
-        `tv_tensors`, to tensors: float32 CxHxW in [0, 1], to 1e-6, before `mean` and `std`, and the mask HxW in its own
-        dtype, or float32 where a bool one is resized.
-
-    Raises:
-        TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
-            picture of other integers, whose range is unknown.
-        ValueError: Only one of `mean` and `std` is given, `crop` without `size`, `jpeg` without `low_resolution`, or a number
-            is out of its range; when called, for floats outside [0, 1], for a mask of another size than the picture, and for
-            a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
-
-    Example:
-        >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
-        >>> image = tv_tensors.Image(torch.zeros(3, 32, 48, dtype=torch.uint8))
-        >>> image, mask = transform(image, tv_tensors.Mask(torch.ones(32, 48)))
-        >>> image.shape, image.dtype, mask.shape
-        (torch.Size([3, 16, 24]), torch.float32, torch.Size([16, 24]))
-    """
-    if crop is not None and size is None:
-        raise ValueError("crop needs the size that the cut out part is to have; got size=None")
-    if jpeg and not low_resolution:
-        raise ValueError(f"jpeg={jpeg!r} is a share of the pictures that low_resolution reduces, and that is 0; give both")
-    shares = {"horizontal_flip": horizontal_flip, "vertical_flip": vertical_flip, "color_jitter": color_jitter}
-    shares |= {"grayscale": grayscale, "invert": invert, "low_resolution": low_resolution, "jpeg": jpeg}
-    for name, value in shares.items():
-        at_least(name, value, 0, 1)
-    for name, value in {"rotation": rotation, "elastic": elastic, "noise": noise}.items():
-        at_least(name, value, 0)
-    whole("outside", outside, 0, 255)
-    if not is_number(least_resolution) or not 0 < least_resolution <= 1:
-        raise ValueError(f"least_resolution must be above 0 and up to 1, not {least_resolution!r}")
-    colour = [name for name in ("color_jitter", "grayscale", "jpeg") if shares[name]]
-    steps: list[torch.nn.Module] = [_PictureAndMask(colour)]
-    if size is not None:
-        steps.append(Resize(size) if crop is None else RandomCrop(size, rising("crop", crop, 0, 1)))
-    if quarter_turns:
-        steps.append(RandomQuarterTurn())
-    # Flips come first, on bytes: since pictures are turned either way as often, the order is the same to chance. What
-    # interpolates comes after, on floats, so that nothing is rounded in between.
-    if horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
-    if vertical_flip:
-        steps.append(v2.RandomVerticalFlip(vertical_flip))
-    steps.append(v2.ToDtype(torch.float32, scale=True))
-    if warps := _warps(rotation, scale, elastic, outside):
-        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
-        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
-    if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    if grayscale:
-        steps.append(v2.RandomGrayscale(grayscale))
-    if invert:
-        steps.append(v2.RandomInvert(invert))
-    if low_resolution:
-        steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0), jpeg))
-    if noise:
-        steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
-    return v2.Compose([*steps, *_last_steps(mean, std)])
-
-
-def eval_transform(
-    size: Sequence[int] | None = (160, 240), *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> v2.Compose:
-    """Resize and scale to [0, 1], without chance.
-
-    Args:
-        size: (H, W) of the result, or `None` to keep each picture's size.
-        mean: Subtracted from each channel, on the scale of 0 to 1; goes with `std`.
-        std: Divides each channel after that.
-
-    Returns:
-        A transform as `train_transform` gives.
-
-    Raises:
-        TypeError: `size` is no pair of integers; when called, as that of `train_transform`.
-        ValueError: Only one of `mean` and `std` is given, or a number is out of its range; when called, for floats outside
-            [0, 1].
-
-    Example:
-        >>> image = tv_tensors.Image(torch.full((3, 32, 48), 255, dtype=torch.uint8))
-        >>> image, mask = eval_transform((16, 24))(image, tv_tensors.Mask(torch.ones(32, 48)))
-        >>> image.shape, image.max(), mask.shape
-        (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
-    """
-    steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    return v2.Compose([_PictureAndMask(), *steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
-
-
-class _PictureAndMask(torch.nn.Module):
-    """What a preset begins with: plain tensors beside the picture become masks, which torchvision would leave as they are.
-
-    What it would pass through untouched, or scale by a range that pictures do not fill, is refused.
-    """
-
-    def __init__(self, colour: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.colour = colour  # options that torchvision has for grey and RGB alone
-
-    def forward(self, image: Any, *masks: Any) -> Any:
-        for part in (image, *masks):
-            if not isinstance(part, torch.Tensor):
-                raise TypeError(
-                    f"a preset takes a picture (C, H, W) and its mask (H, W) as two tensors, not a {type(part).__name__}; of "
-                    "arrays: transform(unetlib.imaging.to_tensor(picture), torch.from_numpy(mask))"
-                )
-        if image.is_floating_point():
-            check_range(image)
-        elif image.dtype not in (torch.uint8, torch.uint16):
-            raise TypeError(
-                f"a picture of {image.dtype} has no known range; give a preset uint8, uint16 or floats in [0, 1], such as "
-                "picture / 10000 where 10000 is white"
-            )
-        if self.colour and (channels := F.get_num_channels(image)) not in (1, 3):
-            raise ValueError(
-                f"{self.colour[0]} is for pictures of 1 or 3 channels, got {channels}; leave it out of train_transform"
-            )
-        for mask in masks:
-            if mask.shape[-2:] != image.shape[-2:]:
-                raise ValueError(
-                    f"a preset takes a picture (C, H, W) and a mask (H, W) of one size, not {tuple(image.shape)} and "
-                    f"{tuple(mask.shape)}; put channels first, or resize the mask"
-                )
-        typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
-        return (image, *typed) if masks else image
-
-
-def _resize_picture(
-    picture: torch.Tensor, size: list[int], rule: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
-) -> torch.Tensor:
-    if picture.dtype == torch.uint8 and size[1] == 1:  # PyTorch's kernel for bytes mixes up the rows of a single column
-        resized = _resize_picture(picture.float(), size, rule).round().to(torch.uint8)
-    else:
-        resized = F.resize(picture, size, rule, antialias=True)
-    same_kind: torch.Tensor = tv_tensors.wrap(resized, like=picture)
-    return same_kind
-
-
-def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:
-    """What turns and bends."""
-    warps: list[torch.nn.Module] = []
-    if rotation or scale is not None:
-        warps.append(RandomAffine(rotation, scale, outside=outside))
-    if elastic:
-        warps.append(RandomElastic(elastic, outside=outside))
-    return warps
-
-
-def _pixel_grid(image: torch.Tensor, angle: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """Where each pixel comes from when a picture is turned clockwise by `angle` degrees and enlarged by `scale`.
-
-    Returns:
-        float32 (1, H, W, 2) as `grid_sample` has it: x and y, -1 and 1 at the outer borders.
-    """
-    height, width = image.shape[-2:]
-    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
-    grid = torch.empty(1, height, width, 2, dtype=torch.float32, device=image.device)
-    x = torch.arange(width, dtype=torch.float32, device=image.device) + (1 - width) / 2  # from the middle, in pixels
-    y = torch.arange(height, dtype=torch.float32, device=image.device)[:, None] + (1 - height) / 2
-    torch.add(x * (2 * cos / width), y * (2 * sin / width), out=grid[0, ..., 0])
-    torch.add(x * (-2 * sin / height), y * (2 * cos / height), out=grid[0, ..., 1])
-    return grid
-
-
-def _sample(inpt: torch.Tensor, grid: torch.Tensor, outside: int) -> Any:
-    """A picture or mask (..., H, W) read at the places of a grid: bilinear, of a mask the nearest pixel.
-
-    Outside it is 0, of a mask of integers `outside`.
-    """
-    pixels = inpt.as_subclass(torch.Tensor)
-    if pixels.dtype == torch.bool:
-        pixels = pixels.view(torch.uint8)  # a third of the time to become float
-    channels = pixels.reshape(1, -1, *pixels.shape[-2:])
-    dtype = torch.promote_types(pixels.dtype, torch.float32)
-    channels = channels.to(dtype)
-    if not isinstance(inpt, tv_tensors.Mask) or inpt.is_floating_point() or inpt.dtype == torch.bool:
-        outside = 0
-    if outside:
-        channels = channels - outside  # so that the 0 of grid_sample stands for it
-    sampled = torch.nn.functional.grid_sample(
-        channels.contiguous(memory_format=torch.channels_last),  # half the time: channels lie side by side
-        grid.to(dtype),
-        mode="nearest" if isinstance(inpt, tv_tensors.Mask) else "bilinear",
-        align_corners=False,
-    )
-    if outside:
-        sampled += outside
-    if not inpt.is_floating_point():
-        sampled.round_()
-    return tv_tensors.wrap(sampled.reshape(pixels.shape).to(inpt.dtype), like=inpt)
-
-
-def _as_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
-    """Floats in [0, 1] of shape (C, H, W), stored as a JPEG and read again: uint8. torchvision's `F.jpeg` is on its way out."""
-    file = io.BytesIO()
-    F.to_pil_image((255 * image).round().to(torch.uint8).cpu()).save(file, "JPEG", quality=quality)
-    stored: torch.Tensor = F.pil_to_tensor(PIL.Image.open(file))
-    return stored.to(image.device)
-
-
-def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
-    if mean is None or std is None:
-        return [v2.ToPureTensor()]
-    wrong = (
-        f"mean and std must each be one number for each channel, and std finite and above 0, not mean={mean!r} and std={std!r}"
-    )
-    try:
-        means, stds = [*map(float, mean)], [*map(float, std)]
-    except (TypeError, ValueError):
-        raise ValueError(wrong) from None
-    if not means or len(means) != len(stds) or not all(0 < value < math.inf for value in stds):
-        raise ValueError(wrong)
-    if not all(0 <= value <= 1 for value in means):
-        raise ValueError(f"mean and std are on the scale of 0 to 1, but mean={mean!r}; divide both by 255, say")
-    return [v2.Normalize(means, stds), v2.ToPureTensor()]
