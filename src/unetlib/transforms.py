@@ -3,6 +3,8 @@
 They take what `ImageMaskDataset` gives a v2 transform, `tv_tensors.Image` and `tv_tensors.Mask`, or plain tensors, on any
 device; `PerPicture` takes whole batches through them. The mean and standard deviation of a model belong to its
 `Preprocessing`; set them here only where no model does it.
+
+torchvision calls a transform's `make_params` once for a picture and its mask, and its `transform` for each of them.
 """
 
 from __future__ import annotations
@@ -115,9 +117,14 @@ def train_transform(
     if vertical_flip:
         steps.append(v2.RandomVerticalFlip(vertical_flip))
     steps.append(v2.ToDtype(torch.float32, scale=True))
-    if warps := _warps(rotation, scale, elastic, outside):
-        reach = {"rotation": rotation, "zoom": scale[0] if scale else 1.0, "shift": 3 * elastic}
-        steps += [Mirrored(v2.Compose(warps), **reach)] if reflect else warps
+    warps: list[torch.nn.Module] = []
+    if rotation or scale is not None:
+        warps.append(RandomAffine(rotation, scale, outside=outside))
+    if elastic:
+        warps.append(RandomElastic(elastic, outside=outside))
+    if warps and reflect:
+        warps = [Mirrored(v2.Compose(warps), rotation=rotation, zoom=scale[0] if scale else 1.0, shift=3 * elastic)]
+    steps += warps
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if grayscale:
@@ -128,17 +135,7 @@ def train_transform(
         steps.append(RandomLowResolution(low_resolution, (least_resolution, 1.0), jpeg))
     if noise:
         steps.append(v2.RandomApply([v2.GaussianNoise(sigma=noise)]))
-    return v2.Compose([*steps, *_last_steps(mean, std)])
-
-
-def _warps(rotation: float, scale: Sequence[float] | None, elastic: float, outside: int) -> list[torch.nn.Module]:
-    """What turns and bends."""
-    warps: list[torch.nn.Module] = []
-    if rotation or scale is not None:
-        warps.append(RandomAffine(rotation, scale, outside=outside))
-    if elastic:
-        warps.append(RandomElastic(elastic, outside=outside))
-    return warps
+    return v2.Compose([*steps, *_normalized(mean, std)])
 
 
 def eval_transform(
@@ -166,7 +163,7 @@ def eval_transform(
         (torch.Size([3, 16, 24]), tensor(1.), torch.Size([16, 24]))
     """
     steps: list[v2.Transform] = [] if size is None else [Resize(size)]
-    return v2.Compose([_PictureAndMask(), *steps, v2.ToDtype(torch.float32, scale=True), *_last_steps(mean, std)])
+    return v2.Compose([_PictureAndMask(), *steps, v2.ToDtype(torch.float32, scale=True), *_normalized(mean, std)])
 
 
 class _PictureAndMask(torch.nn.Module):
@@ -207,20 +204,21 @@ class _PictureAndMask(torch.nn.Module):
         return (image, *typed) if masks else image
 
 
-def _last_steps(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
+def _normalized(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[v2.Transform]:
+    """What a preset ends with."""
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, but mean={mean!r} and std={std!r}")
     if mean is None or std is None:
         return [v2.ToPureTensor()]
-    wrong = (
-        f"mean and std must each be one number for each channel, and std finite and above 0, not mean={mean!r} and std={std!r}"
-    )
     try:
         means, stds = [*map(float, mean)], [*map(float, std)]
     except (TypeError, ValueError):
-        raise ValueError(wrong) from None
+        means, stds = [], []
     if not means or len(means) != len(stds) or not all(0 < value < math.inf for value in stds):
-        raise ValueError(wrong)
+        raise ValueError(
+            "mean and std must each be one number for each channel, and std finite and above 0, not "
+            f"mean={mean!r} and std={std!r}"
+        )
     if not all(0 <= value <= 1 for value in means):
         raise ValueError(f"mean and std are on the scale of 0 to 1, but mean={mean!r}; divide both by 255, say")
     return [v2.Normalize(means, stds), v2.ToPureTensor()]
@@ -256,7 +254,7 @@ class Resize(v2.Transform):  # type: ignore[misc]
         self.size = [*height_and_width(size)]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one picture or mask; torchvision calls this for each."""
+        """Resize one picture or mask."""
         if not isinstance(inpt, tv_tensors.Mask):
             return _resize_picture(inpt, self.size)
         # As a picture of one channel, since torchvision resizes masks by `nearest` alone.
@@ -298,7 +296,7 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
         self.resize, self.area = Resize(size), rising("area", area, 0, 1)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the part; torchvision calls this once for a picture and its mask."""
+        """Draw the part."""
         height, width = F.get_size(flat_inputs[0])
         ratio = self.resize.size[1] / self.resize.size[0]
         tall = math.sqrt(torch.empty(()).uniform_(*self.area).item() * height * width / ratio)
@@ -308,7 +306,7 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
         return part | {name: int(torch.randint(pixels + 1, ())) for name, pixels in free.items()}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Cut and resize one picture or mask; torchvision calls this for each."""
+        """Cut and resize one picture or mask."""
         return self.resize.transform(F.crop(inpt, **params), {})
 
 
@@ -340,7 +338,7 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         self.p, self.factor, self.jpeg = p, rising("factor", factor, 0, 1), jpeg
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw factor and quality; torchvision calls this once for a picture and its mask."""
+        """Draw factor and quality."""
         skip = torch.rand(()) >= self.p
         least, largest = map(math.log, self.factor)
         factor = 1.0 if skip else math.exp(torch.empty(()).uniform_(least, largest).item())
@@ -348,7 +346,7 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
         return {"factor": factor, "quality": int(torch.randint(50, 96, ())) if stored else None}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Reduce and enlarge a picture; torchvision calls this for each."""
+        """Reduce and enlarge a picture."""
         if isinstance(inpt, tv_tensors.Mask) or (params["factor"] == 1.0 and not params["quality"]):
             return inpt
         height, width = inpt.shape[-2:]
@@ -413,12 +411,12 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
         self.outside = whole("outside", outside, 0, 255)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw angle and zoom; torchvision calls this once for a picture and its mask."""
+        """Draw angle and zoom."""
         drawn = super().make_params(flat_inputs)
         return {"grid": _pixel_grid(flat_inputs[0], drawn["angle"], drawn["scale"])}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Turn one picture or mask; torchvision calls this for each."""
+        """Turn one picture or mask."""
         return _sample(inpt, params["grid"], self.outside)
 
 
@@ -452,7 +450,7 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
         self.sigma, self.grid, self.outside = sigma, whole("grid", grid, 2), whole("outside", outside, 0, 255)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the displacements; torchvision calls this once for a picture and its mask."""
+        """Draw the displacements."""
         grid = _pixel_grid(flat_inputs[0])
         points = self.sigma * torch.randn(1, 2, self.grid, self.grid)  # x and y, in pixels
         size = grid.shape[1:3]
@@ -460,7 +458,7 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
         return {"grid": grid + pixels.permute(0, 2, 3, 1) * grid.new_tensor([2 / size[1], 2 / size[0]])}  # a side counts 2
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Bend one picture or mask; torchvision calls this for each."""
+        """Bend one picture or mask."""
         return _sample(inpt, params["grid"], self.outside)
 
 
@@ -517,13 +515,13 @@ class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
     """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the turn; torchvision calls this once for a picture and its mask."""
+        """Draw the turn."""
         height, width = F.get_size(flat_inputs[0])
         step = 90 if height == width else 180
         return {"angle": float(step * torch.randint(360 // step, ()).item())}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Turn one picture or mask; torchvision calls this for each."""
+        """Turn one picture or mask."""
         return F.rotate(inpt, **params)
 
 
