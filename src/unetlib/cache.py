@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torchvision import tv_tensors
 
 from .arguments import at_least
 from .datasets import ImageMaskDataset, apply_transform, check_transform, refuse_slice, size_clash
-from .imaging import class_of_value, image_size, is_binary, label_dtype, read_image, read_labels, to_tensor
+from .imaging import class_of_value, image_size, label_dtype, read_image, read_labels, to_tensor
 from .memory import available_memory
 from .transforms import Resize
 
@@ -96,9 +96,11 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         self.dataset = dataset
         self.transform = transform
         self._resize = None if size is None else Resize(size)
-        self._binary = is_binary(dataset.mask_values)
-        self._mask_dtype = self._kept_dtype()
-        self._store = _Store([*self._slot_sizes()], budget_gib * 2**30, folder)
+        classes = class_of_value(dataset.mask_values)
+        self._binary = classes is None
+        # Bits, which the store packs, or shares of 255; or class indices as `read_labels` gives them.
+        self._mask_dtype = np.dtype(np.uint8 if size else np.bool_) if classes is None else label_dtype(classes)
+        self._store = _Store(self._slot_sizes(), budget_gib * 2**30, folder)
         logger.info("%r", self)
 
     def __len__(self) -> int:
@@ -161,21 +163,15 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
             labels = (mask.mul(255).round_() if self._binary else mask).numpy()
         return labels.astype(self._mask_dtype, copy=False)[..., None]
 
-    def _kept_dtype(self) -> np.dtype[Any]:
-        """Of masks: bits, which `_Store` packs; or shares of 255; or class indices as `read_labels` gives them."""
-        classes = class_of_value(self.dataset.mask_values)
-        return np.dtype(np.uint8 if self._resize else np.bool_) if classes is None else label_dtype(classes)
-
-    def _slot_sizes(self) -> Iterator[int]:
+    def _slot_sizes(self) -> list[int]:
         """Bytes of each mask, then of each picture."""
         if self._resize is not None:
             areas = [math.prod(self._resize.size)] * len(self)
         else:
             areas = [math.prod(image_size(self.dataset.paths(index)[0], upright=False)) for index in range(len(self))]
-        for area in areas:
-            yield -(-area // 8) if self._mask_dtype == np.bool_ else area * self._mask_dtype.itemsize
-        for area in areas:
-            yield area * (3 if self.dataset.mode == "RGB" else 1)
+        mask_bits = 1 if self._mask_dtype == np.bool_ else 8 * self._mask_dtype.itemsize
+        channels = 3 if self.dataset.mode == "RGB" else 1
+        return [-(-area * mask_bits // 8) for area in areas] + [area * channels for area in areas]
 
 
 class _Store:
