@@ -107,6 +107,8 @@ def test_a_comparison_has_masks_below_their_pictures():
         (lambda: overlay(*PAIR, colors=[(1, 2, 256)]), r"each 0 to 255.*256"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], [np.zeros((2, 2))], []), "1 pictures, 1 masks and 0 predicted"),
         (lambda: comparison([], [], []), "got 0 pictures"),
+        (lambda: comparison([np.zeros((2, 3), np.uint8)], [np.zeros((3, 2))], [np.zeros((2, 3))]), r"mask \(3, 2\)"),
+        (lambda: comparison([np.zeros((2, 3), np.uint8)], [np.zeros((2, 3))], [np.zeros((3, 2))]), r"mask \(3, 2\)"),
         (lambda: comparison([np.zeros((2, 2, 3))], *[[np.zeros((2, 2))]] * 2), "a picture must be uint8"),
         (lambda: comparison([np.zeros((3, 2, 2), np.uint8)], *[[np.zeros((2, 2))]] * 2), "a picture must be uint8 of shape"),
         (lambda: comparison([np.zeros((2, 2), np.uint8)], *[[np.full((2, 2), 0.9)]] * 2), "fractions"),

@@ -68,10 +68,7 @@ def overlay(
         >>> overlay(np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.uint8), alpha=1.0)[0, 0].tolist()
         [238, 102, 119]
     """
-    mask = _check_mask(mask)
-    _check_picture(image)
-    if image.shape[:2] != mask.shape:
-        raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
+    mask = _check_pair(image, mask)
     at_least("alpha", alpha, 0, 1)
     pixels = image if image.ndim == 3 else image[..., None]
     tones = _tones(colors)[(mask - 1) % len(colors)]
@@ -134,8 +131,8 @@ def comparison(
 
     Raises:
         TypeError: for a picture or mask that is no array, or `classes`, `columns` or `height` that is no integer.
-        ValueError: for no picture, or one that is not uint8 or of another shape; for unlike numbers of pictures and masks; for
-            a class that is out of range or a fraction; for `classes`, `columns` or `height` out of range.
+        ValueError: for no picture, or one that is not uint8 or of another shape; for unlike numbers or sizes of pictures and
+            masks; for a class that is out of range or a fraction; for `classes`, `columns` or `height` out of range.
 
     Example:
         >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
@@ -147,8 +144,9 @@ def comparison(
             f"a comparison needs as many masks as pictures, and one at least, got {len(images)} pictures, {len(masks)} masks "
             f"and {len(predicted)} predicted ones"
         )
-    for image in images:
-        _check_picture(image)
+    for image, *both in zip(images, masks, predicted):
+        for mask in both:
+            _check_pair(image, mask)
     columns, height = whole("columns", columns, 1), whole("height", height, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
@@ -213,6 +211,14 @@ def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(f"a picture must be uint8 of shape (H, W, 3), (H, W, 1) or (H, W), got {image.dtype} {image.shape}")
     return image
+
+
+def _check_pair(image: NDArray[np.uint8], mask: NDArray[Any]) -> NDArray[np.int64]:
+    _check_picture(image)
+    mask = _check_mask(mask)
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"the picture is {image.shape[:2]} and its mask {mask.shape}; they must have one height and width")
+    return mask
 
 
 def _tones(colors: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
