@@ -28,8 +28,6 @@ Color: TypeAlias = tuple[int, int, int]
 Classes: TypeAlias = dict[int | Color, int]
 MaskValues: TypeAlias = Literal["nonzero"] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None
 
-# Pillow opens 16-bit files of these formats as 32-bit integers (PNG only in older versions).
-_SIXTEEN_BIT_IN_MODE_I = ("PNG", "PPM")
 # Tags of EXIF and of TIFF.
 _ORIENTATION, _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC = 0x0112, 256, 258, 259, 262
 _SAMPLES, _PLANAR, _SOFTWARE, _EXTRA, _SAMPLE_FORMAT = 277, 284, 305, 338, 339
@@ -345,7 +343,7 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
 
 def _mended(image: Image.Image, file: Image.Image) -> Image.Image:
     """A decoded picture with the numbers that its file holds, where Pillow has others."""
-    if image.mode == "I" and file.format in _SIXTEEN_BIT_IN_MODE_I:
+    if image.mode == "I" and file.format in ("PNG", "PPM"):  # of 16 bits; PNG in older versions alone
         return Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode.startswith("I;16") and _tags(file).get(_PHOTOMETRIC) == 0:  # 0 is white, seen to in 8 bits alone
         return Image.fromarray(65535 - np.asarray(image))
