@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
@@ -297,6 +298,16 @@ def test_unreadable_files(tmp_path):
         read_image(tmp_path / "half.jpg")
     with pytest.raises(ValueError, match="mode must be"):
         read_image(tmp_path / "half.jpg", "RGBA")
+
+
+def test_what_is_no_path_is_named_by_its_type():
+    for source in (RGB, torch.zeros(3, 4, 5), None):
+        for read in (read_image, read_mask, image_size):
+            with pytest.raises(TypeError, match=rf"path or a PIL picture, not a {type(source).__name__}; .*Image\.fromarray"):
+                read(source)
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "PNG")
+    np.testing.assert_array_equal(read_image(file), RGB)
 
 
 def test_files_that_may_be_sound_are_not_to_be_removed(tmp_path, monkeypatch):

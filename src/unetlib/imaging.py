@@ -68,7 +68,7 @@ def read_image(
         ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, 16-bit colour in
             planes, or signed or 32-bit numbers, whose range is unknown.
         MemoryError: There is too little memory for it.
-        TypeError: `min_size` is no pair of integers.
+        TypeError: `source` is no path or picture, or `min_size` no pair of integers.
 
     Example:
         >>> read_image(Image.new("RGBA", (4, 2), (255, 128, 0, 10))).shape
@@ -106,6 +106,7 @@ def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be opened, or is no picture.
+        TypeError: `source` is no path or picture.
 
     Example:
         >>> image_size(Image.new("RGB", (48, 32)))
@@ -142,7 +143,8 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or holds values other than expected.
+        ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value` raises it.
+        TypeError: `source` is no path or picture; or as `class_of_value` raises it.
 
     Example:
         >>> mask = Image.new("L", (2, 1), 0)
@@ -168,7 +170,8 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or holds values other than expected.
+        ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value` raises it.
+        TypeError: `source` is no path or picture; or as `class_of_value` raises it.
 
     Example:
         >>> read_labels(Image.new("L", (2, 1), 255)).tolist()
@@ -302,6 +305,10 @@ def _name(source: Source) -> str:
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
     """The picture, not yet decoded, with one error for all that can be wrong with a file while it is in use."""
+    if not isinstance(source, (str, PathLike, Image.Image)) and not hasattr(source, "read"):
+        raise TypeError(
+            f"expected a path or a PIL picture, not a {type(source).__name__}; of an array: PIL.Image.fromarray(array)"
+        )
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             yield image
