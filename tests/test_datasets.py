@@ -180,9 +180,9 @@ def test_a_pattern_leaves_out_what_does_not_fit_and_reports_what_does_not_pair(t
 @pytest.mark.parametrize(
     ("mask", "mask_suffix", "advice"),
     [
-        ("{}_segmentation", "", "ImageMaskDataset(..., mask_suffix='_segmentation')"),
-        ("{}", "_mask", "ImageMaskDataset(..., mask_suffix='')"),
-        ("mask_{}", "", "write * for what their names share: ImageMaskDataset('pictures/img_*', 'masks/mask_*')"),
+        ("{}_segmentation", "", "give mask_suffix='_segmentation' (--mask-suffix)."),
+        ("{}", "_mask", "give mask_suffix='' (--mask-suffix)."),
+        ("mask_{}", "", "write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*'."),
     ],
 )
 def test_where_nothing_pairs_the_error_says_what_to_type(tmp_path, mask, mask_suffix, advice):

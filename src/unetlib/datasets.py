@@ -518,8 +518,8 @@ def _by_key(files: Mapping[Path, str], suffixes: Sequence[str]) -> tuple[dict[st
 def _advice(image: str, masks: Iterable[str]) -> str:
     """What to type where no mask has the name of a picture."""
     if longer := [mask for mask in masks if mask.startswith(image)]:
-        return f"If they belong together: ImageMaskDataset(..., mask_suffix={min(longer, key=len).removeprefix(image)!r})"
-    return "If they belong together, write * for what their names share: ImageMaskDataset('pictures/img_*', 'masks/mask_*')"
+        return f"If they belong together, give mask_suffix={min(longer, key=len).removeprefix(image)!r} (--mask-suffix)."
+    return "If they belong together, write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*'."
 
 
 def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:
