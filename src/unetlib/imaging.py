@@ -191,13 +191,11 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     classes = class_of_value(mask_values)
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
-    if isinstance(next(iter(classes)), tuple):
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
-        values, are_colors = _color_codes(_convert(image, "RGB", source)), True
-    else:
-        values, are_colors = _stored_values(image, source), False
-    keys = np.array([_color_codes(key).item() if isinstance(key, tuple) else key for key in classes])
+    by_color = isinstance(next(iter(classes)), tuple)
+    if by_color and image.mode.startswith(("I", "F")):
+        raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
+    values = _color_codes(_convert(image, "RGB", source)) if by_color else _stored_values(image, source)
+    keys = _color_codes(np.array([*classes])) if by_color else np.array([*classes])
     order = np.argsort(keys)
     keys, labels = keys[order], np.array([*classes.values()], label_dtype(classes))[order]
     looked_up = np.arange(256) if values.dtype == np.uint8 else values  # each byte once, and not each pixel
@@ -207,7 +205,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         indices, unexpected = indices[values], unexpected[values]
     if unexpected.any():
         raise ValueError(
-            f"{_name(source)} holds {_describe(values[unexpected], are_colors)}, which mask_values={mask_values!r} "
+            f"{_name(source)} holds {_describe(values[unexpected], by_color)}, which mask_values={mask_values!r} "
             "does not name. Name it too, or mend the mask."
         )
     return indices
@@ -508,7 +506,7 @@ def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
     return rgb[..., 0]
 
 
-def _color_codes(rgb: Image.Image | NDArray[np.integer[Any]] | Color) -> NDArray[np.int32]:
+def _color_codes(rgb: Image.Image | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     """0xRRGGBB for each colour, (..., 3) to (...)."""
     channels = np.asarray(rgb).astype(np.int32)
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
