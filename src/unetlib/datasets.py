@@ -438,20 +438,22 @@ def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
     return True
 
 
-def _pair(image_where: Path, mask_where: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
+def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
     """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
-    (image_dir, image_pattern), (mask_dir, mask_pattern) = map(_folder_and_pattern, (image_where, mask_where))
-    image_files, mask_files = _list_folder(image_dir, image_pattern), _list_folder(mask_dir, mask_pattern)
+    (image_folder, image_pattern), (mask_folder, mask_pattern) = map(_folder_and_pattern, (image_dir, mask_dir))
+    image_files, mask_files = _list_folder(image_folder, image_pattern), _list_folder(mask_folder, mask_pattern)
     mask_suffix = unicodedata.normalize("NFC", mask_suffix)
-    if image_dir.resolve() == mask_dir.resolve():
+    if image_folder.resolve() == mask_folder.resolve():
         if not mask_suffix and image_pattern == mask_pattern:
-            raise ValueError(f"pictures and masks are both in {image_dir}; tell them apart by mask_suffix='_mask' or similar")
+            raise ValueError(
+                f"pictures and masks are both in {image_folder}; tell them apart by mask_suffix='_mask' or similar"
+            )
         mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
         taken = {path.name for path in mask_files}
         image_files = {path: key for path, key in image_files.items() if path.name not in taken}
     images, other_images = _by_key(image_files, IMAGE_SUFFIXES)
     masks, other_masks = _by_key(mask_files, MASK_SUFFIXES)
-    lossy = [path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()]
+    lossy = {path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()}
 
     unmasked = [key for key in images if key + mask_suffix not in masks]
     unused = masks.keys() - {key + mask_suffix for key in images}
@@ -459,7 +461,8 @@ def _pair(image_where: Path, mask_where: Path, mask_suffix: str) -> tuple[list[s
     formats = "" if _names_a_format(mask_pattern) else ".gif or .png"
     problems = {
         "picture without a mask": [
-            f"{images[key][0]} (no {mask_pattern.replace('*', key + mask_suffix)}{formats} in {mask_dir})" for key in unmasked
+            f"{images[key][0]} (no {mask_pattern.replace('*', key + mask_suffix)}{formats} in {mask_folder})"
+            for key in unmasked
         ],
         "mask without a picture": [str(masks[key][0]) for key in unused],
         "name in several formats": [" and ".join(map(str, paths)) for paths in several],
@@ -467,9 +470,9 @@ def _pair(image_where: Path, mask_where: Path, mask_suffix: str) -> tuple[list[s
         "stray file or folder": [str(path) for path in [*other_images, *other_masks] if path not in lossy],
     }
     advice = _advice(min(images), masks) if images and masks and len(unmasked) == len(images) else ""
-    _raise_problems(problems, image_where, mask_where, advice)
+    _raise_problems(problems, image_dir, mask_dir, advice)
     if not images:
-        raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_where}")
+        raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_dir}")
     keys = sorted(images, key=lambda key: images[key][0].name)
     return [images[key][0].name for key in keys], [masks[key + mask_suffix][0].name for key in keys]
 
