@@ -154,14 +154,11 @@ def comparison(
         grey = picture.shape[2:] == (1,)
         return np.asarray(Image.fromarray(picture[..., 0] if grey else picture).convert("RGB").resize(size))
 
-    kinds = (
-        [tile(image) for image in images],
-        *([tile(mask_to_image(mask, classes)) for mask in kind] for kind in (masks, predicted)),
-    )
+    kinds = [images, *([mask_to_image(mask, classes) for mask in kind] for kind in (masks, predicted))]
     tiles: list[NDArray[np.uint8]] = []
     for start in range(0, len(images), columns):
         for kind in kinds:
-            row = kind[start : start + columns]
+            row = [tile(picture) for picture in kind[start : start + columns]]
             tiles += [*row, *[np.full_like(row[0], 255)] * (columns - len(row))]
     return grid(tiles, columns)
 
