@@ -347,9 +347,12 @@ def test_check_counts_no_file_as_broken_for_want_of_memory(folders, monkeypatch)
 def test_parts_are_taken_by_number(folders):
     dataset = CarvanaDataset(*folders)
     assert dataset.subset([1, 0]).images == dataset.images[1::-1]
-    for yes_and_no in ([True, False], np.array([True, False])):
+    for numbers in (np.array([1, 0]), torch.tensor([1, 0]), range(1, -1, -1), iter([np.int64(1), 0])):
+        assert dataset.subset(numbers).images == dataset.images[1::-1]
+    yes_and_no = [True, False]
+    for others in (yes_and_no, np.array(yes_and_no), torch.tensor(yes_and_no), [0.0, 1.0], dataset.images[:2]):
         with pytest.raises(TypeError, match="subset takes the numbers of the pairs, such as"):
-            dataset.subset(yes_and_no)
+            dataset.subset(others)
     for number in (-99, 99):
         with pytest.raises(IndexError, match=f"there is no pair {number}: the data set has {len(dataset)}, numbered from 0"):
             dataset.subset([0, number])

@@ -134,7 +134,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         """The same data set with the pairs at `indices` only, and a `transform` of its own to replace.
 
         Raises:
-            TypeError: for booleans instead of numbers.
+            TypeError: for booleans, names or fractions instead of numbers.
             IndexError: for a number that there is no pair of.
 
         Example:
@@ -142,8 +142,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             CarvanaDataset('train', 'train_masks'): 100 pairs
         """
         part = copy.copy(self)
-        chosen = list(indices)
-        if any(isinstance(index, (bool, np.bool_)) for index in chosen):
+        chosen = [index.item() if hasattr(index, "item") else index for index in indices]  # NumPy's and PyTorch's numbers
+        if not all(type(index) is int for index in chosen):
             raise TypeError(
                 "subset takes the numbers of the pairs, such as [i for i, name in enumerate(dataset.images) if ...]"
             )
