@@ -270,6 +270,8 @@ def test_wrong_arguments(folders):
             CarvanaDataset(*folders, transform)
     with pytest.raises(ValueError, match="mode must be"):
         ImageMaskDataset(*folders, mask_suffix="_mask", mode="RGBA")
+    with pytest.raises(TypeError, match=r'mask_suffix must be a string, such as "_mask", or "" for none, not None'):
+        ImageMaskDataset(*folders, mask_suffix=None)
     with pytest.raises(ValueError, match="twice"):
         ImageMaskDataset(*folders, mask_suffix="_mask", mask_values=(1, 1))
 

@@ -69,7 +69,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         ValueError: The folders do not pair up: one error that counts missing masks, stray files and names that clash, and
             names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a pattern of several `*`, a wrong `mode`,
             or value in `mask_values`.
-        TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_values` is of another type.
+        TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_suffix` or `mask_values` is of
+            another type.
 
     Example:
         >>> import tempfile
@@ -96,6 +97,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         check_transform(transform)
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
+        if not isinstance(mask_suffix, str):
+            raise TypeError(f'mask_suffix must be a string, such as "_mask", or "" for none, not {mask_suffix!r}')
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
         self.image_dir, self.mask_dir = (_folder_and_pattern(Path(where))[0] for where in (image_dir, mask_dir))
         self.transform = transform
