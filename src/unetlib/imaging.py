@@ -180,14 +180,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         dtype('uint8')
     """
     image, _ = _load(source, exact=True)
-    if image.mode in ("LA", "PA", "RGBA"):
-        ranges: Any = image.getextrema()
-        *flat, alpha_flat = (low == high for low, high in ranges)
-        if all(flat) and not alpha_flat:
-            raise ValueError(
-                f"{_name(source)} has its shape in its transparency alone, which is dropped, and one colour under it. Save its "
-                "alpha channel as the mask: Image.open(path).getchannel('A')"
-            )
+    _check_alpha(image, source)
     classes = class_of_value(mask_values)
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
@@ -196,19 +189,13 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
         raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
     values = _color_codes(_convert(image, "RGB", source)) if by_color else _stored_values(image, source)
     keys = _color_codes(np.array([*classes])) if by_color else np.array([*classes])
-    order = np.argsort(keys)
-    keys, labels = keys[order], np.array([*classes.values()], label_dtype(classes))[order]
-    looked_up = np.arange(256) if values.dtype == np.uint8 else values  # each byte once, and not each pixel
-    nearest = np.minimum(np.searchsorted(keys, looked_up), len(keys) - 1)
-    indices, unexpected = labels[nearest], keys[nearest] != looked_up
-    if looked_up is not values:
-        indices, unexpected = indices[values], unexpected[values]
-    if unexpected.any():
+    labels, named = _look_up(values, keys, np.array([*classes.values()], label_dtype(classes)))
+    if not named.all():
         raise ValueError(
-            f"{_name(source)} holds {_describe(values[unexpected], by_color)}, which mask_values={mask_values!r} "
+            f"{_name(source)} holds {_describe(values[~named], by_color)}, which mask_values={mask_values!r} "
             "does not name. Name it too, or mend the mask."
         )
-    return indices
+    return labels
 
 
 def to_bytes(levels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -451,6 +438,19 @@ def _convert(image: Image.Image, mode: Literal["RGB", "L"], source: Source) -> I
         ) from error
 
 
+def _check_alpha(image: Image.Image, source: Source) -> None:
+    """Refuse a mask that would be lost with its transparency."""
+    if image.mode not in ("LA", "PA", "RGBA"):
+        return
+    ranges: Any = image.getextrema()
+    *flat, alpha_flat = (low == high for low, high in ranges)
+    if all(flat) and not alpha_flat:
+        raise ValueError(
+            f"{_name(source)} has its shape in its transparency alone, which is dropped, and one colour under it. Save its "
+            "alpha channel as the mask: Image.open(path).getchannel('A')"
+        )
+
+
 def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F"))
 
@@ -504,6 +504,17 @@ def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
             "Name the colours: mask_values=((0, 0, 0), ...)."
         )
     return rgb[..., 0]
+
+
+def _look_up(values: NDArray[Any], keys: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """The label of each value, and whether it is one of the keys."""
+    if values.dtype == np.uint8:  # each byte once, and not each pixel
+        of_byte, is_key = _look_up(np.arange(256), keys, labels)
+        return of_byte[values], is_key[values]
+    order = np.argsort(keys)
+    keys, labels = keys[order], labels[order]
+    nearest = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
+    return labels[nearest], keys[nearest] == values
 
 
 def _color_codes(rgb: Image.Image | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
