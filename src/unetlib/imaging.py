@@ -457,15 +457,19 @@ def _is_grey(image: Image.Image) -> bool:
 
 def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray[np.bool_]:
     """Where a mask does not look black; more than one other value is an error unless `any_values`."""
-    if image.mode not in ("L", "P"):
-        are_colors = not _is_grey(image)
-        values = _color_codes(_convert(image, "RGB", source)) if are_colors else _stored_values(image, source)
-        foreground: NDArray[np.bool_] = values != 0
-        if not any_values and (foreground & (values != values.flat[foreground.argmax()])).any():
-            raise _several_values(values, are_colors, source)
-        return foreground
-    # Pixels of one byte are judged by the few values in use, which is far quicker than to look at each pixel. Most masks
-    # have two, the least and the greatest, often with none between; where there are more, all are counted.
+    if image.mode in ("L", "P"):
+        return _foreground_of_bytes(image, source, any_values)
+    are_colors = not _is_grey(image)
+    values = _color_codes(_convert(image, "RGB", source)) if are_colors else _stored_values(image, source)
+    foreground: NDArray[np.bool_] = values != 0
+    if not any_values and (foreground & (values != values.flat[foreground.argmax()])).any():
+        raise _several_values(values, are_colors, source)
+    return foreground
+
+
+def _foreground_of_bytes(image: Image.Image, source: Source, any_values: bool) -> NDArray[np.bool_]:
+    """The same by the few values that bytes have, which is far quicker than to look at each pixel."""
+    # Most masks have two, the least and the greatest, often with none between; where there are more, all are counted.
     pixels = np.asarray(image)
     low, high = int(pixels.min()), int(pixels.max())
     two = high - low <= 1 or ((pixels == low) | (pixels == high)).all()
