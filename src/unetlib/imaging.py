@@ -314,23 +314,27 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 
 
 def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, int]:
-    """Decode, turn upright and mend what Pillow misreads; returns the picture and the `_bits` its file had.
+    """A decoded picture, upright, and the `_bits` its file had.
 
     `exact`: refuse what Pillow rounds.
     """
     with _opened(source) as image:
-        refusal, bits = _refusal(image, source, exact), _bits(image)
+        bits, refusal = _bits(image), _refusal(image, source, exact)
         if refusal is None:
-            if isinstance(image, TiffImageFile):
-                _load_unmapped(image)
-            # The caller's stays as it is.
-            upright = image if min_size is None or image is source else _reduced(image, min_size)
-            upright.load()
-            # Not by ImageOps.exif_transpose, which writes EXIF anew and fails at a tag of an odd type.
-            if (orientation := _orientation(upright)) in _TURNS:
-                upright = upright.transpose(_TURNS[orientation])
-            return _mended(upright, image), bits
+            return _decoded(image, None if image is source else min_size), bits  # the caller's stays at its size
     raise ValueError(f"{_name(source)} {refusal}")
+
+
+def _decoded(image: Image.Image, min_size: tuple[int, int] | None) -> Image.Image:
+    """Decode, reduced where that is enough; turn upright, and mend what Pillow misreads."""
+    if isinstance(image, TiffImageFile):
+        _load_unmapped(image)
+    upright = image if min_size is None else _reduced(image, min_size)
+    upright.load()
+    # Not by ImageOps.exif_transpose, which writes EXIF anew and fails at a tag of an odd type.
+    if (orientation := _orientation(upright)) in _TURNS:
+        upright = upright.transpose(_TURNS[orientation])
+    return _mended(upright, image)
 
 
 def _mended(image: Image.Image, file: Image.Image) -> Image.Image:
