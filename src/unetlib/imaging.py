@@ -143,8 +143,8 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value` raises it.
-        TypeError: `source` is no path or picture; or as `class_of_value` raises it.
+        ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value`.
+        TypeError: `source` is no path or picture; or as `class_of_value`.
 
     Example:
         >>> mask = Image.new("L", (2, 1), 0)
@@ -162,16 +162,14 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     """Read a mask as `read_mask` does, in one byte a pixel: a quarter or an eighth of the memory.
 
     Args:
-        source: Path of a mask, or an open PIL picture (left unchanged).
+        source: As in `read_mask`.
         mask_values: As in `read_mask`.
 
     Returns:
         bool array (H, W) for a binary mask; otherwise class indices (H, W), uint8, or int64 where one is above 255.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value` raises it.
-        TypeError: `source` is no path or picture; or as `class_of_value` raises it.
+        FileNotFoundError, ValueError, TypeError: As `read_mask`.
 
     Example:
         >>> read_labels(Image.new("L", (2, 1), 255)).tolist()
