@@ -93,7 +93,6 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         mode: Literal["RGB", "L"] = "RGB",
         mask_values: MaskValues = None,
     ) -> None:
-        """Pair the files."""
         check_transform(transform)
         if mode not in ("RGB", "L"):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
@@ -220,7 +219,6 @@ class CarvanaDataset(ImageMaskDataset):
     def __init__(
         self, image_dir: str | PathLike[str], mask_dir: str | PathLike[str], transform: Callable[..., Any] | None = None
     ) -> None:
-        """Pair the files."""
         super().__init__(image_dir, mask_dir, transform, mask_suffix="_mask")
 
 

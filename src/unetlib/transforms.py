@@ -249,7 +249,6 @@ class Resize(v2.Transform):  # type: ignore[misc]
     """
 
     def __init__(self, size: Sequence[int]) -> None:
-        """Keep the size."""
         super().__init__()
         self.size = [*height_and_width(size)]
 
@@ -291,7 +290,6 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
     """
 
     def __init__(self, size: Sequence[int], area: Sequence[float]) -> None:
-        """Keep the size and the range."""
         super().__init__()
         self.resize, self.area = Resize(size), rising("area", area, 0, 1)
 
@@ -331,7 +329,6 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
     """
 
     def __init__(self, p: float, factor: tuple[float, float] = (0.2, 1.0), jpeg: float = 0.0) -> None:
-        """Keep the probabilities and the range."""
         super().__init__()
         at_least("p", p, 0, 1)
         at_least("jpeg", jpeg, 0, 1)
@@ -404,7 +401,6 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
     """
 
     def __init__(self, rotation: float, scale: Sequence[float] | None = None, *, outside: int = 0) -> None:
-        """Keep the ranges and the class."""
         at_least("rotation", rotation, 0)
         scale = None if scale is None else rising("scale", scale, 0)
         super().__init__(rotation, scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
@@ -444,7 +440,6 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
     """
 
     def __init__(self, sigma: float = 10.0, grid: int = 3, *, outside: int = 0) -> None:
-        """Keep strength, grid and class."""
         super().__init__()
         at_least("sigma", sigma, 0)
         self.sigma, self.grid, self.outside = sigma, whole("grid", grid, 2), whole("outside", outside, 0, 255)
@@ -547,7 +542,6 @@ class Mirrored(torch.nn.Module):
     """
 
     def __init__(self, transform: torch.nn.Module, *, rotation: float = 0.0, zoom: float = 1.0, shift: float = 0.0) -> None:
-        """Keep the transform and its reach."""
         super().__init__()
         self.transform, self.rotation, self.zoom, self.shift = transform, rotation, zoom, shift
 
@@ -587,7 +581,6 @@ class PerPicture(torch.nn.Module):
     """
 
     def __init__(self, transform: torch.nn.Module) -> None:
-        """Keep the transform."""
         super().__init__()
         if not isinstance(transform, torch.nn.Module):
             raise TypeError(
