@@ -129,6 +129,35 @@ def test_names_pair_however_their_accents_are_written(tmp_path):
         assert len(dataset[0]) == 2
 
 
+def test_the_names_of_a_list_are_taken_and_others_may_lack_a_mask(tmp_path):
+    (tmp_path / "i").mkdir()
+    (tmp_path / "m").mkdir()
+    for name in ("a", "b", "caf\u00e9", "d.e", "f"):
+        Image.fromarray(picture(0)).save(tmp_path / "i" / f"{name}.jpg")
+    for name in ("a", "cafe\u0301", "d.e", "other"):
+        Image.fromarray(shape(0) * 255).save(tmp_path / "m" / f"{name}_mask.png")
+    (tmp_path / "i" / "notes.txt").touch()
+
+    def names(taken):
+        return ImageMaskDataset(tmp_path / "i", tmp_path / "m", mask_suffix="_mask", names=taken)
+
+    dataset = names(iter(["d.e", "a", "cafe\u0301", "a"]))
+    assert [name.split(".jpg")[0] for name in dataset.images] == ["a", "caf\u00e9", "d.e"]
+    assert dataset.masks == ["a_mask.png", "cafe\u0301_mask.png", "d.e_mask.png"]
+    assert names(["d.e.jpg"]).images == ["d.e.jpg"]
+    with pytest.raises(ValueError) as error:
+        names(["a", "f", "z"])
+    assert str(error.value).splitlines() == [
+        f"pictures in {tmp_path}/i and masks in {tmp_path}/m:",
+        "1 x name without a picture:",
+        f"  z (in {tmp_path}/i)",
+        "1 x picture without a mask:",
+        f"  {tmp_path}/i/f.jpg (no f_mask.gif or .png in {tmp_path}/m)",
+    ]
+    with pytest.raises(TypeError, match=r"names must be a list of names, such as Path\('train\.txt'\)\.read_text\(\)"):
+        names("train.txt")
+
+
 @pytest.mark.parametrize(
     ("images", "masks", "where", "mask_suffix"),
     [

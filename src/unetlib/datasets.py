@@ -53,6 +53,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             torch's generator, so that no two are alike. Other callables are called the first way. The result is
             `(image, mask)` or a dictionary of "image" and "mask".
         mask_suffix: What a mask's `<name>` has after its picture's.
+        names: The pictures to take, by `<name>` or by file name, such as those of a split's list; the others may be without a
+            mask. `None` takes all.
         mode: `"RGB"`, or `"L"` for grey: the model's `in_channels` is then 1.
         mask_values: `None` for binary masks, otherwise the values or colours that are the classes; see
             `unetlib.imaging.read_mask`.
@@ -90,6 +92,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         transform: Callable[..., Any] | None = None,
         *,
         mask_suffix: str = "",
+        names: Iterable[str] | None = None,
         mode: Literal["RGB", "L"] = "RGB",
         mask_values: MaskValues = None,
     ) -> None:
@@ -98,12 +101,14 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
         if not isinstance(mask_suffix, str):
             raise TypeError(f'mask_suffix must be a string, such as "_mask", or "" for none, not {mask_suffix!r}')
+        if isinstance(names, (str, PathLike)):
+            raise TypeError(f"names must be a list of names, such as Path({str(names)!r}).read_text().split(), not {names!r}")
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
         self.image_dir, self.mask_dir = (_folder_and_pattern(Path(where))[0] for where in (image_dir, mask_dir))
         self.transform = transform
         self.mode = mode
         self.mask_values = mask_values
-        self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix)
+        self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix, names)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -439,7 +444,7 @@ def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
     return True
 
 
-def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str], list[str]]:
+def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str] | None) -> tuple[list[str], list[str]]:
     """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
     (image_folder, image_pattern), (mask_folder, mask_pattern) = map(_folder_and_pattern, (image_dir, mask_dir))
     image_files, mask_files = _list_folder(image_folder, image_pattern), _list_folder(mask_folder, mask_pattern)
@@ -452,6 +457,14 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str],
         mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
         taken = {path.name for path in mask_files}
         image_files = {path: key for path, key in image_files.items() if path.name not in taken}
+    missing: set[str] = set()
+    if names is not None:
+        wanted = {unicodedata.normalize("NFC", name) for name in names}
+        found = {path: {key, unicodedata.normalize("NFC", path.name)} for path, key in image_files.items()}
+        image_files = {path: key for path, key in image_files.items() if found[path] & wanted}
+        missing = wanted.difference(*(found[path] for path in image_files))
+        theirs = {key + mask_suffix for key in image_files.values()}
+        mask_files = {path: key for path, key in mask_files.items() if key in theirs}
     images, other_images = _by_key(image_files, IMAGE_SUFFIXES)
     masks, other_masks = _by_key(mask_files, MASK_SUFFIXES)
     lossy = {path for path in other_masks if path.suffix.lower() in _LOSSY_SUFFIXES and path.is_file()}
@@ -461,6 +474,7 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str) -> tuple[list[str],
     several = [paths for group in (images, masks) for paths in group.values() if len(paths) > 1]
     formats = "" if _names_a_format(mask_pattern) else ".gif or .png"
     problems = {
+        "name without a picture": [f"{name} (in {image_dir})" for name in missing],
         "picture without a mask": [
             f"{images[key][0]} (no {mask_pattern.replace('*', key + mask_suffix)}{formats} in {mask_folder})"
             for key in unmasked
