@@ -987,6 +987,16 @@ def test_an_ignored_value_outside_the_type_ignores_nothing() -> None:
     assert torch.equal(dice_loss(logits, mask, ignore_index=255), dice_loss(logits, mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_narrow_masks_of_many_classes_pass_where_no_value_is_read(dtype: torch.dtype) -> None:
+    """The highest class, 299, is no number of the mask's own type."""
+    logits, target = torch.randn(1, 300, 2, 2), torch.full((1, 2, 2), 120, dtype=dtype)
+    for loss in (cross_entropy_loss, dice_loss):
+        gradient, value = torch.func.grad_and_value(loss)(logits, target)
+        assert torch.equal(value, loss(logits, target.long()))
+        assert gradient.any()
+
+
 # Modules
 
 

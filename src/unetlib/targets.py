@@ -238,7 +238,8 @@ def _tensor_of(name: str, value: object) -> str:
 
 def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices: bool, shares: bool) -> None:
     if target.dtype != torch.bool:
-        low, high = (value if _waits(value) else value.item() for value in target.aminmax())  # one NaN makes both NaN
+        # One NaN makes both NaN. Not in the mask's own type, in which the highest of 300 classes would wrap round.
+        low, high = (value.float() if _waits(value) else value.item() for value in target.aminmax())
         slack = 0 if indices else _ROUNDING
         require(
             "target",
