@@ -68,15 +68,16 @@ def sums(
         squared: sum p^2 and t^2 for P and T.
     """
     p = reading.probabilities() if p is None else p
-    if reading.valid is not None:
+    mask = reading.target
+    if weight is not None and not reading.has_indices():
+        mask = mask * weight
+    if reading.valid is not None:  # the mask is 0 there already
         weight = reading.valid.to(p.dtype) if weight is None else weight * reading.valid
-    mask = reading.target if weight is None or reading.has_indices() else reading.target * weight
     tp, pred, true = RegionSums.apply(p, mask, weight)
     if squared:
         pred = (p * p if weight is None else p * p * weight).sum(reading.spatial)
         if not reading.has_indices():  # t^2 is t for the others
-            t = reading.target**2
-            true = (t if weight is None else t * weight).sum(reading.spatial)
+            true = (mask * reading.target).sum(reading.spatial)
     return (tp.sum(0), pred.sum(0), true.sum(0)) if batch else (tp, pred, true)
 
 
