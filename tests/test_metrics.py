@@ -494,6 +494,8 @@ def test_distances_are_on_the_cpu_whatever_the_default_device() -> None:
         (hausdorff_distance, {"spacing": (1.0, 0.0)}, r"spacing .* 2 numbers above 0, not \(1\.0, 0\.0\)"),
         (hausdorff_distance, {"spacing": (1.0, 1.0, 1.0)}, r"2 numbers above 0, not \(1\.0, 1\.0, 1\.0\)"),
         (hausdorff_distance, {"spacing": 0.5}, r"2 numbers above 0, not 0\.5"),
+        (hausdorff_distance, {"spacing": (1.0, math.inf)}, r"2 numbers above 0, not \(1\.0, inf\)"),
+        (hausdorff_distance, {"spacing": (1.0, None)}, r"2 numbers above 0, not \(1\.0, None\)"),
     ],
 )
 def test_keywords_out_of_range_are_named(score: Any, options: dict[str, Any], message: str) -> None:

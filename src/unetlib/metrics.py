@@ -742,7 +742,8 @@ def _mean_distance(
     check_options("a score of edges", others, PictureOptions.__annotations__)
     reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
     axes = len(reading.spatial)
-    if spacing is not None and not (np.shape(spacing) == (axes,) and np.greater(spacing, 0).all()):
+    sizes = [1.0] * axes if spacing is None else spacing
+    if np.shape(sizes) != (axes,) or not all(is_number(size) and 0 < size < math.inf for size in sizes):
         raise ValueError(f"spacing must hold the size of a pixel along each axis, {axes} numbers above 0, not {spacing!r}")
     empty = _checked_empty(empty, most=max(alone, 1.0))  # a distance may be any number
     predicted, true = (mask.flatten(0, 1).cpu().numpy() for mask in reading.masks(threshold))
