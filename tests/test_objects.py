@@ -219,6 +219,11 @@ def test_a_data_sets_scores_are_means_over_pictures_and_pooled_counts():
     assert first.pictures == 0
 
 
+def test_what_cannot_be_merged_is_named():
+    with pytest.raises(TypeError, match="merge takes one ObjectMetrics, got list; merge several one by one"):
+        ObjectMetrics().merge([ObjectMetrics()])
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------------
 
 

@@ -214,7 +214,13 @@ class ObjectMetrics:
         self._rand.append(rand)
 
     def merge(self, other: ObjectMetrics) -> None:
-        """Add what another accumulator has counted."""
+        """Add what another accumulator has counted.
+
+        Raises:
+            TypeError: if it is no `ObjectMetrics`.
+        """
+        if not isinstance(other, ObjectMetrics):
+            raise TypeError(f"merge takes one ObjectMetrics, got {type(other).__name__}; merge several one by one")
         self._counts += other._counts
         self._precisions += other._precisions
         self._rand += other._rand
