@@ -10,6 +10,7 @@ Needs scipy, which the `metrics` extra installs.
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -233,15 +234,19 @@ class ObjectMetrics:
             threshold; each with ``_pooled`` from the objects of all pictures together; and ``rand``, the mean over
             pictures of `rand_f_score`. A picture without objects in either mask counts for nothing.
         """
-        tables = {"": np.array([row for row in self._precisions if not np.isnan(row).any()]).reshape(-1, len(THRESHOLDS))}
-        tables["_pooled"] = _precision(ObjectCounts(*self._counts))[None]
-        scores: dict[str, float] = {}
-        for suffix, table in tables.items():
-            mean = table.mean(0) if len(table) else np.full(len(THRESHOLDS), math.nan)
-            scores[f"ap{suffix}"] = float(mean.mean())
-            scores |= {f"ap{round(100 * t)}{suffix}": float(mean[THRESHOLDS.index(t)]) for t in (0.5, 0.75)}
+        scored = [precision for precision in self._precisions if not np.isnan(precision).any()]
+        precisions = {
+            "": np.mean(scored, axis=0) if scored else np.full(len(THRESHOLDS), math.nan),
+            "_pooled": _precision(ObjectCounts(*self._counts)),
+        }
+        result: dict[str, float] = {}
+        for suffix, precision in precisions.items():
+            result[f"ap{suffix}"] = float(precision.mean())
+            result[f"ap50{suffix}"] = float(precision[THRESHOLDS.index(0.5)])
+            result[f"ap75{suffix}"] = float(precision[THRESHOLDS.index(0.75)])
         rand = [score for score in self._rand if not math.isnan(score)]
-        return scores | {"rand": math.fsum(rand) / len(rand) if rand else math.nan}
+        result["rand"] = statistics.fmean(rand) if rand else math.nan
+        return result
 
 
 class _Overlaps(NamedTuple):
