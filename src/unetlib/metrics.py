@@ -415,12 +415,14 @@ def calibration_error(
     confidence, right = reading.probabilities(), true
     if not reading.sigmoid:
         confidence, right = confidence.amax(dim=1, keepdim=True), (predicted == true).unsqueeze(1)
-    if reading.valid is not None:
-        confidence, right = confidence[reading.valid], right[reading.valid]
+    pixels: Tensor | int = confidence.numel()
+    if reading.valid is not None:  # an ignored pixel adds 0 to its bin
+        confidence, right = confidence.masked_fill(~reading.valid, 0), right & reading.valid
+        pixels = counts.off_mps(reading.valid.sum())
     confidence, right = (counts.off_mps(part.flatten()).double() for part in (confidence, right))
     box = (confidence * bins).long().clamp(0, bins - 1)  # the nan of an infinite logit is no number of a bin
     gap = confidence.new_zeros(bins).scatter_add_(0, box, confidence - right)
-    return gap.abs().sum() / confidence.numel()
+    return gap.abs().sum() / pixels
 
 
 class SegmentationMetrics:
