@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from pretended_mps import OnMps
-from test_losses import OneDevice
+from test_losses import KINDS, OneDevice, library, with_ignored
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unetlib.metrics import (
@@ -39,7 +37,6 @@ from unetlib.metrics import (
     specificity_score,
 )
 
-KINDS = ("binary", "multiclass", "multilabel")
 SHAPES = ((30,), (5, 6), (3, 4, 5))
 SCORES = {
     "dice": dice_score,
@@ -50,13 +47,6 @@ SCORES = {
 }
 
 
-def library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        pytest.skip(f"{name} is not installed; it comes with the test extra: pip install 'unetlib[test]'")
-
-
 def case(kind: str, shape: tuple[int, ...], seed: int = 0, n: int = 3) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     channels = 1 if kind == "binary" else 3
@@ -65,11 +55,6 @@ def case(kind: str, shape: tuple[int, ...], seed: int = 0, n: int = 3) -> tuple[
         return logits, torch.randint(0, channels, (n, *shape), generator=generator, dtype=torch.uint8), {}
     target = torch.randint(0, 2, (n, channels, *shape), generator=generator, dtype=torch.uint8)
     return logits, target, {"multilabel": True} if kind == "multilabel" else {}
-
-
-def with_ignored(target: torch.Tensor) -> torch.Tensor:
-    drop = torch.rand(target.shape, generator=torch.Generator().manual_seed(5)) < 0.25
-    return target.masked_fill(drop, 255)
 
 
 def blob(seed: int, shape: tuple[int, ...] = (20, 23), n: int = 3) -> torch.Tensor:

@@ -138,7 +138,7 @@ def dice_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) 
     Args:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -166,7 +166,7 @@ def fbeta_score(logits: Tensor, target: Tensor, *, beta: float = 1.0, **options:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         beta: 1 is Dice.
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -189,7 +189,7 @@ def iou_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -
     Args:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -211,7 +211,7 @@ def precision_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptio
     Args:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -233,7 +233,7 @@ def recall_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOptions]
     Args:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -257,7 +257,7 @@ def specificity_score(logits: Tensor, target: Tensor, **options: Unpack[ScoreOpt
     Args:
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
-        **options: see `ScoreOptions`.
+        **options: threshold, include_background, empty, batch, ignore_index, multilabel, reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -282,7 +282,8 @@ def boundary_iou(logits: Tensor, target: Tensor, *, distance: int | None = None,
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         distance: width of the bands in pixels; by default 2% of the picture's diagonal, as in the paper.
-        **options: see `ScoreOptions`; with ``batch=True`` the bands' counts are pooled.
+        **options: threshold, include_background, empty, batch (pools the bands' counts), ignore_index, multilabel,
+            reduction; see `ScoreOptions`.
 
     Returns:
         float64 scalar; (N, C) or (C,) scores with ``reduction="none"``.
@@ -317,7 +318,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
         logits: (N, C, *spatial).
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         tolerance: in pixels.
-        **options: see `PictureOptions`.
+        **options: threshold, include_background, empty, ignore_index, multilabel, reduction; see `PictureOptions`.
 
     Returns:
         float64 scalar; (N, C) scores with ``reduction="none"``.
@@ -359,7 +360,7 @@ def hausdorff_distance(
         target: a mask, (N, *spatial) or (N, 1 or C, *spatial): class indices or values from 0 to 1; see [`unetlib.targets`][].
         percentile: 95 gives HD95: that percentile of the distances in place of the largest, the larger of both ways.
         spacing: size of a pixel along each axis, by default 1.
-        **options: see `PictureOptions`.
+        **options: threshold, include_background, empty, ignore_index, multilabel, reduction; see `PictureOptions`.
 
     Returns:
         float64 scalar; (N, C) distances with ``reduction="none"``.
