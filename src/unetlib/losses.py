@@ -9,8 +9,8 @@ logits and masks look like. Everything is computed in float32, whatever type the
   every false positive. With 0, absent from both scores 1, and false positives alone score 0, without a gradient.
 - ``batch``: pool the sums over the batch, instead of a score for each picture.
 - ``weight``: a factor for each class, shape (C,); the mean is then the weighted mean.
-- ``ignore_index``: the mask value whose pixels count for nothing; their logits get a gradient of exactly zero. Unless the
-  mask holds class indices, it lies outside 0 to 1.
+- ``ignore_index``: the mask value whose pixels count for nothing; their logits, if finite, get a gradient of exactly zero.
+  Unless the mask holds class indices, it lies outside 0 to 1.
 - ``multilabel``: one sigmoid a channel instead of one softmax.
 - ``reduction``: ``"mean"``, ``"sum"`` or ``"none"``. A loss on pixels has the terms (N, *spatial) for a softmax and
   (N, C, *spatial) for sigmoids, and its mean is over the pixels that count. A loss on regions has a term for each
