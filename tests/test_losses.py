@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import unetlib
 from unetlib import losses, targets
 from unetlib.gradients import RegionSums
 from unetlib.losses import (
@@ -1014,6 +1015,18 @@ def test_modules_are_their_functions(module: type[Loss]) -> None:
         module(smoth=1)
     with pytest.raises(TypeError, match=rf"{module.__name__} takes keywords alone, got Tensor; .* ignore_index="):
         module(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "keyword", ["logits", "target", "smooth", "batch", "weight", "ignore_index", "multilabel", "reduction"]
+)
+def test_a_keyword_is_described_in_the_same_words_wherever_it_is(keyword: str) -> None:
+    """Each function describes all of its keywords, for help() and editors show one docstring; so they repeat each other."""
+    functions = [getattr(unetlib, name) for name in dir(unetlib) if name.endswith(("_loss", "_score", "accuracy", "_error"))]
+    described = [re.search(rf"^ +{keyword}: ([^.;:]+)", function.__doc__ or "", re.MULTILINE) for function in functions]
+    words = [found[1] for found in described if found]
+    assert len(words) > 1
+    assert len(set(words)) == 1
 
 
 def test_every_loss_function_has_its_module() -> None:
