@@ -1043,6 +1043,14 @@ def test_class_weights_move_with_the_module() -> None:
     assert torch.equal(tversky_loss(logits, target, weight=[0, 1, 2], alpha=0.3), value)
 
 
+@pytest.mark.parametrize("wrong", ["balanced", {0: 1.0}, ["1", "2"], [[1.0], [1.0, 2.0]]])
+def test_factors_that_are_no_numbers_are_named(wrong: Any) -> None:
+    logits, target, _ = case("binary", (5, 6))
+    for loss in (lambda: CrossEntropyLoss(pos_weight=wrong), lambda: cross_entropy_loss(logits, target, pos_weight=wrong)):
+        with pytest.raises(TypeError, match=re.escape(f"such as [1.0, 2.0], got {wrong!r} (")):
+            loss()
+
+
 def test_losses_add_up() -> None:
     logits, target, _ = case("binary", (5, 6))
     loss = CrossEntropyLoss() + 0.5 * (DiceLoss() + BCEDiceLoss(border_weight=2, border_size=3) * 2)

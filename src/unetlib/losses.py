@@ -33,6 +33,7 @@ from .arguments import at_least, check_options, whole
 from .gradients import EPS, Focal, Lovasz
 from .targets import read
 from .terms import (
+    as_factors,
     border_map,
     cross_entropy,
     pixel_weight,
@@ -541,7 +542,8 @@ class Loss(nn.Module):
         """Keep the options.
 
         Raises:
-            TypeError: for a keyword that the function does not have, and for an option without its keyword.
+            TypeError: for a keyword that the function does not have, an option without its keyword, and factors that are no
+                numbers.
         """
         super().__init__()
         known = inspect.signature(type(self)).parameters
@@ -551,7 +553,7 @@ class Loss(nn.Module):
         check_options(type(self).__name__, options, known)
         for name in ("weight", "pos_weight"):
             if options.get(name) is not None:
-                self.register_buffer(name, torch.as_tensor(options.pop(name), dtype=torch.float32))
+                self.register_buffer(name, as_factors(name, options.pop(name), torch.float32))
         self.options = options
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,11 +158,19 @@ def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
     return skeleton
 
 
+def as_factors(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Read factors, a tensor, which stays on its device, or numbers."""
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=None if isinstance(value, Tensor) else device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must hold a factor for each class, such as [1.0, 2.0], got {value!r} ({error})") from error
+
+
 def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | None:
-    channels, device = reading.logits.shape[1], reading.logits.device
     if value is None:
         return None
-    value = torch.as_tensor(value, dtype=reading.logits.dtype, device=None if isinstance(value, Tensor) else device)
+    channels, device = reading.logits.shape[1], reading.logits.device
+    value = as_factors(name, value, reading.logits.dtype, device)
     if tuple(value.shape) != (channels,):
         raise ValueError(f"{name} must hold a factor for each channel, shape ({channels},), got {tuple(value.shape)}")
     if value.device != device:
