@@ -162,6 +162,7 @@ def read(
         target = target.unsqueeze(1)
     sigmoid = multilabel or channels == 1
     indices = not sigmoid and target.shape[1] == 1
+    shares = not sigmoid and not indices
     if ignore_index in (0, 1) and not indices:
         left_out = "one of a sigmoid's two answers" if sigmoid else "every pixel of a one-hot mask"
         raise ValueError(
@@ -171,11 +172,10 @@ def read(
     valid = None
     if ignore_index is not None and _holds(target.dtype, ignore_index):
         valid = target != ignore_index
-        if not sigmoid and not indices:
+        if shares:
             valid = valid.all(dim=1, keepdim=True)
-    if valid is not None:
         target = target * valid  # masked_fill takes a CPU several times as long
-    _check_values(target, valid, channels - 1 if indices else 1, indices=indices, shares=not (sigmoid or indices))
+    _check_values(target, valid, channels - 1 if indices else 1, indices=indices, shares=shares)
     if indices:
         target = target.squeeze(1).long()
     elif soft:
