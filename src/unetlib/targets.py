@@ -264,8 +264,8 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices
 
 
 def _waits(value: Tensor) -> bool:
-    """Whether reading the value would make the program wait for the device, or break a compiled graph."""
-    return value.is_cuda or torch.compiler.is_compiling() or _is_wrapped(value)
+    """Whether the value cannot be read, or not without waiting for the device or breaking a compiled graph."""
+    return value.is_cuda or value.is_meta or torch.compiler.is_compiling() or _is_wrapped(value)
 
 
 def _is_wrapped(value: Tensor) -> bool:
