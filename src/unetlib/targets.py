@@ -97,7 +97,9 @@ class Reading(NamedTuple):
         check_threshold(threshold)
         self._check_numbers(self.logits)
         predicted = self.logits > math.log(threshold / (1 - threshold))
-        return (predicted, true) if self.valid is None else (predicted & self.valid, true & self.valid)
+        if self.valid is not None:  # the mask is false there already
+            predicted = predicted & self.valid
+        return predicted, true
 
     def masks(self, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """`decisions` as two masks, bool (N, C, *spatial), false where ignored."""
