@@ -29,13 +29,6 @@ from .arguments import is_number
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these but cannot compute with them
 _ROUNDING = 1e-5  # how far from 0 to 1 a soft mask may lie, for resizing leaves values such as 1 + 2.4e-7
 _SQUEEZED = ". Three dimensions are (N, C, length): logits of pictures keep their channel, (N, 1, H, W), without squeeze(1)"
-_AS_IT_IS = (
-    "pass the model's output as it is. Metrics take a mask for it as mask[:, None].float() if binary, else as "
-    "torch.nn.functional.one_hot(mask.long(), classes).movedim(-1, 1).float()"
-)
-_DIVERGED = (
-    "the network diverged, or overflowed in half precision: train it with a lower learning rate, run it in bfloat16 or float32"
-)
 
 
 class Reading(NamedTuple):
@@ -116,7 +109,14 @@ class Reading(NamedTuple):
         found = logits.amin().isnan()
         if self.valid is not None and (_waits(logits) or found):
             found = (logits.isnan() & self.valid).any()
-        require("logits", ~found, "numbers", lambda: math.nan, _DIVERGED)
+        require(
+            "logits",
+            ~found,
+            "numbers",
+            lambda: math.nan,
+            "the network diverged, or overflowed in half precision: train it with a lower learning rate, run it in bfloat16 "
+            "or float32",
+        )
 
     def _one_hot(self, indices: Tensor) -> Tensor:
         classes = torch.arange(self.logits.shape[1], device=indices.device)
@@ -203,7 +203,11 @@ def _check_form(logits: Tensor, target: Tensor, multilabel: bool) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {_tensor_of(name, value)}")
     if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}; {_AS_IT_IS}")
+        raise TypeError(
+            f"logits must be floating point, got {logits.dtype}; pass the model's output as it is. Metrics take a mask for it "
+            "as mask[:, None].float() if binary, else as torch.nn.functional.one_hot(mask.long(), classes)"
+            ".movedim(-1, 1).float()"
+        )
     if target.is_complex():
         raise TypeError(f"target must hold integers, bools or floats, got {target.dtype}")
     if not 3 <= logits.ndim <= 5 or logits.numel() == 0:
