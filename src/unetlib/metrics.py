@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -572,10 +572,10 @@ class SegmentationMetrics:
             ``specificity_pooled``: the mean over classes of the score of all pixels together; and ``accuracy``: the share
             of all pixels that are right.
         """
-        result, pooled = {}, self._pooled()
-        for name, means in self._means().items():
+        result = {}
+        for name, means, pooled in self._scores():
             result[name] = means[-1]
-            defined = [score for score in pooled[name][self._first :] if not math.isnan(score)]
+            defined = [score for score in pooled[self._first :] if not math.isnan(score)]
             result[f"{name}_pooled"] = _quotient(math.fsum(defined), len(defined))
         right = self._table.diagonal(dim1=-2, dim2=-1).sum().item()
         result["accuracy"] = _quotient(right, self._table.sum().item())
@@ -583,9 +583,9 @@ class SegmentationMetrics:
 
     def per_class(self) -> dict[str, list[float]]:
         """Each score of `compute` but accuracy, for every class, background included."""
-        result, pooled = {}, self._pooled()
-        for name, means in self._means().items():
-            result[name], result[f"{name}_pooled"] = means[:-1], pooled[name]
+        result = {}
+        for name, means, pooled in self._scores():
+            result[name], result[f"{name}_pooled"] = means[:-1], pooled
         return result
 
     def per_picture(self) -> dict[str, list[float]]:
@@ -676,18 +676,12 @@ class SegmentationMetrics:
         self._table, self._sums, self._scored = table, sums, scored
         self.pictures += pictures
 
-    def _means(self) -> dict[str, list[float]]:
-        """Mean over pictures of each score: of every class, and last of the pictures' means over classes."""
-        means = [
-            [_quotient((high << _BITS) + low, n << 2 * _BITS) for (high, low), n in zip(sums, scored, strict=True)]
-            for sums, scored in zip(self._sums.tolist(), self._scored.tolist(), strict=True)
-        ]
-        return dict(zip(SCORES, means, strict=True))
-
-    def _pooled(self) -> dict[str, list[float]]:
-        """Score of every class, of all pixels together."""
+    def _scores(self) -> Iterator[tuple[str, list[float], list[float]]]:
+        """Name of each score; its means over pictures, of every class and last of their means; every class's of all pixels."""
         cells = one_against_rest(self._table, self._sigmoid)
-        return {name: score(cells, self.empty).tolist() for name, score in SCORES.items()}
+        for (name, score), sums, scored in zip(SCORES.items(), self._sums.tolist(), self._scored.tolist(), strict=True):
+            means = [_quotient((high << _BITS) + low, n << 2 * _BITS) for (high, low), n in zip(sums, scored, strict=True)]
+            yield name, means, score(cells, self.empty).tolist()
 
 
 def _fixed_point(scores: Tensor) -> Tensor:
