@@ -279,18 +279,11 @@ def _is_wrapped(value: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-def _outside_of_func(good: Tensor) -> Tensor:
-    """The answer for all that `torch.func.vmap` maps over, as a tensor of its own, for vmap knows no assertions."""
-    if not _is_wrapped(good):
-        return good
-    while _is_wrapped(good):
-        good = torch._C._functorch.get_unwrapped(good)
-    return good.all()
-
-
 def require(name: str, good: Tensor | bool, expected: str, found: Callable[[], Tensor | float], fix: str) -> None:
     """Refuse values of a tensor, without waiting for its device."""
     if isinstance(good, Tensor) and _waits(good):
-        torch._assert_async(_outside_of_func(good), f"{name} must hold {expected}; {fix}")
+        while _is_wrapped(good):  # torch.func.vmap knows no assertions; the tensor of all that it maps over does
+            good = torch._C._functorch.get_unwrapped(good)
+        torch._assert_async(good.all() if good.ndim else good, f"{name} must hold {expected}; {fix}")
     elif not good:
         raise ValueError(f"{name} must hold {expected}, found {float(found()):.10g}; {fix}")
