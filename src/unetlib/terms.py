@@ -20,13 +20,12 @@ def cross_entropy(
 ) -> Tensor:
     """Weighted cross-entropy of every pixel: (N, *spatial) for a softmax, (N, C, *spatial) for sigmoids."""
     target = reading.target
-    weight, pos_weight = _per_class("weight", weight, reading), _per_class("pos_weight", pos_weight, reading)
+    weight = _per_class("weight", weight, reading, column=reading.sigmoid)
+    pos_weight = _per_class("pos_weight", pos_weight, reading, column=reading.sigmoid)
     at_least("label_smoothing", label_smoothing, 0, 1)
     if reading.sigmoid:
         if label_smoothing:
             target = target * (1 - label_smoothing) + label_smoothing / 2
-        weight = None if weight is None else _column(weight, reading)
-        pos_weight = None if pos_weight is None else _column(pos_weight, reading)
         return F.binary_cross_entropy_with_logits(reading.logits, target, weight, pos_weight=pos_weight, reduction="none")
     if pos_weight is not None:
         raise ValueError("pos_weight belongs to sigmoids; for a softmax use weight=, a factor for each class")
@@ -35,12 +34,11 @@ def cross_entropy(
 
 def pixel_weight(reading: Reading, weight: Tensor | None) -> Tensor | None:
     """The class weight at each pixel: of its class for a softmax, of its channel for sigmoids."""
-    weight = _per_class("weight", weight, reading)
+    weight = _per_class("weight", weight, reading, column=not reading.has_indices())
     if weight is None:
         return None
     if reading.has_indices():
         return weight[reading.target]
-    weight = _column(weight, reading)
     return weight if reading.sigmoid else (reading.target * weight).sum(1)
 
 
@@ -166,7 +164,8 @@ def as_factors(name: str, value: Any, dtype: torch.dtype, device: torch.device |
         raise TypeError(f"{name} must hold a factor for each class, such as [1.0, 2.0], got {value!r} ({error})") from error
 
 
-def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | None:
+def _per_class(name: str, value: Tensor | None, reading: Reading, *, column: bool = False) -> Tensor | None:
+    """Check factors of the classes, (C,); as a column, (C, 1, ...), they multiply (N, C, *spatial)."""
     if value is None:
         return None
     channels, device = reading.logits.shape[1], reading.logits.device
@@ -183,11 +182,7 @@ def _per_class(name: str, value: Tensor | None, reading: Reading) -> Tensor | No
         lambda: high if low >= 0 else low,
         "a class that weighs nothing has 0; leave the factors out where all weigh the same",
     )
-    return value
-
-
-def _column(value: Tensor, reading: Reading) -> Tensor:
-    return value.view(-1, *[1] * len(reading.spatial))
+    return value.view(-1, *[1] * len(reading.spatial)) if column else value
 
 
 def _reduce(terms: Tensor, reduction: str) -> Tensor:
