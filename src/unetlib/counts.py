@@ -26,15 +26,12 @@ class Cells(NamedTuple):
 def confusion(reading: Reading, threshold: float) -> Tensor:
     """Pixels of each picture by (true, predicted) class, int64 (N, C, C); (N, C, 2, 2) for sigmoids."""
     predicted, true = reading.decisions(threshold)
-    n, channels = reading.logits.shape[:2]
     if reading.sigmoid:
-        tp, p, t = count(predicted & true), count(predicted), count(true)
-        table = torch.stack([_pixels(reading) - p - t + tp, p - tp, t - tp, tp], dim=-1).view(n, channels, 2, 2)
-    else:
-        cell = (true * channels + predicted).flatten(1)
-        ones = cell.new_ones(1).expand_as(cell) if reading.valid is None else reading.valid.flatten(1).long()
-        table = cell.new_zeros(n, channels**2).scatter_add_(1, cell, ones).view(n, channels, channels)
-    return off_mps(table)
+        return _confusion_of_masks(reading, predicted, true)
+    n, channels = reading.logits.shape[:2]
+    cell = (true * channels + predicted).flatten(1)
+    ones = cell.new_ones(1).expand_as(cell) if reading.valid is None else reading.valid.flatten(1).long()
+    return off_mps(cell.new_zeros(n, channels**2).scatter_add_(1, cell, ones).view(n, channels, channels))
 
 
 def one_against_rest(table: Tensor, sigmoid: bool) -> Cells:
@@ -55,13 +52,14 @@ def pixel_cells(reading: Reading, threshold: float) -> Cells:
 def band_cells(reading: Reading, threshold: float, *, width: int) -> Cells:
     """Cells of the masks' inner bands, (N, C)."""
     predicted, true = (inner_band(mask, width) for mask in reading.masks(threshold))
+    return one_against_rest(_confusion_of_masks(reading, predicted, true), sigmoid=True)
+
+
+def _confusion_of_masks(reading: Reading, predicted: Tensor, true: Tensor) -> Tensor:
+    """Pixels by truth and prediction, int64 (N, C, 2, 2), of masks that are bool (N, C, *spatial) and false where ignored."""
+    pixels = math.prod(reading.logits.shape[2:]) if reading.valid is None else count(reading.valid)
     tp, p, t = count(predicted & true), count(predicted), count(true)
-    return Cells(*off_mps(torch.stack([tp, p - tp, t - tp, _pixels(reading) - p - t + tp])))
-
-
-def _pixels(reading: Reading) -> Tensor | int:
-    """How many pixels count: of each picture, (N, 1), for multilabel (N, C), or one number where all do."""
-    return math.prod(reading.logits.shape[2:]) if reading.valid is None else count(reading.valid)
+    return off_mps(torch.stack([pixels - p - t + tp, p - tp, t - tp, tp], dim=-1).view(*tp.shape, 2, 2))
 
 
 def count(mask: Tensor) -> Tensor:
