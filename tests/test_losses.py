@@ -1173,6 +1173,17 @@ def test_losses_compile_without_a_break(name: str, kind: str) -> None:
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_losses_compile_for_pictures_of_any_size(name: str) -> None:
+    """With dynamic=True the compiler has unknown numbers, not only for sizes but for options too."""
+    loss, extra = ALL[name]
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for shape in ((5, 6), (9, 7)):
+        logits, target, _ = case("multiclass", shape)
+        torch.testing.assert_close(compiled(logits, target, **extra), loss(logits, target, **extra))
+
+
 def test_compiled_modules_still_check_values() -> None:
     torch.compiler.reset()
     compiled = torch.compile(DiceLoss(), fullgraph=True, backend="aot_eager")

@@ -71,6 +71,8 @@ def check_device(name: Any, *, here: bool = True) -> None:
 
 def is_number(value: object) -> bool:
     """Whether a value is one number, Python's, NumPy's or PyTorch's, and no array of several."""
+    if isinstance(value, (int, float)):  # asked first, for torch.compile has numbers of its own, without attributes
+        return True
     return isinstance(value, SupportsFloat) and getattr(value, "ndim", 0) == 0
 
 
