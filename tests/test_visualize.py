@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,18 @@ def test_mask_to_image_spreads_the_classes_over_the_greys():
     assert mask_to_image(mask, classes=4).tolist() == [[0, 85], [170, 255]]
     assert mask_to_image(mask.astype(bool)).tolist() == [[0, 255], [255, 255]]
     assert mask_to_image(np.array([[0, 150, 299]]), classes=300).tolist() == [[0, 127, 255]]
+    assert mask_to_image(np.array([[0.0, 1.0]]), classes=2).tolist() == [[0, 255]]
+
+
+def test_mask_to_image_of_a_huge_mask_takes_little_memory_beside_it():
+    mask = np.ones((1000, 2000), np.uint8)
+    tracemalloc.start()
+    try:
+        mask_to_image(mask)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * mask.nbytes
 
 
 @pytest.mark.parametrize("alpha", [0, 0.1, 0.25, 0.5, 1])
@@ -142,6 +156,19 @@ def test_bad_input_is_named(call, message):
 def test_what_is_no_array_is_named(call, other):
     with pytest.raises(TypeError, match=rf"must be a NumPy array, got {type(other).__name__}; use np\.asarray"):
         call(other)
+
+
+def test_a_path_is_to_be_read():
+    for call in (lambda: overlay("a.png", PAIR[1]), lambda: grid([Path("a.png")])):
+        with pytest.raises(TypeError, match=r"must be a NumPy array, got \w+; read the file with .*read_image$"):
+            call()
+    with pytest.raises(TypeError, match=r"read the file with unetlib\.imaging\.read_mask$"):
+        overlay(PAIR[0], "a_mask.png")
+
+
+def test_curves_of_numbers_are_told_what_scores_are(tmp_path):
+    with pytest.raises(TypeError, match=r'a dictionary for each epoch, such as \{"dice": 0\.9\}, not 0\.7$'):
+        learning_curves([0.9, 0.5], [0.7, 0.8], tmp_path / "curves.png")
 
 
 def test_curves_are_a_png_by_any_name_and_need_no_scores(tmp_path):
