@@ -303,16 +303,26 @@ def test_unreadable_files(tmp_path):
 def test_what_is_no_path_is_named_by_its_type():
     for source in (RGB, torch.zeros(3, 4, 5), None):
         for read in (read_image, read_mask, image_size):
-            with pytest.raises(TypeError, match=rf"path or a PIL picture, not a {type(source).__name__}; .*Image\.fromarray"):
+            with pytest.raises(TypeError, match=rf"or a PIL picture, not a {type(source).__name__}; .*Image\.fromarray"):
                 read(source)
+
+
+def test_bytes_of_a_file_are_read_as_an_open_file():
     file = io.BytesIO()
     Image.fromarray(RGB).save(file, "PNG")
-    np.testing.assert_array_equal(read_image(file), RGB)
+    assert image_size(file) == RGB.shape[:2]
+    np.testing.assert_array_equal(read_image(file), RGB)  # again, from its beginning
+    assert not file.closed
+    with pytest.raises(ValueError, match=r"^the given file cannot be read as a picture"):
+        read_image(io.BytesIO(b"no picture"))
+    for data in (file.getvalue(), bytearray(file.getvalue())):
+        with pytest.raises(TypeError, match=rf"not a {type(data).__name__}; of a file's bytes: io\.BytesIO\(them\)$"):
+            read_image(data)
 
 
 def test_files_that_may_be_sound_are_not_to_be_removed(tmp_path, monkeypatch):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match=r"folder\.png cannot be opened: (Is a directory|Permission denied)$"):
+    with pytest.raises(ValueError, match=r"folder\.png is a folder; give a file in it"):
         read_image(tmp_path / "folder.png")
 
     def fail(source):

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .arguments import height_and_width
 
-Source: TypeAlias = str | PathLike[str] | Image.Image
+Source: TypeAlias = str | PathLike[str] | IO[bytes] | Image.Image
 Color: TypeAlias = tuple[int, int, int]
 Classes: TypeAlias = dict[int | Color, int]
 MaskValues: TypeAlias = Literal["nonzero"] | Sequence[int] | Sequence[Color] | Mapping[int, int] | Mapping[Color, int] | None
@@ -54,7 +55,8 @@ def read_image(
     luma for `"L"`.
 
     Args:
-        source: Path of a picture, or an open PIL picture (left unchanged).
+        source: Path of a picture, a file opened in binary mode (`io.BytesIO` of its bytes too), or an open PIL picture (left
+            unchanged).
         mode: `"RGB"` or `"L"` (grey).
         min_size: (height, width) that is enough. A JPEG file is then decoded at 1/2, 1/4 or 1/8 of its sides where both
             stay that long, which takes less time than all of it, and resized to `min_size`. Other pictures are the caller's to
@@ -68,7 +70,7 @@ def read_image(
         ValueError: The file cannot be read, holds several frames or bands beside grey, colour and alpha, 16-bit colour in
             planes, or signed or 32-bit numbers, whose range is unknown.
         MemoryError: There is too little memory for it.
-        TypeError: `source` is no path or picture, or `min_size` no pair of integers.
+        TypeError: `source` is none of these, or `min_size` no pair of integers.
 
     Example:
         >>> read_image(Image.new("RGBA", (4, 2), (255, 128, 0, 10))).shape
@@ -99,14 +101,14 @@ def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
     """Height and width of a picture, without decoding it where its format allows that.
 
     Args:
-        source: Path of a picture, or an open PIL picture.
+        source: As for `read_image`.
         upright: As `read_image` turns it; a PNG file may say last how that is, so that all of it is read. `False`: as the
             file stores it.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be opened, or is no picture.
-        TypeError: `source` is no path or picture.
+        TypeError: `source` is none of these.
 
     Example:
         >>> image_size(Image.new("RGB", (48, 32)))
@@ -131,7 +133,7 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     EXIF orientation is applied and transparency dropped, as in `read_image`; a mask with a shape in that alone is an error.
 
     Args:
-        source: Path of a mask, or an open PIL picture (left unchanged).
+        source: Path of a mask, a file opened in binary mode, or an open PIL picture (left unchanged).
         mask_values: `None`: binary, as above.
             `"nonzero"`: binary, where any number of values may be foreground (numbered instances, anti-aliased edges).
             A sequence of integers, or of (r, g, b) colours: value number k is class k.
@@ -144,7 +146,7 @@ def read_mask(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, or holds values other than expected; or as `class_of_value`.
-        TypeError: `source` is no path or picture; or as `class_of_value`.
+        TypeError: `source` is none of these; or as `class_of_value`.
 
     Example:
         >>> mask = Image.new("L", (2, 1), 0)
@@ -282,16 +284,16 @@ def label_dtype(classes: Classes) -> np.dtype[Any]:
 def _name(source: Source) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "")) or "the given picture"
-    return str(source)
+    return str(source) if isinstance(source, (str, PathLike)) else "the given file"
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
     """The picture, not yet decoded, with one error for all that can be wrong with a file while it is in use."""
     if not isinstance(source, (str, PathLike, Image.Image)) and not hasattr(source, "read"):
-        raise TypeError(
-            f"expected a path or a PIL picture, not a {type(source).__name__}; of an array: PIL.Image.fromarray(array)"
-        )
+        is_bytes = isinstance(source, (bytes, bytearray, memoryview))
+        advice = "of a file's bytes: io.BytesIO(them)" if is_bytes else "of an array: PIL.Image.fromarray(array)"
+        raise TypeError(f"expected a path, an open file or a PIL picture, not a {type(source).__name__}; {advice}")
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             yield image
@@ -306,6 +308,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise MemoryError(f"there is too little memory for {_name(source)}; free some, or reduce the picture") from error
     except Exception as error:  # inside a decoder a broken file can raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a decoder: the file may be sound
+            if isinstance(source, (str, PathLike)) and Path(source).is_dir():
+                raise ValueError(f"{source} is a folder; give a file in it, or several one by one") from error
             raise ValueError(f"{_name(source)} cannot be opened: {error.strerror}") from error
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
