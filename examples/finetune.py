@@ -57,7 +57,10 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     for split in ["train", "val"] if own_val else ["train"]:
         folders = args.data / split, args.data / f"{split}_masks"
         if missing := [folder.name for folder in folders if not folder.is_dir()]:
-            raise FileNotFoundError(f"there is no folder {missing[0]}/; --help has the layout")
+            raise FileNotFoundError(
+                f"there is no folder {missing[0]}/; pictures belong in its folder {split}/ and masks in {split}_masks/: rename "
+                "yours, or link to them"
+            )
         sets.append(ImageMaskDataset(*folders, mode="L" if args.grey else "RGB", mask_suffix=args.mask_suffix))
     if own_val and (given := [typed(name, getattr(args, name)) for name in ("val_last", "val_share") if getattr(args, name)]):
         raise ValueError(f"{given[0]} holds out pictures of train/, but there is a val/; leave one out")

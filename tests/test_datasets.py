@@ -279,6 +279,8 @@ def test_hidden_files_are_ignored(folders):
 def test_missing_and_empty_folders(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'.*train_hq\.zip"):
         CarvanaDataset(folders[0], tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'$"):
+        ImageMaskDataset(folders[0], tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no pictures \(\.jpg.*in .*empty"):
         ImageMaskDataset(tmp_path / "empty", tmp_path / "empty", mask_suffix="_mask")

@@ -629,7 +629,7 @@ def colours_and_numbers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_masks, "there is no folder train_masks/"),
+        (no_masks, r"there is no folder train_masks/; pictures belong in its folder train/ and masks in train_masks/"),
         (other_name, "1 x picture without a mask"),
         (other_size, "1 x size clash"),
         (three_values, r"names 2 classes \(ground, cell\), but the masks hold 3 values \(0, 128, 255\)"),

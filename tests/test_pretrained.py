@@ -576,6 +576,13 @@ def test_a_folder_lacking_a_file_is_told_which(folder, missing):
         UNet.from_pretrained(folder)
 
 
+def test_the_folder_of_a_training_is_told_where_its_model_is(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run" / "model")
+    with pytest.raises(FileNotFoundError, match=r"run is no model folder: it lacks .*safetensors; .*run.model is one$"):
+        UNet.from_pretrained(tmp_path / "run")
+
+
 def test_a_folder_without_a_model_is_told_both_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks config\.json and model\.safetensors"):
         UNet.from_pretrained(tmp_path)

@@ -224,7 +224,13 @@ class CarvanaDataset(ImageMaskDataset):
     def __init__(
         self, image_dir: str | PathLike[str], mask_dir: str | PathLike[str], transform: Callable[..., Any] | None = None
     ) -> None:
-        super().__init__(image_dir, mask_dir, transform, mask_suffix="_mask")
+        try:
+            super().__init__(image_dir, mask_dir, transform, mask_suffix="_mask")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}. For Carvana, accept the competition's rules on Kaggle, download train_hq.zip and train_masks.zip, "
+                "and unpack both."
+            ) from None
 
 
 @overload
@@ -505,10 +511,7 @@ def _folder_and_pattern(path: Path) -> tuple[Path, str]:
 def _list_folder(folder: Path, pattern: str) -> dict[Path, str]:
     """What is in a folder and fits a pattern, each with what the `*` stands for, by which pictures and masks pair up."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {str(folder)!r}. For Carvana, accept the competition's rules on Kaggle, download "
-            "train_hq.zip and train_masks.zip, and unpack both."
-        )
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}")
     ending = "" if _names_a_format(pattern) else r"(\.[^.]*)?"
     form = re.compile(re.escape(pattern).replace(r"\*", "(.*?)") + ending, re.DOTALL)
     files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in _SYSTEM_FILES]

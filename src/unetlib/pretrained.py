@@ -332,7 +332,8 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
     if path.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}")
+            inside = f"; {path / 'model'} is one" if (path / "model" / CONFIG).is_file() else ""  # of the training scripts
+            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{inside}")
         path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {_zoo_names()}")
