@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,16 @@ def test_threads_share_a_network_in_training(model, picture):
         np.testing.assert_allclose(result, expected, atol=1e-6)
     assert all(module.training for module in model.modules())
     assert model.encoder[0].norm1.num_batches_tracked == 0
+
+
+def test_threads_share_a_network():
+    torch.manual_seed(0)
+    model, random = UNet(features=(16, 32)).eval(), np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (height, 64, 3), np.uint8) for height in (48, 64, 80, 96)] * 8
+    with ThreadPoolExecutor(8) as pool:  # one makes the copy, and each size is new to each thread
+        results = list(pool.map(partial(model.predict, probabilities=True), pictures))
+    for picture, result in zip(pictures, results, strict=True):
+        np.testing.assert_allclose(result, logits_by_hand(model, picture)[0].sigmoid().numpy(), atol=1e-5)
 
 
 def test_training_goes_on_after_a_prediction(model, picture):
