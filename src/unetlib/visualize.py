@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -40,8 +40,8 @@ def mask_to_image(mask: NDArray[Any], classes: int = 2) -> NDArray[np.uint8]:
         raise ValueError(f"the mask holds class {mask.max()}, but classes={classes} makes {classes - 1} the last")
     greys = (np.arange(classes) * 255 // (classes - 1)).astype(np.uint8)
     picture = np.empty(mask.shape, np.uint8)
-    for row, line in zip(picture, mask, strict=True):  # numbers to look greys up by take eight bytes a pixel
-        row[:] = greys[line.astype(np.int64)]
+    for part, numbers in _bands(picture, mask):
+        part[:] = greys[numbers.astype(np.int64)]
     return picture
 
 
@@ -74,10 +74,13 @@ def overlay(
     """
     mask = _check_pair(image, mask)
     at_least("alpha", alpha, 0, 1)
-    pixels = image if image.ndim == 3 else image[..., None]
-    tones = _tones(colors)[(mask.astype(np.int64) - 1) % len(colors)]
-    mixed = (1 - alpha) * pixels.astype(np.float32) + alpha * tones
-    return np.where(mask[..., None] > 0, mixed.round(), pixels).astype(np.uint8)
+    tones, picture = _tones(colors), np.empty((*mask.shape, 3), np.uint8)
+    picture[:] = image if image.ndim == 3 else image[..., None]
+    for part, classes in _bands(picture, mask):
+        coloured = classes > 0
+        tone = tones[(classes[coloured].astype(np.int64) - 1) % len(tones)]
+        part[coloured] = ((1 - alpha) * part[coloured].astype(np.float32) + alpha * tone).round()
+    return picture
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], columns: int = 4, *, gap: int = 4) -> NDArray[np.uint8]:
@@ -203,6 +206,14 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
     if epochs.lines:
         epochs.legend()
     figure.savefig(path, dpi=100, format="png")
+
+
+def _bands(*arrays: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
+    """Some rows of each array after the other: wider numbers of these take little memory, however large the picture is."""
+    height, width = arrays[0].shape[:2]
+    rows = max(1, 2**16 // max(1, width))
+    for top in range(0, height, rows):
+        yield [array[top : top + rows] for array in arrays]
 
 
 def _check_array(name: str, value: Any) -> None:
