@@ -309,7 +309,9 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     except Exception as error:  # inside a decoder a broken file can raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a decoder: the file may be sound
             if isinstance(source, (str, PathLike)) and Path(source).is_dir():
-                raise ValueError(f"{source} is a folder; give a file in it, or several one by one") from error
+                raise ValueError(
+                    f"{source} is a folder; give a file in it (`predict` takes lists, examples/predict_folder.py folders)"
+                ) from error
             raise ValueError(f"{_name(source)} cannot be opened: {error.strerror}") from error
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
