@@ -301,7 +301,7 @@ def write_results(args: argparse.Namespace, history: dict[str, Any], val_set: Im
     predicted = model.predict(images)
     if args.ignore is not None:  # what does not count is shown as background
         masks = [mask * (mask != ignored(args)) for mask in masks]
-    sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels), columns=min(8, len(images)))
+    sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))
     with room_asked_for(args.out):
         Image.fromarray(sheet).save(args.out / "predictions.png")
 

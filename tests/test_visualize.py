@@ -161,6 +161,11 @@ def test_what_is_no_array_is_named(call, other):
         call(other)
 
 
+def test_a_comparison_is_as_wide_as_its_pictures():
+    image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
+    assert comparison([image] * 2, [mask] * 2, [mask] * 2, columns=8, height=20).shape == (3 * 24 + 4, 2 * 34 + 4, 3)
+
+
 def test_a_path_is_to_be_read():
     for call in (lambda: overlay("a.png", PAIR[1]), lambda: grid([Path("a.png")])):
         with pytest.raises(TypeError, match=r"must be a NumPy array, got \w+; read the file with .*read_image$"):

@@ -130,11 +130,11 @@ def comparison(
         masks: (H, W) of classes, of any type, each of its picture's size.
         predicted: likewise, as `UNet.predict` gives them.
         classes: number of classes, 2 or more.
-        columns: pictures in a row.
+        columns: pictures in a row, at most.
         height: of each tile in pixels; all have the shape of the first picture.
 
     Returns:
-        uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last row.
+        uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last of several rows.
 
     Raises:
         TypeError: for a picture or mask that is no array, or `classes`, `columns` or `height` that is no integer.
@@ -154,7 +154,7 @@ def comparison(
     for image, *both in zip(images, masks, predicted):
         for mask in both:
             _check_pair(image, mask)
-    columns, height = whole("columns", columns, 1), whole("height", height, 1)
+    columns, height = min(whole("columns", columns, 1), len(images)), whole("height", height, 1)
     size = (max(1, height * images[0].shape[1] // images[0].shape[0]), height)
 
     def tile(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
