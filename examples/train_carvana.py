@@ -296,9 +296,13 @@ def write_results(args: argparse.Namespace, history: dict[str, Any], val_set: Im
             learning_curves(history["loss"], history["epochs"], args.out / "curves.png")
         else:
             print("no curves.png without matplotlib: pip install 'unetlib[examples]'")
-    images, masks = zip(*(val_set[number] for number in range(min(32, len(val_set)))))
     model = UNet.from_pretrained(args.out / "model", device=device)
-    predicted = model.predict(images)
+    images, masks, predicted = [], [], []
+    for number in range(min(32, len(val_set))):
+        image, mask = val_set[number]
+        every = max(1, len(image) // 320)  # of its rows: all pictures at full size may be more than the memory
+        for kept, part in ((images, image), (masks, mask), (predicted, model.predict(image))):
+            kept.append(part[::every, ::every].copy())
     if args.ignore is not None:  # what does not count is shown as background
         masks = [mask * (mask != ignored(args)) for mask in masks]
     sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))

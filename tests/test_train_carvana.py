@@ -113,6 +113,24 @@ def test_without_matplotlib_only_the_curves_are_missing(script, tmp_path, monkey
     assert (tmp_path / "predictions.png").exists()
 
 
+def test_the_sheet_of_predictions_holds_no_picture_at_full_size(script, tmp_path, monkeypatch):
+    write_carvana(tmp_path / "data", cars=[7], views=2, size=(960, 640), split="val")
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    held, draw = [], script.comparison
+
+    def seen(*parts, **options):
+        held.extend((array.shape[:2], array.base) for part in parts for array in part)
+        return draw(*parts, **options)
+
+    monkeypatch.setattr(script, "comparison", seen)
+    args = script.parse_args(["--data", str(tmp_path / "data"), "--out", str(tmp_path)])
+    history = {"loss": [1.0], "epochs": [{"epoch": 1, "loss": 1.0, "dice": 0.5}]}
+    val_set = CarvanaDataset(tmp_path / "data" / "val", tmp_path / "data" / "val_masks")
+    script.write_results(args, history, val_set, torch.device("cpu"))
+    assert held == [((320, 214), None)] * 6  # and none is a view of a larger one
+    assert Image.open(tmp_path / "predictions.png").size[1] == 3 * 164 + 4
+
+
 def test_windows_are_parts_to_train_on_and_whole_pictures_are_scored(script, data, tmp_path):
     script.main(["--data", str(data), *TINY, "--window", "--out", str(tmp_path)])
     model = UNet.from_pretrained(tmp_path / "model")
