@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from training_options import ignored, set_aside, without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
@@ -42,16 +44,24 @@ class Scenes:
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=2026)
 
 
-def score_objects(model: UNet, dataset, tta: bool | str = False, ignore_index: int | None = None) -> dict[str, float]:
-    """Scores of the objects that are not background, and of their edges."""
-    objects, edges = ObjectMetrics(), []
-    for image, mask in dataset:
-        mask = torch.as_tensor(mask)
-        counts = torch.ones_like(mask, dtype=torch.bool) if ignore_index is None else mask != ignore_index
-        found, true = torch.from_numpy(model.predict(image, tta=tta) > 0) & counts, (mask > 0) & counts
-        objects.update(found.numpy(), true.numpy())
-        edges.append(boundary_f_score(20.0 * found[None, None] - 10, true[None]))
-    return {**objects.compute(), "edge_f": torch.stack(edges).nanmean().item()}
+class WithObjects(SegmentationMetrics):
+    """Counts the objects that are not background, and their edges, too: of one picture in each update."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.objects, self.edges = ObjectMetrics(), []
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        super().update(logits, target)
+        counting = torch.ones_like(target, dtype=torch.bool) if self.ignore_index is None else target != self.ignore_index
+        above = math.log(self.threshold / (1 - self.threshold))  # this decides as `predict` does
+        found = (logits[:, 0] > above if self.num_classes == 1 else logits.argmax(dim=1) > 0) & counting
+        true = (target > 0) & counting
+        self.objects.update(found[0].numpy(force=True), true[0].numpy(force=True))
+        self.edges.append(boundary_f_score(20.0 * found[:, None] - 10, true))
+
+    def compute(self) -> dict[str, float]:
+        return {**super().compute(), **self.objects.compute(), "edge_f": torch.stack(self.edges).nanmean().item()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,14 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_data(parser, args, model, names)
     start = time.perf_counter()
     options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
-    metrics = SegmentationMetrics(model.config.out_channels, **options)
+    metrics = (WithObjects if args.objects else SegmentationMetrics)(model.config.out_channels, **options)
     with without_traceback():  # pictures are read on the way
         scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=args.tta, metrics=metrics)
     if model.config.out_channels > 1:
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
-    if args.objects:
-        scores |= score_objects(model, dataset, args.tta, ignored(args))
     print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
 
 

@@ -195,15 +195,25 @@ def test_what_does_not_count_is_no_object(example):
     mask = np.zeros((40, 56), np.int64)
     mask[4:12, 4:12], mask[20:40, :30] = 1, 255
 
-    class Seer:
-        def predict(self, image, tta):
-            return image[..., 0]
+    seen = mask == 1
+    seen[25:30, 5:10] = True  # what is found there does not count either
+    for ignore_index in (255, None):
+        metrics = example("evaluate").WithObjects(ignore_index=ignore_index, threshold=0.9)
+        target = torch.from_numpy(mask if ignore_index else mask.clip(0, 1))[None]
+        metrics.update(torch.where(torch.from_numpy(seen), 2.2, 2.19)[None, None], target)  # 0.9 is a logit of 2.197
+        scores = metrics.compute()
+        assert (scores["ap"] == scores["edge_f"] == scores["rand"] == scores["dice"] == 1) == (ignore_index == 255)
 
-    seen = np.repeat((mask == 1).astype(np.uint8)[..., None], 3, axis=-1)
-    seen[25:30, 5:10] = 1  # what is found there does not count either
-    scores = example("evaluate").score_objects(Seer(), [(seen, mask)], ignore_index=255)
-    assert (scores["ap"], scores["edge_f"], scores["rand"]) == (1, 1, 1)
-    assert example("evaluate").score_objects(Seer(), [(seen, mask)])["ap"] < 1
+
+def test_each_picture_is_read_and_predicted_once_whatever_is_scored(example, tmp_path, monkeypatch):
+    data = write(tmp_path / "mine", values=(0, 1, 2))
+    UNet(features=(8,), out_channels=3).save_pretrained(tmp_path / "model")
+    read, get = [], ImageMaskDataset.__getitem__
+    monkeypatch.setattr(ImageMaskDataset, "__getitem__", lambda part, k: read.append(k) or get(part, k))
+    folders = ["--images", str(data / "train"), "--masks", str(data / "train_masks"), "--mask-suffix", ""]
+    options = [*folders, "--mask-values", "0", "1", "2", "--objects", "--device", "cpu"]
+    example("evaluate").main(["--model", str(tmp_path / "model"), *options])
+    assert read == [0, 1, 2, 3]
 
 
 def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path, capsys):
