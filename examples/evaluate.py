@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_options import ignored, set_aside, without_traceback
+from training_options import ignored, set_aside
+from training_runs import without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
 from unetlib.arguments import check_device, height_and_width, whole

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, check_start, only_run, parse_options, set_aside, starting_model, typed, without_traceback
+from training_options import IGNORED, parse_options, set_aside, starting_model, typed
+from training_runs import only_run, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.console import print_any_letter
@@ -36,8 +37,7 @@ MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or so
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    with joined_processes(args.device) as process:
-        check_start(args)
+    with joined_processes(args.device) as process, only_run(args, process):
         say = print if process.rank == 0 else lambda _: None
         with without_traceback(f"--data {args.data}: "):
             class_names, train_set, val_set = load_data(args, say)
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             model = make_model(args, class_names, say)
         classes, folder = f"{', '.join(class_names[:-1])} and {class_names[-1]}", args.data.resolve().name
         about = f"Tells {classes} apart in pictures like those of `{folder}`."
-        with only_run(args, process, model):
-            train(args, process, model, [train_set], val_set, args.out.resolve().name, about)
+        train(args, process, model, [train_set], val_set, args.out.resolve().name, about)
 
 
 def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list[str], ImageMaskDataset, ImageMaskDataset]:

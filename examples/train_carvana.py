@@ -18,11 +18,8 @@ import copy
 import importlib.util
 import math
 import os
-import shlex
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,23 +31,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from training_options import (
-    CHECKPOINT,
     PRESETS,
-    calmer,
     check_shares,
-    check_start,
     ignored,
-    load_run,
     make_augment,
     make_loss,
     make_schedule,
-    only_run,
-    out_of_memory_explained,
     parse_options,
+    starting_model,
+)
+from training_runs import (
+    CHECKPOINT,
+    Losses,
+    check_room,
+    check_weights,
+    command_typed,
+    load_run,
+    only_run,
     readable,
     room_asked_for,
     settings_of,
-    starting_model,
     without_traceback,
 )
 
@@ -61,7 +61,7 @@ from unetlib.checkpoints import check_space, random_state, save_checkpoint, set_
 from unetlib.console import as_json, print_any_letter
 from unetlib.distributed import Process, joined_processes, shared
 from unetlib.inference import evaluate
-from unetlib.loading import AugmentedBatches, Draw, ShuffledBatches
+from unetlib.loading import AugmentedBatches, ShuffledBatches
 from unetlib.memory import keep_freed, release_freed
 from unetlib.synthetic import write_carvana
 from unetlib.transforms import eval_transform
@@ -71,8 +71,7 @@ from unetlib.visualize import comparison, learning_curves
 def main(argv: list[str] | None = None) -> None:
     print_any_letter()
     args = parse_args(argv)
-    with joined_processes(args.device) as process:
-        check_start(args)
+    with joined_processes(args.device) as process, only_run(args, process):
         torch.manual_seed(args.seed)
         with without_traceback():
             model = starting_model(args, in_channels=3, out_channels=1)
@@ -80,11 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
         class_names = ("background", "car")
         model.preprocessing = replace(model.preprocessing, size=size, scale=None, threshold=0.5, class_names=class_names)
-        with only_run(args, process, model):
-            train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
+        train(args, process, model, train_sets, val_set, "carvana", "Cuts a car out of a studio photograph.")
 
 
-@out_of_memory_explained()
 def train(
     args: argparse.Namespace,
     process: Process,
@@ -96,6 +93,8 @@ def train(
 ) -> dict[str, float]:
     """Train `model` as `args` (of `parse_options`) say, and return the best validation scores."""
     rank, world, device = process
+    say = print if rank == 0 else lambda *_: None
+    check_room(args, process, model)
 
     # Data: decoded once where memory allows; order and augmentation follow from the seed alone.
     names = [image for dataset in train_sets for image in dataset.images]
@@ -129,17 +128,36 @@ def train(
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
+    def take_step(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer: the loss of the batch, and the logits of its last share."""
+        optimizer.zero_grad(set_to_none=True)
+        shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
+        total = torch.zeros((), device=device)
+        for number, (inputs, targets) in enumerate(shares, 1):
+            inputs = inputs.sub(mean).div_(std)
+            # Gradients meet those of the other processes once a step, with the last share. Shares count by their pictures,
+            # though with `--ignore` or `--border-weight` one loss of the whole batch would weigh pixels otherwise.
+            with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
+                with autocast:
+                    logits = forward(inputs)
+                    loss = loss_fn(logits, targets) * (len(inputs) / len(images))
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        if args.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        return total, logits.detach()
+
     # Where the run stands: all that a checkpoint holds.
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     stateful |= {"average": average} if average else {}
     history: dict[str, Any] = {"loss": [], "epochs": []}
     epoch = step = 0  # `step` counts within the epoch
     best: dict[str, float] = {"dice": -1.0}
-    checkpoint = args.out / CHECKPOINT
-    launcher = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
-    command = f"{launcher} {shlex.join(word for word in sys.argv if word != '--resume')}"
     settings = settings_of(args, model, names, val_set.images)
-    say = print if rank == 0 else lambda *_: None
 
     @room_asked_for(args.out)
     def save() -> None:
@@ -147,11 +165,11 @@ def train(
         if rank == 0:
             state = {key: part.state_dict() for key, part in stateful.items()}
             state |= {"epoch": epoch, "step": step, "best": best, "history": history, "random": states, "settings": settings}
-            save_checkpoint(state, checkpoint)
+            save_checkpoint(state, args.out / CHECKPOINT)
 
     torch.manual_seed((args.seed + rank) % 2**64)  # or all processes would drop the same channels
     if args.resume:
-        state = load_run(checkpoint, settings)
+        state = load_run(args.out / CHECKPOINT, settings)
         for key, part in stateful.items():
             part.load_state_dict(state[key])
         epoch, step, best, history = (state[key] for key in ("epoch", "step", "best", "history"))
@@ -162,6 +180,7 @@ def train(
             say(f"going on in epoch {epoch + 1} after step {step} of {len(batches)}")
         else:
             say(f"the run is finished: its {epoch} epochs are done, and only what its end writes is written again")
+    losses = Losses(history["loss"], names, args.out)
     seen = f"{'windows of' if args.window else 'at'} {args.size[0]}x{args.size[1]}"
     say(f"{len(names)} pictures to train on, {len(val_set)} to validate on, {seen}, {world} x {device}, {args.precision}")
 
@@ -170,27 +189,6 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(args.out / "tensorboard")
-    unseen: deque[tuple[Tensor, list[Draw]]] = deque()  # losses not yet read: reading one waits for the device
-
-    def read_losses(leave: int = 0) -> None:
-        while len(unseen) > leave:
-            loss, draws = unseen.popleft()
-            history["loss"].append(loss.item())
-            if not math.isfinite(history["loss"][-1]):
-                raise SystemExit(
-                    f"the loss is {history['loss'][-1]} in step {len(history['loss'])}, pictures "
-                    f"{', '.join(names[draw.item] for draw in draws)}; look at these, or {calmer(args.out)}"
-                )
-
-    def before_saving() -> None:
-        read_losses()
-        stored = (tensor.half() if tensor.dim() > 1 else tensor for tensor in model.state_dict().values())  # as in model/
-        if not all(tensor.isfinite().all() for tensor in stored):
-            raise SystemExit(
-                f"after step {len(history['loss'])} the weights are not finite in half precision; {calmer(args.out)}"
-            )
-        # Until now those of the epoch are of this process's share, which is as large as the others'.
-        history["loss"][-step:] = [sum(losses) / world for losses in zip(*shared(history["loss"][-step:]))]
 
     while epoch < args.epochs:
         model.train()
@@ -201,45 +199,28 @@ def train(
             unit="picture", mininterval=args.log_every, disable=rank > 0,
         ) as bar:  # fmt: skip
             for images, masks, draws in readable(loader):
-                optimizer.zero_grad(set_to_none=True)
-                shares = list(zip(images.chunk(args.accumulate), masks.chunk(args.accumulate)))
-                total = torch.zeros((), device=device)
-                for number, (inputs, targets) in enumerate(shares, 1):
-                    inputs = inputs.sub(mean).div_(std)
-                    # Gradients meet those of the other processes once a step, with the last share. Shares count by their
-                    # pictures, though with `--ignore` or `--border-weight` one loss of the whole batch would weigh pixels
-                    # otherwise.
-                    with contextlib.nullcontext() if world == 1 or number == len(shares) else forward.no_sync():
-                        with autocast:
-                            logits = forward(inputs)
-                            loss = loss_fn(logits, targets) * (len(inputs) / len(images))
-                        scaler.scale(loss).backward()
-                    total += loss.detach()
-                if args.clip:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
+                loss, logits = take_step(images, masks)
                 if average:
-                    follow(average, model, args.ema, steps=len(history["loss"]) + len(unseen))
+                    follow(average, model, args.ema, steps=len(losses))
+                losses.add(loss, draws)
                 step += 1
-                unseen.append((total, draws))
-                read_losses(leave=1)
                 if bar.update(args.batch_size):  # once in `mininterval`, so that Dice costs nothing
-                    read_losses()  # Dice waits too, and would refuse logits of NaN without naming step and pictures
-                    truth = targets.round().long() if targets.is_floating_point() else targets
-                    dice = dice_score(logits.detach(), truth, ignore_index=ignored(args)).item()
-                    bar.set_postfix(loss=f"{history['loss'][-1]:.4f}", dice=f"{dice:.4f}")
+                    losses.settle()  # Dice waits too, and would refuse logits of NaN without naming step and pictures
+                    truth = masks[-len(logits) :]
+                    truth = truth.round().long() if truth.is_floating_point() else truth
+                    dice = dice_score(logits, truth, ignore_index=ignored(args)).item()
+                    bar.set_postfix(loss=f"{losses.read[-1]:.4f}", dice=f"{dice:.4f}")
                 if args.checkpoint_every and step % args.checkpoint_every == 0:
-                    before_saving()
+                    losses.share(last=step)
+                    check_weights(model, len(losses), args.out)
                     save()
-        before_saving()
+        losses.share(last=step)
+        check_weights(model, len(losses), args.out)
         epoch, step = epoch + 1, 0
 
         entry: dict[str, float] = {
             "epoch": epoch,
-            "loss": sum(history["loss"][-len(batches) :]) / len(batches),
+            "loss": sum(losses.read[-len(batches) :]) / len(batches),
             "lr": optimizer.param_groups[0]["lr"],
             "pictures_per_second": (len(batches) - batches.first) * args.batch_size / (time.perf_counter() - started),
         }
@@ -252,8 +233,8 @@ def train(
             if math.isnan(entry["dice"]) or entry["dice"] > best["dice"]:  # nan: nothing to find, and nothing found
                 best = entry
                 if rank == 0:
-                    scored_at = args.size if args.validate_at == "size" else None
-                    card = training_card(judged, name, description, best, command, (len(names), len(val_set)), scored_at)
+                    pictures, scored_at = (len(names), len(val_set)), args.size if args.validate_at == "size" else None
+                    card = training_card(judged, name, description, best, command_typed(world), pictures, scored_at)
                     with room_asked_for(args.out):
                         judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)

@@ -1,17 +1,12 @@
-"""The options of training, which train_carvana.py and finetune.py share, whole recipes of them, and what is made by them."""
+"""The options of training, which train_carvana.py and finetune.py share, whole recipes of them, and what they make."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import importlib.util
-import json
 import math
-import re
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +18,7 @@ from torchvision.transforms import v2
 from unetlib import BCEDiceLoss, CrossEntropyLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
 from unetlib.arguments import at_least, check_device, height_and_width, whole
-from unetlib.checkpoints import check_space, load_checkpoint
 from unetlib.config import MATCHES
-from unetlib.distributed import Process, shared
-from unetlib.files import only_writer
 from unetlib.imaging import class_of_value, image_size
 from unetlib.transforms import train_transform
 
@@ -52,15 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale")
 AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "jpeg", "noise")
 
-# What may differ between the parts of a resumed run; everything else decides where it ends.
-FREE = {"out", "resume", "data", "preset", "cache_gib", "workers", "checkpoint_every", "log_every", "device", "tensorboard"}
-FREE |= {"checkpoint_gradients"}
-
 IGNORED = 255  # the class of pixels that do not count
-
-CHECKPOINT = "checkpoint.pt"  # in `--out`
-
-ANEW = "give another --out without --resume"  # where a run cannot go on
 
 # The least that whole numbers may be.
 LEAST = {"features": 1, "bottleneck": 1, "patch_size": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "border_size": 1}
@@ -214,150 +198,6 @@ def check(args: argparse.Namespace) -> None:
     make_augment(args, datasets=())
 
 
-@contextlib.contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    """End with what to type where the device has not enough memory for a step."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --checkpoint-gradients, "
-            "--accumulate 2 or more, or a smaller --batch-size, --size or --features"
-        ) from error
-
-
-@contextlib.contextmanager
-def without_traceback(about: str = "") -> Iterator[None]:
-    """End with what the library says is wrong with a file or an option, after what it is `about`."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        said = re.split(r"\n[\w.]+Error: ", str(error))[-1].strip()  # in a worker of a loader, at the end of its traceback
-        raise SystemExit(f"{about}{said}") from error
-
-
-def readable(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, whose files are read on the way; the errors of what is done with them stay as they are."""
-    with without_traceback():
-        yield from batches
-
-
-def calmer(out: Path) -> str:
-    """What to try where numbers are no longer finite."""
-    found = "; --init takes this run's best model/" if (out / "model").is_dir() else ""
-    return f"start anew with another --out and a smaller --lr, a --clip such as 1, or --precision fp32{found}"
-
-
-def earlier_run(out: Path) -> bool:
-    return any((out / name).is_file() for name in (CHECKPOINT, f"{CHECKPOINT}.previous"))
-
-
-def again(out: Path) -> str:
-    """What the command of a run that ends now will do."""
-    return "with --resume goes on" if earlier_run(out) else "starts anew"
-
-
-def check_start(args: argparse.Namespace) -> None:
-    """End where a run would start over in the place of an earlier one, or has none to go on with."""
-    seen = shared(earlier_run(args.out))
-    if len({*seen}) > 1:
-        raise SystemExit(f"{args.out} has an earlier run for some processes and none for others; give a folder that all share")
-    if seen[0] and not args.resume:
-        raise SystemExit(f"{args.out / CHECKPOINT} is of an earlier run; add --resume to go on with it, or give another --out")
-    if args.resume and not seen[0]:
-        raise SystemExit(f"there is no {args.out / CHECKPOINT}; leave out --resume, or give --out of an earlier run")
-
-
-@contextlib.contextmanager
-def only_run(args: argparse.Namespace, process: Process, model: UNet) -> Iterator[None]:
-    """Keep other runs out of `--out`, which is made where missing, see that it has room for this one, and end it on Ctrl-C."""
-    with contextlib.ExitStack() as stack:
-        problem = None
-        if process.rank == 0:  # which alone writes
-            try:
-                # Three checkpoints of weights, average and moments, two of which a resumed run has; weights in half precision.
-                there = sum(path.stat().st_size for path in args.out.glob(f"{CHECKPOINT}*"))
-                check_space(args.out, needed=55 * sum(tensor.numel() for tensor in model.parameters()) - there)
-                stack.enter_context(only_writer(args.out))
-            except OSError as error:
-                problem = str(error)
-        if problem := shared(problem)[0]:
-            raise SystemExit(problem)
-        try:
-            yield
-        except KeyboardInterrupt:
-            print(f"interrupted; the same command {again(args.out)}", file=sys.stderr)
-            raise SystemExit(130) from None  # as the shell has it
-
-
-@contextlib.contextmanager
-def room_asked_for(out: Path) -> Iterator[None]:
-    """End with what to do where something could not be written, mostly for want of space."""
-    try:
-        yield
-    except OSError as error:
-        raise SystemExit(f"{error}; make room in {out}, then the same command {again(out)}") from error
-
-
-def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:
-    """End where a picture is too small for `--window`: a mirror image beside it has one pixel less than it on each side."""
-    for dataset in datasets:
-        for path, _ in map(dataset.paths, range(len(dataset))):
-            if max(size) < 2 * min(image_size(path, upright=False)):
-                continue  # large enough either way round, which some formats tell only when they are read
-            height, width = image_size(path)
-            if size[0] >= 2 * height or size[1] >= 2 * width:
-                raise SystemExit(
-                    f"{path} has {width}x{height} pixels (width x height), too few for --window with "
-                    f"--size {size[0]} {size[1]}; "
-                    f"give --size {min(size[0], 2 * height - 1)} {min(size[1], 2 * width - 1)} or less, or leave out --window"
-                )
-
-
-def settings_of(args: argparse.Namespace, model: UNet, train: Sequence[str], val: Sequence[str]) -> dict[str, Any]:
-    """All that decides where a run ends, in plain values for its checkpoint, with the names of the pictures on each side.
-
-    `network` is what `--init` gave.
-    """
-    statistics = {name: getattr(model.preprocessing, name) for name in ("mean", "std")}
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    pictures = hashlib.sha256(json.dumps([train, val]).encode()).hexdigest()[:16]
-    found = {"pictures": pictures, "classes": list(model.preprocessing.class_names or ())}
-    return settings | found | {"network": model.config.to_dict() | statistics}
-
-
-def load_run(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of the run to go on with, where its settings are still these."""
-    try:
-        state = load_checkpoint(checkpoint)
-    except ValueError as error:
-        raise SystemExit(f"{error}; {ANEW}") from error
-    check_same(checkpoint, state, now)
-    if "epoch" in state["best"] and not (weights := checkpoint.with_name("model")).is_dir():
-        raise SystemExit(
-            f"{weights} is missing, with the weights of epoch {state['best']['epoch']}, the best so far; bring back model/ "
-            f"beside {checkpoint.name}, or {ANEW}"
-        )
-    return state
-
-
-def check_same(checkpoint: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """End where a run would go on with other settings; weights to start from may have moved, and count by what they gave."""
-    if "settings" not in state:
-        raise SystemExit(f"{checkpoint} is not from this script; {ANEW}")
-    was = state["settings"]
-    data = ("pictures", "classes")
-    # An option that is off has no part in it: the script of the run may have been an older one, without it.
-    changed = [name for name in now if now[name] != was.get(name) and (now[name] or name in was) and name not in data]
-    moved = changed == ["init"] and None not in (now["init"], was.get("init"))
-    if changed and not moved:
-        words = [typed(name, was.get(name)) for name in changed if name != "network"] or [typed("init", was.get("init"))]
-        raise SystemExit(f"{checkpoint} is from a run with other options: {', '.join(words)}; resume with those, or {ANEW}")
-    for name in data:
-        if was.get(name, now[name]) != now[name]:
-            raise SystemExit(f"{checkpoint}: the {name} of --data are no longer those of the run; bring those back, or {ANEW}")
-
-
 def typed(name: str, value: Any = True) -> str:
     """An option as one types it."""
     option = f"--{name.replace('_', '-')}"
@@ -379,6 +219,31 @@ def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
     return model
 
 
+def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset]) -> v2.Compose:
+    """What pictures and masks of `datasets` go through; with `--window` parts of them, for which all must be large enough."""
+    options = {name: getattr(args, name) for name in AUGMENTATION} | {"outside": ignored(args) or 0}
+    if not args.window:
+        return train_transform(args.size, **options)
+    check_windows(args.size, datasets)
+    window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
+    return v2.Compose([window, train_transform(None, **options)])
+
+
+def check_windows(size: Sequence[int], datasets: Sequence[ImageMaskDataset]) -> None:
+    """End where a picture is too small for `--window`: a mirror image beside it has one pixel less than it on each side."""
+    for dataset in datasets:
+        for path, _ in map(dataset.paths, range(len(dataset))):
+            if max(size) < 2 * min(image_size(path, upright=False)):
+                continue  # large enough either way round, which some formats tell only when they are read
+            height, width = image_size(path)
+            if size[0] >= 2 * height or size[1] >= 2 * width:
+                raise SystemExit(
+                    f"{path} has {width}x{height} pixels (width x height), too few for --window with "
+                    f"--size {size[0]} {size[1]}; "
+                    f"give --size {min(size[0], 2 * height - 1)} {min(size[1], 2 * width - 1)} or less, or leave out --window"
+                )
+
+
 def check_shares(args: argparse.Namespace, model: UNet, world_size: int) -> None:
     """Refuse shares of a batch that leave batch norm one value of each channel, of which there is no variance."""
     batch = args.batch_size // world_size
@@ -394,30 +259,20 @@ def check_shares(args: argparse.Namespace, model: UNet, world_size: int) -> None
         )
 
 
-def make_augment(args: argparse.Namespace, datasets: Sequence[ImageMaskDataset]) -> v2.Compose:
-    """What pictures and masks of `datasets` go through; with `--window` parts of them, for which all must be large enough."""
-    options = {name: getattr(args, name) for name in AUGMENTATION} | {"outside": ignored(args) or 0}
-    if not args.window:
-        return train_transform(args.size, **options)
-    check_windows(args.size, datasets)
-    window = v2.RandomCrop(args.size, pad_if_needed=True, padding_mode="reflect")
-    return v2.Compose([window, train_transform(None, **options)])
-
-
 def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     if args.loss == "bce":
         return CrossEntropyLoss(ignore_index=ignored(args))
     return BCEDiceLoss(border_weight=args.border_weight, border_size=args.border_size, ignore_index=ignored(args))
 
 
-def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
-    """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
-    return {**class_of_value([*values]), ignore: IGNORED}
-
-
 def ignored(args: argparse.Namespace) -> int | None:
     """The class of pixels that do not count, as finetune.py's `--ignore` asks for."""
     return None if args.ignore is None else IGNORED
+
+
+def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
+    """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
+    return {**class_of_value([*values]), ignore: IGNORED}
 
 
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -275,6 +276,14 @@ def test_an_interrupt_ends_a_run_in_one_line(script, data, tmp_path, monkeypatch
         assert capsys.readouterr().err.endswith(f"\ninterrupted; the same command {what}\n")
 
 
+def test_an_interrupt_while_pictures_are_looked_for_is_one_line_too(script, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "load_data", given_scores())
+    with pytest.raises(SystemExit, match="130"):
+        script.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY])
+    assert capsys.readouterr().err == "interrupted; the same command starts anew\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--checkpoint-every", "1"]
     save = script.save_checkpoint
@@ -334,7 +343,7 @@ def test_a_run_goes_on_where_the_disk_has_room_for_what_is_missing(script, data,
 
 def test_what_a_run_writes_fits_into_the_room_that_it_asks_for(script, data, tmp_path, monkeypatch):
     asked, most = [], []
-    monkeypatch.setattr("training_options.check_space", lambda folder, needed: asked.append(needed) or folder.mkdir())
+    monkeypatch.setattr("training_runs.check_space", lambda folder, needed: asked.append(needed))
     replace = os.replace
 
     def seen(source, target):  # a checkpoint is written, beside what there was
@@ -358,8 +367,8 @@ def test_resuming_a_finished_run_says_so_and_writes_its_end_again(script, data, 
     assert (tmp_path / "predictions.png").is_file()
 
 
-def test_a_folder_that_processes_do_not_share_is_refused(script, training_options, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_options, "shared", lambda seen: [True, seen])
+def test_a_folder_that_processes_do_not_share_is_refused(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("training_runs.shared", lambda seen: [True, seen] if isinstance(seen, bool) else [seen])
     with pytest.raises(SystemExit, match="has an earlier run for some processes and none for others; give a folder that all"):
         script.main(["--synthetic", "8", "--out", str(tmp_path), *TINY, "--resume"])
 
@@ -416,10 +425,23 @@ def test_a_run_does_not_start_over_in_the_place_of_an_earlier_one(script, data, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
-def test_two_runs_do_not_write_into_one_folder(script, data, tmp_path):
+@pytest.mark.parametrize("source", ["--data", "--synthetic"])
+def test_two_runs_do_not_write_into_one_folder(script, data, tmp_path, source):
+    given = [source, str(data) if source == "--data" else "8"]
     with only_writer(tmp_path), pytest.raises(SystemExit, match=f"another run is writing to {re.escape(str(tmp_path))}; wait"):
-        script.main(["--data", str(data), "--out", str(tmp_path), *TINY])
+        script.main([*given, "--out", str(tmp_path), *TINY])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_while_another_starts_is_not_started_over(script, data, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def just_free(folder):  # the run before this one has written its checkpoint, and gives the folder back
+        (folder / "checkpoint.pt").touch()
+        yield
+
+    monkeypatch.setattr("training_runs.only_writer", just_free)
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is of an earlier run; add --resume"):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY])
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
@@ -526,6 +548,23 @@ def test_the_recipe_of_a_resumed_run_is_for_a_new_one(script, data, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["train_carvana.py", *options, "--resume"])
     script.main(sys.argv[1:])
     assert f"\npython {shlex.join(['train_carvana.py', *options])}\n" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("processes", "here", "launcher"),
+    [
+        (1, None, "python"),
+        (4, None, "torchrun --nproc-per-node 4"),
+        (4, "4", "torchrun --nproc-per-node 4"),
+        (16, "8", "torchrun --nnodes 2 --nproc-per-node 8"),
+    ],
+)
+def test_the_recipe_names_the_machines(script, monkeypatch, processes, here, launcher):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my cars", "--resume"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert script.command_typed(processes) == f"{launcher} train.py --data 'my cars'"
 
 
 def test_two_processes_train_and_validate_as_one(script, data, tmp_path):
@@ -717,7 +756,7 @@ def test_a_full_disk_and_an_unwritable_folder_are_found_before_training(script, 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(SystemExit, match="1 MB left and the run writes up to"):
         script.main(["--data", str(data), "--out", str(tmp_path / "run"), *TINY])
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_preset_is_the_study(script, monkeypatch):
