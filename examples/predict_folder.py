@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import stat
 import sys
 import uuid
 import warnings
@@ -234,8 +235,10 @@ def in_turn(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Ite
 
 def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | Raster | str]:
     """A picture, to be read by region if it is huge, or the reason why there is none."""
+    path = pictures / name
     try:
-        path = pictures / name
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} is no file but a pipe or a device, which could keep the run waiting for ever")
         return name, open_raster(path) if is_huge_tiff(path) else read_image(path, mode)
     except (ValueError, OSError, MemoryError, ImportError) as error:
         return name, str(error) or type(error).__name__

@@ -334,6 +334,20 @@ def test_linked_folders_are_followed_and_each_once(script, pictures, model, tmp_
         assert files(masks) == sorted([*MASKS, "linked/g.png"])
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_pipe_among_the_pictures_fails_and_is_not_waited_for(script, pictures, model, tmp_path):
+    pipe = pictures / "x.png"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(b""), daemon=True)  # who opens the pipe waits for the other
+    writer.start()
+    assert script.main([str(pictures), str(tmp_path / "masks"), "--model", model, "--device", "cpu"]) == 1
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer.join(timeout=60)
+    os.close(reader)
+    failed = json.loads((tmp_path / "masks/failed.json").read_text())
+    assert failed == {"x.png": f"{pipe} is no file but a pipe or a device, which could keep the run waiting for ever"}
+
+
 def test_options_of_ray_without_it_are_refused(script, pictures, tmp_path, capsys):
     for option in (["--actors", "3"], ["--ray-address", "10.0.0.1:6379"]):
         with pytest.raises(SystemExit):
