@@ -64,30 +64,9 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     if own_val and (given := [typed(name, getattr(args, name)) for name in ("val_last", "val_share") if getattr(args, name)]):
         raise ValueError(f"{given[0]} holds out pictures of train/, but there is a val/; leave one out")
 
-    listed = args.data / "classes.txt"
-    listed_names = read_names(listed)
-    found, palettes = values_of([dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
-    if args.ignore is not None:
-        if args.nonzero:
-            raise ValueError(f"--ignore {args.ignore} is for masks of classes and --nonzero for others; give one, not both")
-        if args.ignore not in found:
-            raise ValueError(f"--ignore {args.ignore}: no mask holds that number; they hold {', '.join(map(str, found[:8]))}")
-        found.remove(args.ignore)
-    names, mask_values = classes_of(found, listed_names, args.nonzero, args.ignore)
-    if args.ignore is None and is_binary(mask_values) and (colours := colours_of(palettes, listed_names)):
-        names, mask_values = classes_of(colours, listed_names, args.nonzero)
-    if args.ignore is not None or not is_binary(mask_values):
-        check_palettes(palettes)
-    if args.ignore is not None:
-        if len(names) > IGNORED:
-            raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
-        mask_values = set_aside(mask_values or found, args.ignore)
-    if not is_binary(mask_values) and (fractions := [value for value in found if isinstance(value, float)]):
-        raise ValueError(
-            f"the masks hold {fractions[0]}, and classes are whole numbers; round the masks, or give --nonzero if all but 0 "
-            "is foreground"
-        )
-    say(f"classes: {', '.join(names)}" + ("" if listed.is_file() else " (found in the masks; classes.txt would name them)"))
+    names, mask_values = find_classes(args, [dataset.mask_dir / mask for dataset in sets for mask in dataset.masks])
+    named = (args.data / "classes.txt").is_file()
+    say(f"classes: {', '.join(names)}" + ("" if named else " (found in the masks; classes.txt would name them)"))
     for dataset in sets:
         dataset.mask_values = mask_values
         dataset.check()
@@ -96,6 +75,33 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     val = held_out(sets[0].images, args.val_last, args.val_share or 0.1)
     say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
     return names, sets[0].subset(sorted({*range(len(sets[0]))}.difference(val))), sets[0].subset(val)
+
+
+def find_classes(args: argparse.Namespace, masks: list[Path]) -> tuple[list[str], Any]:
+    """Names of the classes in the masks, and the `mask_values` with which `ImageMaskDataset` reads them."""
+    listed = read_names(args.data / "classes.txt")
+    found, palettes = values_of(masks)
+    if args.ignore is not None:
+        if args.nonzero:
+            raise ValueError(f"--ignore {args.ignore} is for masks of classes and --nonzero for others; give one, not both")
+        if args.ignore not in found:
+            raise ValueError(f"--ignore {args.ignore}: no mask holds that number; they hold {', '.join(map(str, found[:8]))}")
+        found.remove(args.ignore)
+    names, mask_values = classes_of(found, listed, args.nonzero, args.ignore)
+    if args.ignore is not None:
+        if len(names) > IGNORED:
+            raise ValueError(f"--ignore goes with up to {IGNORED} classes, and there are {len(names)}")
+        mask_values = set_aside(mask_values or found, args.ignore)
+    elif is_binary(mask_values) and (colours := colours_of(palettes, listed)):
+        names, mask_values = classes_of(colours, listed, args.nonzero)
+    if not is_binary(mask_values):
+        check_palettes(palettes)
+        if fractions := [value for value in found if isinstance(value, float)]:
+            raise ValueError(
+                f"the masks hold {fractions[0]}, and classes are whole numbers; round the masks, or give --nonzero if all "
+                "but 0 is foreground"
+            )
+    return names, mask_values
 
 
 def read_names(listed: Path) -> list[str]:
