@@ -56,17 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the masks that are missing; 0 where every picture has one now, 1 where some failed, 130 after Ctrl-C."""
     print_any_letter()
     args = parse_args(argv)
-    try:
-        model = UNet.from_pretrained(args.model)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    if model.config.in_channels not in (1, 3):
-        sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
-    if model.preprocessing.multilabel:
-        sys.exit(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
-    if args.threshold is not None and model.config.out_channels > 1:
-        sys.exit("--threshold is for one output channel; several are decided by the largest logit, so leave it out")
-    check_tile(model, args.tile, args.overlap, mirrored=bool(args.tta))
+    model = checked_model(args)
     outcomes = predict_with_ray if args.ray else predict_files
     written = 0
     try:
@@ -103,18 +93,28 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def check_tile(model: UNet, tile: int | None, overlap: int | None, *, mirrored: bool) -> None:
-    """End where all pictures are brought to one size, and the network cannot do such tiles of it."""
-    size = model.preprocessing.size
-    if tile is None or size is None or max(size) <= tile:
-        return
+def checked_model(args: argparse.Namespace) -> UNet:
+    """The model; the run ends where it cannot segment pictures into files, or not with these options."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again with the pictures
-            plan_tiles(model.config, size, (tile, tile), overlap, mirrored=mirrored)
-    except ValueError as error:
-        reason = str(error).partition(";")[0]
-        sys.exit(f"--tile {tile}: {reason}; give a larger --tile, or a smaller --overlap for an approximate result")
+        model = UNet.from_pretrained(args.model)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    if model.config.in_channels not in (1, 3):
+        sys.exit(f"{args.model} takes {model.config.in_channels} channels, but a picture has 1 (grey) or 3 (colour)")
+    if model.preprocessing.multilabel:
+        sys.exit(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
+    if args.threshold is not None and model.config.out_channels > 1:
+        sys.exit("--threshold is for one output channel; several are decided by the largest logit, so leave it out")
+    size = model.preprocessing.size
+    if args.tile and size and max(size) > args.tile:  # all pictures are brought to this size, which takes tiles
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come again with the pictures
+                plan_tiles(model.config, size, (args.tile, args.tile), args.overlap, mirrored=bool(args.tta))
+        except ValueError as error:
+            reason = str(error).partition(";")[0]
+            sys.exit(f"--tile {args.tile}: {reason}; give a larger --tile, or a smaller --overlap for an approximate result")
+    return model
 
 
 def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[str], int, dict[str, str]]:
