@@ -90,18 +90,20 @@ def fetch(
     revision = _checked_revision(repo, revision)
     if force_download and local_files_only:
         raise ValueError("force_download=True needs the network that local_files_only=True forbids; give one of them")
-    cached = _Cache(repo, cache_dir)
-    commit = cached.commit(revision, files)
-    if commit is None and local_files_only:
+    cache_dir = local_path(cache_dir) if cache_dir else None
+    cached = _cached(repo, files, revision, cache_dir)
+    if cached is None and local_files_only:
         raise FileNotFoundError(f"{repo!r} at {revision!r} is not in the cache, and local_files_only=True asks nobody")
-    if commit is None or force_download or (commit != revision and not local_files_only):  # a branch may have moved
-        commit = _ask_commit(repo, files[0], revision, token, None if force_download else commit)
-    for name in files:
-        if force_download or not cached.has(commit, name):
-            _download(repo, name, commit, cached, token, force_download)
-    if commit != revision and not local_files_only:
-        cached.point(revision, commit)
-    return cached.folder(commit)
+    if cached and not force_download and (local_files_only or cached.name == revision):
+        return cached
+    commit = _ask_commit(repo, files[0], revision, token, cached.name if cached and not force_download else None)
+    folder = None if force_download else _cached(repo, files, commit, cache_dir)
+    if folder is None:
+        paths = [_download(repo, name, commit, cache_dir, token, force_download) for name in files]
+        folder = paths[0].parent
+    if commit != revision:
+        _point(folder, revision)
+    return folder
 
 
 def describe(repo: str, name: str, *, revision: str, token: str | bool | None = None) -> tuple[Weights, int]:
@@ -168,42 +170,21 @@ def push(
     return str(done.pr_url or done.commit_url)
 
 
-class _Cache:
-    """One repository in the Hub's cache: snapshots/<commit>/<file> link to blobs/<hash>, refs/<branch> holds a commit."""
-
-    def __init__(self, repo: str, cache_dir: str | os.PathLike[str] | None) -> None:
-        from huggingface_hub import constants
-
-        self.cache_dir = local_path(cache_dir or constants.HF_HUB_CACHE)
-        self.root = self.cache_dir / f"models--{repo.replace('/', '--')}"
-
-    def folder(self, commit: str) -> Path:
-        return self.root / "snapshots" / commit
-
-    def has(self, commit: str, name: str) -> bool:
-        return (self.folder(commit) / name).is_file()
-
-    def commit(self, revision: str, files: Sequence[str]) -> str | None:
-        """The commit that a revision pointed to when it was last fetched, if all its files are there."""
-        ref = self.root / "refs" / revision
-        commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-        return commit if _COMMIT.fullmatch(commit) and all(self.has(commit, name) for name in files) else None
-
-    def point(self, revision: str, commit: str) -> None:
-        ref = self.root / "refs" / revision
-        if ref.is_file() and ref.read_text(encoding="utf-8").strip() == commit:
-            return  # a cache that only others may write serves too
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(ref) as written:
-            written.write_text(commit, encoding="utf-8")
-
-
 def _checked_revision(repo: str, revision: str | None) -> str:
     if not is_repository(repo):
         raise ValueError(f"expected a repository 'owner/name' on the Hugging Face Hub, got {repo!r}")
     if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):
         raise ValueError(f"revision must be a branch, a tag or a commit, such as 'main', got {revision!r}")
     return revision or "main"
+
+
+def _cached(repo: str, files: Sequence[str], revision: str, cache_dir: Path | None) -> Path | None:
+    """The folder of the commit that a revision pointed to when it was last fetched, if all its files are there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    first = try_to_load_from_cache(repo, files[0], cache_dir, revision)
+    folder = Path(first).parent if isinstance(first, str) else None
+    return folder if folder and all((folder / name).is_file() for name in files) else None
 
 
 def _ask_commit(repo: str, name: str, revision: str, token: str | bool | None, cached: str | None) -> str:
@@ -225,7 +206,10 @@ def _ask_commit(repo: str, name: str, revision: str, token: str | bool | None, c
     return str(commit)
 
 
-def _download(repo: str, name: str, commit: str, cached: _Cache, token: str | bool | None, force_download: bool) -> None:
+def _download(
+    repo: str, name: str, commit: str, cache_dir: Path | None, token: str | bool | None, force_download: bool
+) -> Path:
+    """The path in the cache of a file that has the hash by which the Hub calls it."""
     from huggingface_hub import hf_hub_download
 
     download = partial(
@@ -233,7 +217,7 @@ def _download(repo: str, name: str, commit: str, cached: _Cache, token: str | bo
         repo,
         name,
         revision=commit,
-        cache_dir=cached.cache_dir,
+        cache_dir=cache_dir,
         token=token,
         force_download=force_download,
         library_name="unetlib",
@@ -247,6 +231,7 @@ def _download(repo: str, name: str, commit: str, cached: _Cache, token: str | bo
         path.unlink()
         blob.unlink()
         raise OSError(f"{name} of {repo!r} arrived with another hash than the Hub gave for it, and was thrown away; try again")
+    return path
 
 
 def _hashes(path: Path, digits: int) -> set[str]:
@@ -258,6 +243,16 @@ def _hashes(path: Path, digits: int) -> set[str]:
             for kind in kinds:
                 kind.update(chunk)
     return {kind.hexdigest() for kind in kinds}
+
+
+def _point(folder: Path, revision: str) -> None:
+    """Have a branch or tag of the cache point to the commit in this folder: refs/<branch> beside snapshots/<commit>."""
+    ref = folder.parents[1] / "refs" / revision
+    if ref.is_file() and ref.read_text(encoding="utf-8").strip() == folder.name:
+        return  # a cache that only others may write serves too
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(ref) as written:
+        written.write_text(folder.name, encoding="utf-8")
 
 
 def _call(ask: Callable[[], Any], repo: str, revision: str, retries: Sequence[float] = RETRIES) -> Any:
