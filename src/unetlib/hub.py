@@ -257,15 +257,16 @@ def _point(folder: Path, revision: str) -> None:
 
 def _call(ask: Callable[[], Any], repo: str, revision: str, retries: Sequence[float] = RETRIES) -> Any:
     """Ask the Hub, again where it answers 500 and more, and tell one clear error of Python's own kinds."""
-    for seconds in (*retries, None):
+    waits = iter(retries)
+    while True:
         try:
             return ask()
         except Exception as error:  # the client raises its own kinds and those of the HTTP library under it
+            seconds = next(waits, None)
             if seconds is None or _status(error) < 500:
                 raise _clear(error, repo, revision) from error
             logger.info("the Hugging Face Hub answers %d; asking again in %g s", _status(error), seconds)
             time.sleep(seconds)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _status(error: BaseException | None) -> int:
