@@ -68,7 +68,7 @@ def end_all(problem: str | None) -> None:
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """End where a run would start over in the place of an earlier one, or has none to go on with."""
+    """End where a run would start over in the place of an earlier one, or write over its weights, or has none to go on with."""
     seen = shared(earlier_run(args.out))
     if len({*seen}) > 1:
         raise SystemExit(f"{args.out} has an earlier run for some processes and none for others; give a folder that all share")
@@ -76,15 +76,23 @@ def check_start(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.out / CHECKPOINT} is of an earlier run; add --resume to go on with it, or give another --out")
     if args.resume and not seen[0]:
         raise SystemExit(f"there is no {args.out / CHECKPOINT}; leave out --resume, or give --out of an earlier run")
+    if not args.resume and shared(has_weights(args.out))[0]:
+        raise SystemExit(f"{args.out / 'model'} has the weights of an earlier run; give another --out, or move them elsewhere")
 
 
 def earlier_run(out: Path) -> bool:
     return any((out / name).is_file() for name in (CHECKPOINT, f"{CHECKPOINT}.previous"))
 
 
+def has_weights(out: Path) -> bool:
+    return (out / "model" / "model.safetensors").is_file()
+
+
 def again(out: Path) -> str:
     """What the command of a run that ends now will do."""
-    return "with --resume goes on" if earlier_run(out) else "starts anew"
+    if earlier_run(out):
+        return "with --resume goes on"
+    return "starts anew" + ("; move model/ elsewhere before that" if has_weights(out) else "")
 
 
 def check_room(args: argparse.Namespace, process: Process, model: UNet) -> None:

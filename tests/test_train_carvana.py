@@ -424,6 +424,15 @@ def test_a_run_does_not_start_over_in_the_place_of_an_earlier_one(script, data, 
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"an earlier run")]
 
 
+def test_weights_whose_checkpoint_is_gone_are_not_written_over(script, data, tmp_path):
+    UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    expected = f"{tmp_path / 'model'} has the weights of an earlier run; give another --out, or move them elsewhere"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY])
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
 @pytest.mark.parametrize("source", ["--data", "--synthetic"])
 def test_two_runs_do_not_write_into_one_folder(script, data, tmp_path, source):
