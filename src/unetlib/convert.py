@@ -368,13 +368,11 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
     homeless = [key for key in tensors if key.rpartition(".")[0] not in names]
     if homeless:
         raise ValueError(f"a checkpoint of the family {family} has no place for {_list(homeless)} of this network: {config}")
-    given: dict[str, Any] = {
-        name: getattr(config, name) for name in ("dropout", *known.open, *(() if any_size else ("match",)))
-    }
+    told = ["dropout", *known.open, *(() if any_size else ("match",))]
     if "affine" in known.open and not config.affine:
-        given["norm"] = config.norm  # an instance norm without tensors tells nothing of itself
+        told.append("norm")  # an instance norm without tensors tells nothing of itself
     try:
-        theirs_config = _infer_config(known, tensors, given)
+        theirs_config = _infer_config(known, tensors, {name: getattr(config, name) for name in told})
     except ValueError as error:
         raise ValueError(
             f"the family {family} cannot express this network: it has norm={config.norm!r} and upsample={config.upsample!r}, "
@@ -391,11 +389,11 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
                 else ""
             )
         )
-    return {
-        f"{theirs}.{leaf}": tensor
-        for (module, _, leaf), tensor in ((key.rpartition("."), tensor) for key, tensor in tensors.items())
-        for theirs in names[module]
-    }
+    exported: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        exported |= {f"{theirs}.{leaf}": tensor for theirs in names[module]}
+    return exported
 
 
 def _peel(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
