@@ -286,21 +286,20 @@ def push_to_hub(model: UNet, repo_id: str, *, dtype: torch.dtype | None = None, 
 
 def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
     """The path, or the Hub repository as a string, that a name stands for by its form."""
-    if isinstance(name, str) and re.match(r"[a-z-]{2,}:", name):
-        raise ValueError(
-            f"{name!r} is an address, which is not downloaded: fetch the file and give its path, or type 'owner/name' for a "
-            "Hugging Face Hub repository"
-        )
-    if isinstance(name, str) and hub.is_repository(name) and not _is_file_name(name):
-        return name
+    if isinstance(name, str):
+        if re.match(r"[a-z-]{2,}:", name):
+            raise ValueError(
+                f"{name!r} is an address, which is not downloaded: fetch the file and give its path, or type 'owner/name' for "
+                "a Hugging Face Hub repository"
+            )
+        if hub.is_repository(name) and not _is_file_name(name):
+            return name
     if revision is not None:
         raise ValueError(f"revision= is for a Hub repository 'owner/name'; {str(name)!r} is none")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or "/" in name or os.sep in name or name.startswith("~") or _is_file_name(name):
         return hub.local_path(name)
     if name in list_pretrained():
         return ZOO / name
-    if "/" in name or os.sep in name or name.startswith("~") or _is_file_name(name):
-        return hub.local_path(name)
     near = difflib.get_close_matches(name, list_pretrained(), n=1)
     raise ValueError(
         f"no model is called {name!r}; the zoo has: {_zoo_names()}."
@@ -354,9 +353,9 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
 
 def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) -> Pretrained:
     """A weights file by `config.json`, or by its header, or as a checkpoint of another project."""
-    tensors, text = weights.tensors, weights.metadata.get("unetlib")
+    tensors = weights.tensors
     try:
-        values = trust.read_json(trust.read_small(config) if config else "{}" if text is None else text)
+        values = trust.read_json(trust.read_small(config) if config else weights.metadata.get("unetlib") or "{}")
         if values and "model" not in values and FIRST in tensors:  # a mixin's: the constructor's arguments
             known = {field.name for field in dataclasses.fields(UNetConfig)}
             values = {"model": {name: value for name, value in values.items() if name in known}}
