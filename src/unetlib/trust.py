@@ -215,18 +215,14 @@ def read_checkpoint(path: Path, *, header_only: bool = False) -> Mapping[str, An
             _check_archive(path)
         checkpoint = _load(path, device, mmap=zipped and not header_only)
     except Exception as error:  # torch.load raises many kinds, for code in a pickle as for a damaged file
-        code = code_asked_for(error)
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: "
-            + (
-                f"it asks for the code {code}, and code in a checkpoint is never run; "
-                "save its state dict alone, once, if you trust the file: "
-                f"torch.save(torch.load({str(path)!r}, map_location='cpu', weights_only=False)['state_dict'], 'weights.pth'), "
-                "with its own key for 'state_dict', or with .state_dict() instead where it holds a whole model"
-                if code
-                else f"it is damaged, or something else ({type(error).__name__})"
+        why = f"it is damaged, or something else ({type(error).__name__})"
+        if code := code_asked_for(error):
+            why = (
+                f"it asks for the code {code}, and code in a checkpoint is never run; save its state dict alone, once, if you "
+                f"trust the file: torch.save(torch.load({str(path)!r}, map_location='cpu', weights_only=False)['state_dict'], "
+                "'weights.pth'), with its own key for 'state_dict', or with .state_dict() instead where it holds a whole model"
             )
-        ) from error
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors and plain values: {why}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict or a dictionary that has one")
     _check_plain(checkpoint, path, device)
