@@ -70,12 +70,12 @@ class Family:
     Args:
         name: what messages call it, and `export_state_dict` takes.
         encoder: layers of an encoder level.
-        bottleneck: layers of the deepest block.
         decoder: layers of a decoder level.
-        upsample: what follows our `upsample` ("" for a transposed convolution), and the family's name; empty without weights.
         head: the last convolution.
         layers: our names for the layers of a double convolution, and the family's.
-        stem: layers of the first encoder level, where they are named by another template.
+        stem: layers of the first encoder level, where they are named by another template than the others.
+        bottleneck: likewise, layers of the deepest block.
+        upsample: what follows our `upsample` ("" for a transposed convolution), and the family's name; empty without weights.
         norms: the norms that the layout stands for, told apart by their tensors.
         options: fields of `UNetConfig` that the project fixes and its tensors do not tell.
         weightless: those for a checkpoint without weights for upsampling; empty where it must have them.
@@ -87,12 +87,12 @@ class Family:
 
     name: str
     encoder: str
-    bottleneck: str
     decoder: str
-    upsample: Mapping[str, str]
     head: str
     layers: Mapping[str, str]
     stem: str = ""
+    bottleneck: str = ""
+    upsample: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[str, ...] = ("batch",)
     options: Mapping[str, Any] = field(default_factory=dict)
     weightless: Mapping[str, Any] = field(default_factory=dict)
@@ -114,9 +114,9 @@ class Family:
             number = {"level": level, "level1": level + 1, "level2": level + 2}
             number |= {"step": step, "step1": step + 1, "even": 2 * step, "odd": 2 * step + 1}
             if level == depth:
-                blocks = {"bottleneck": self.bottleneck}
+                blocks = {"bottleneck": self.bottleneck or self.encoder}
             else:
-                encoder = self.stem if self.stem and level == 0 else self.encoder
+                encoder = self.encoder if level else self.stem or self.encoder
                 blocks = {f"encoder.{level}": encoder, f"decoder.{step}.conv": self.decoder}
                 table |= {name.format(**number): f"decoder.{step}.upsample{part}" for part, name in self.upsample.items()}
             for block, template in blocks.items():
@@ -154,7 +154,6 @@ MILESIAL = Family(
     name="milesial",
     stem="inc.double_conv.{layer}",
     encoder="down{level}.maxpool_conv.1.double_conv.{layer}",
-    bottleneck="down{level}.maxpool_conv.1.double_conv.{layer}",
     decoder="up{step1}.conv.double_conv.{layer}",
     upsample={"": "up{step1}.up"},
     head="outc.conv",
@@ -207,7 +206,6 @@ MONAI = Family(
     name="monai",
     stem="conv_0.{layer}",
     encoder="down_{level}.convs.{layer}",
-    bottleneck="down_{level}.convs.{layer}",
     decoder="upcat_{level1}.convs.{layer}",
     upsample={"": "upcat_{level1}.upsample.deconv"},
     head="final_conv",
@@ -223,7 +221,6 @@ MONAI = Family(
 LEEJUNHYUN = Family(
     name="leejunhyun",
     encoder="Conv{level1}.conv.{layer}",
-    bottleneck="Conv{level1}.conv.{layer}",
     decoder="Up_conv{level2}.conv.{layer}",
     upsample={".conv": "Up{level2}.up.1", ".norm": "Up{level2}.up.2"},
     head="Conv_1x1",
@@ -238,9 +235,7 @@ LEEJUNHYUN = Family(
 NESTED = Family(
     name="4uiiurz1",
     encoder="conv{level}_0.{layer}",
-    bottleneck="conv{level}_0.{layer}",
     decoder="conv{level}_{step1}.{layer}",
-    upsample={},
     head="final",
     layers={"conv1": "conv1", "norm1": "bn1", "conv2": "conv2", "norm2": "bn2"},
     weightless=BILINEAR,
@@ -252,9 +247,7 @@ NESTED = Family(
 USUYAMA = Family(
     name="usuyama",
     encoder="dconv_down{level1}.{layer}",
-    bottleneck="dconv_down{level1}.{layer}",
     decoder="dconv_up{level1}.{layer}",
-    upsample={},
     head="conv_last",
     layers=BARE,
     norms=("none",),
@@ -268,7 +261,6 @@ USUYAMA = Family(
 JAXONY = Family(
     name="jaxony",
     encoder="down_convs.{level}.{layer}",
-    bottleneck="down_convs.{level}.{layer}",
     decoder="up_convs.{step}.{layer}",
     upsample={"": "up_convs.{step}.upconv"},
     head="conv_final",
