@@ -485,18 +485,7 @@ def _rename(family: Family, entries: Mapping[str, Tensor], modules: Mapping[str,
 def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> UNetConfig:
     """The network that these tensors, under our names, belong to: read off their shapes; `options` come first."""
 
-    def widths(name: str, dimension: int = 0) -> tuple[int, ...]:
-        return tuple(tensors[name.format(level=level, step=depth - 1 - level)].shape[dimension] for level in range(depth))
-
-    depth = len({key.split(".")[1] for key in tensors if key.startswith("encoder.")})
-    needed = ["encoder.0.conv1.weight", "bottleneck.conv2.weight", "head.weight"]
-    for level in range(depth):
-        needed += [f"encoder.{level}.conv2.weight", f"decoder.{level}.conv.conv1.weight", f"decoder.{level}.conv.conv2.weight"]
-    upsample = {"decoder.0.upsample.weight": "transpose", "decoder.0.upsample.conv.weight": "nearest_conv"}
-    up_weight = next((key for key in upsample if key in tensors), None)
-    if up_weight is not None:
-        needed += [up_weight.replace("0", str(level)) for level in range(depth)]
-    for name in needed:
+    def shape(name: str) -> torch.Size:
         dimensions = tensors[name].ndim if name in tensors else None
         if dimensions == 5:
             raise ValueError(f"the {family.name} checkpoint is of a 3-D network; 3-D networks are not supported")
@@ -505,12 +494,17 @@ def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mappin
                 f"the {family.name} checkpoint lacks the 4-D tensor for {name}, so its network cannot be told"
                 + (f"; the one it has is {dimensions}-D" if dimensions is not None else "")
             )
+        return tensors[name].shape
 
+    def widths(name: str, dimension: int = 0) -> tuple[int, ...]:
+        return tuple(shape(name.format(level=level, step=depth - 1 - level))[dimension] for level in range(depth))
+
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("encoder.")})
     inferred = {
-        "in_channels": tensors["encoder.0.conv1.weight"].shape[1],
-        "out_channels": tensors["head.weight"].shape[0],
+        "in_channels": shape("encoder.0.conv1.weight")[1],
+        "out_channels": shape("head.weight")[0],
         "features": widths("encoder.{level}.conv2.weight"),
-        "bottleneck": tensors["bottleneck.conv2.weight"].shape[0],
+        "bottleneck": shape("bottleneck.conv2.weight")[0],
         "decoder_features": widths("decoder.{step}.conv.conv2.weight"),
         "mid_features": widths("decoder.{step}.conv.conv1.weight"),
         "conv_bias": "encoder.0.conv2.bias" in tensors,
@@ -528,10 +522,10 @@ def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mappin
             f"the {family.name} checkpoint has no tensors of norm {' or '.join(family.norms)}; if you know its norm, tell it: "
             "convert(checkpoint, norm='none'), or norm='group', or norm='instance', affine=False"
         )
-    if up_weight is not None:
-        inferred["upsample"] = upsample[up_weight]
-        outputs = 1 if upsample[up_weight] == "transpose" else 0  # the dimension of a weight that counts them
-        inferred["up_features"] = widths(up_weight.replace("0", "{step}"), outputs)
+    if "decoder.0.upsample.weight" in tensors:
+        inferred |= {"upsample": "transpose", "up_features": widths("decoder.{step}.upsample.weight", dimension=1)}
+    elif "decoder.0.upsample.conv.weight" in tensors:
+        inferred |= {"upsample": "nearest_conv", "up_features": widths("decoder.{step}.upsample.conv.weight")}
     elif family.weightless:
         inferred.update(family.weightless)
     elif "upsample" not in options:
