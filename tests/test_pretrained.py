@@ -473,7 +473,7 @@ def test_only_a_repository_has_a_revision(zoo, no_network, name):
 
 @pytest.mark.parametrize("name", ["carvana", "./mine", "owner/name"])
 def test_an_unknown_option_is_refused_whatever_the_name_stands_for(zoo, no_network, name):
-    with pytest.raises(TypeError, match=r"^from_pretrained has no option colour; it has revision, .*, force_download$"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         pretrained.from_pretrained(UNet, name, colour="red")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import hub, trust
 from .adapt import FIRST, adapt
-from .arguments import check_device, check_options, check_unet
+from .arguments import check_device, check_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
 from .convert import convert
@@ -153,11 +153,14 @@ def from_pretrained(
     name: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
     device: str | torch.device = "cpu",
     in_channels: int | None = None,
     out_channels: int | None = None,
     allow_nonfinite: bool = False,
-    **options: Any,
 ) -> Model:
     """Build a network of `cls` with the weights that `name` stands for; see `UNet.from_pretrained`.
 
@@ -169,28 +172,28 @@ def from_pretrained(
         cls: `UNet`, or a class with its `from_config`.
         name: zoo name, path or Hub repository.
         revision: branch, tag or commit, for a Hub repository only.
+        cache_dir: folder of the Hub's cache.
+        token: Hub token; None takes the one that is logged in.
+        local_files_only: do not use the network.
+        force_download: download again what the cache has.
         device: where the weights go.
         in_channels: another number of input channels, see `unetlib.adapt`.
         out_channels: another number of output channels, see `unetlib.adapt`.
         allow_nonfinite: load weights that hold NaN or infinity.
-        options: as for `unetlib.hub.fetch`.
 
     Raises:
         FileNotFoundError: for a path, repository or revision that does not exist.
         PermissionError: for a Hub repository that wants another token.
         ConnectionError: for a Hub that cannot be reached.
         OSError: for what the Hub sends if it is not what it said.
-        TypeError: for an unknown option.
         ValueError: for a `device` that is not here, an unknown name, a `revision` of something that has none, a file that is
             not a U-Net's weights, or weights that do not fit their config or are not finite.
     """
     check_device(device)
-    # Here, since a path has no use for the rest of them.
-    known = ("revision", "device", "in_channels", "out_channels", "allow_nonfinite")
-    check_options("from_pretrained", options, (*known, "cache_dir", "token", "local_files_only", "force_download"))
     where = _locate(name, revision)
     if not isinstance(where, Path):
-        where = _fetch(where, (WEIGHTS, CONFIG), revision=revision, **options)
+        options = {"token": token, "local_files_only": local_files_only, "force_download": force_download}
+        where = _fetch(where, (WEIGHTS, CONFIG), revision=revision, cache_dir=cache_dir, **options)
     found, _ = _read(where)
     model = _skeleton(cls, found.config, str(name))
     trust.check_fit(model.state_dict(), found.state_dict, str(name))
@@ -199,7 +202,11 @@ def from_pretrained(
         model = _skeleton(cls, found.config, str(name))
     # In memory of its own, since the file's may change or go while the network lives; and in float32, since half precision is
     # a way of storing.
-    model.load_state_dict({key: _copied(tensor) for key, tensor in found.state_dict.items()}, assign=True)
+    tensors = {
+        key: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for key, tensor in found.state_dict.items()
+    }
+    model.load_state_dict(tensors, assign=True)
     if not allow_nonfinite:
         trust.check_finite(model.state_dict(), str(name))
     model.preprocessing = found.preprocessing
@@ -373,10 +380,6 @@ def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return Pretrained(converted.config, converted.state_dict, converted.preprocessing)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _short_card(model: UNet, folder: Path) -> str:
