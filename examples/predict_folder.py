@@ -401,41 +401,23 @@ class RayActor:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, cuda = parser.add_argument, torch.cuda.is_available()
     add("pictures", type=Path, help="folder of pictures, with folders in it if you like, linked ones too")
     add("masks", type=Path, help="folder for the masks; made where there is none")
     add("--model", default="carvana", help=f"{', '.join(list_pretrained())}, a folder, a file or a Hub repository (carvana)")
     add("--overwrite", action="store_true", help="segment again what has a mask")
-    add(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as PyTorch names it (cuda where there is one)"
-    )
-    add(
-        "--precision",
-        choices=("float32", "bfloat16", "float16", "int8"),
-        default="float32",
-        help="float16: on GPUs; int8: on CPUs, by OpenVINO (float32)",
-    )
-    add(
-        "--threshold",
-        type=float,
-        metavar="P",
-        help="probability above which a pixel is foreground; the model's own if left out",
-    )
+    add("--device", default="cuda" if cuda else "cpu", help="as PyTorch names it (cuda where there is one)")
+    precisions = ("float32", "bfloat16", "float16", "int8")
+    add("--precision", choices=precisions, default="float32", help="float16: on GPUs; int8: on CPUs, by OpenVINO (float32)")
+    add("--threshold", type=float, metavar="P", help="probability above which a pixel is foreground; else the model's own")
     add("--tile", type=int, metavar="PIXELS", help="side of what the network sees at a time; as memory allows if left out")
     add("--overlap", type=int, metavar="PIXELS", help="of tiles; as much as the whole picture's result takes if left out")
     add_tta(parser)
     add("--batch-size", type=int, default=4, help="pictures in one forward pass (4)")
-    add(
-        "--threads",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="that read and write (%(default)s); the cores of a Ray actor",
-    )
+    add("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that read and write, cores of an actor (%(default)s)")
     add("--ray", action="store_true", help="work in the actors of a Ray cluster, or of this machine where there is none")
     add("--ray-address", metavar="HOST:PORT", help="of the cluster, where this machine is part of several")
-    add(
-        "--actors", type=int, metavar="N", help="at most so many; otherwise one for each GPU, or as many as there are cores for"
-    )
+    add("--actors", type=int, metavar="N", help="at most so many; else one for each GPU, or as many as there are cores for")
     args = parser.parse_args(argv)
     if args.threshold is not None and not 0 < args.threshold < 1:
         parser.error(f"--threshold must be a probability between 0 and 1, got {args.threshold}")

@@ -72,6 +72,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Everything about the loop: model, augmentation, optimizer, precision, output."""
     cuda = torch.cuda.is_available()
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision, place = (half, "device") if cuda else ("fp32", "workers")
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/carvana"), help="folder for checkpoint, weights and pictures (%(default)s)")
     add("--init", help="start from these weights: a zoo name, model folder, checkpoint file or Hub repository")
@@ -90,12 +91,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=float, default=0.1, help="share of a schedule that is not constant spent rising (0.1)")
     add("--clip", type=float, default=0.0, metavar="NORM", help="largest norm of the gradients (0: no limit)")
     add("--ema", type=float, default=0.99, metavar="DECAY", help="validate and keep an average of the weights (0.99; 0: none)")
-    add(
-        "--loss",
-        choices=("bce", "bce-dice"),
-        default="bce-dice",
-        help="bce: cross-entropy alone; bce-dice: with Dice (bce-dice). Of several classes it is that of a softmax",
-    )
+    add("--loss", choices=("bce", "bce-dice"), default="bce-dice", help="cross-entropy alone, or with Dice (bce-dice)")
     add("--border-weight", type=float, default=1.0, help="weight of pixels near a mask's edge in bce-dice (1)")
     add("--border-size", type=int, default=41, metavar="PIXELS", help="odd side of the window that finds edge pixels (41)")
     add("--rotation", type=float, default=0.0, help="degrees either way (0)")
@@ -111,45 +107,20 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--quarter-turns", action="store_true", help="turn by 0, 90, 180 or 270 degrees")
     add("--reflect", action="store_true", help="mirror the picture where turns, zoom and bends reach beyond it")
     add("--low-resolution", type=float, default=0.0, metavar="P", help="probability of losing detail (0)")
-    add(
-        "--least-resolution", type=float, default=0.2, help="least share of height and width that --low-resolution leaves (0.2)"
-    )
+    add("--least-resolution", type=float, default=0.2, help="least share of height and width that is then left (0.2)")
     add("--jpeg", type=float, default=0.0, metavar="P", help="probability that what --low-resolution reduces is a JPEG (0)")
-    add(
-        "--noise",
-        type=float,
-        default=0.0,
-        metavar="STD",
-        help="standard deviation of Gaussian noise on pixels from 0 to 1, added to half of the pictures (0)",
-    )
-    add(
-        "--precision",
-        choices=("bf16", "fp16", "fp32"),
-        default=half if cuda else "fp32",
-        help="(bf16 on CUDA, fp16 on GPUs before Ampere, else fp32)",
-    )
+    add("--noise", type=float, default=0.0, metavar="STD", help="Gaussian noise on half of the pictures, pixels 0 to 1 (0)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=precision, help="(bf16 on CUDA, fp16 before Ampere; fp32)")
     add("--channels-last", action=argparse.BooleanOptionalAction, default=cuda, help="layout for tensor cores (on CUDA)")
     add("--compile", action="store_true", help="torch.compile")
     add("--checkpoint-gradients", action="store_true", help="compute maps again instead of keeping them: slower, less memory")
     add("--sync-batch-norm", action="store_true", help="statistics over all GPUs")
-    add(
-        "--cache-gib", type=float, default=8.0, metavar="GIB", help="memory for decoded pictures (8); the rest is decoded again"
-    )
+    add("--cache-gib", type=float, default=8.0, metavar="GIB", help="for decoded pictures; the rest is decoded again (8)")
     add("--workers", type=int, default=8 if cuda else 0, help="processes that prepare pictures (8 on CUDA, else 0)")
-    add(
-        "--augment-on",
-        choices=("workers", "device"),
-        default="device" if cuda else "workers",
-        help="place of augmentation (device on CUDA, else workers)",
-    )
+    add("--augment-on", choices=("workers", "device"), default=place, help="where pictures are augmented (device on CUDA)")
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="besides each epoch's end (0: only there)")
     add("--validate-every", type=int, default=1, metavar="EPOCHS", help="and after the last one (1)")
-    add(
-        "--validate-at",
-        choices=("original", "size"),
-        default="original",
-        help="score at the pictures' own size or at --size (original)",
-    )
+    add("--validate-at", choices=("original", "size"), default="original", help="score at their own size or --size (original)")
     add("--log-every", type=float, default=0.5, metavar="SECONDS", help="least time between two updates of the bar (0.5)")
     add("--tensorboard", action="store_true", help="write the scores of each epoch for TensorBoard too, into --out")
     add("--device", default="cuda" if cuda else "cpu", help="as PyTorch names it (cuda where there is one)")
