@@ -130,6 +130,7 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
     def unreadable(error: OSError) -> None:
         failed[os.path.relpath(error.filename, pictures)] = f"the folder cannot be read: {error.strerror}"
 
+    same = str.casefold if sys.platform in ("darwin", "win32") else str  # there X.png is x.png
     roots = (pictures.resolve(), masks.resolve())
     elsewhere: set[Path] = set()
     for folder, subfolders, files in os.walk(pictures, onerror=unreadable, followlinks=True):
@@ -144,8 +145,8 @@ def find_pictures(pictures: Path, masks: Path, overwrite: bool) -> tuple[list[st
         for file in sorted(files):
             stem, suffix = os.path.splitext(file)
             if suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
-                of_mask.setdefault(f"{stem}.png", []).append(os.path.normpath(os.path.join(below, file)))
-        whole = finished(masks / below)
+                of_mask.setdefault(same(f"{stem}.png"), []).append(os.path.normpath(os.path.join(below, file)))
+        whole = {same(name) for name in finished(masks / below)}
         for mask, sharing in of_mask.items():
             if len(sharing) > 1:
                 failed |= dict.fromkeys(sharing, f"{' and '.join(sharing)} would share the mask {mask}; rename all but one")

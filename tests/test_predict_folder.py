@@ -334,6 +334,20 @@ def test_linked_folders_are_followed_and_each_once(script, pictures, model, tmp_
         assert files(masks) == sorted([*MASKS, "linked/g.png"])
 
 
+def test_names_that_differ_in_capitals_share_a_mask_where_the_system_has_it_so(script, tmp_path, monkeypatch):
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    for seed, name in enumerate(["X.jpg", "x.png", "Y.png"]):
+        draw(pictures / name, seed)
+    masks.mkdir()
+    (masks / "Y.png").touch()
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert script.find_pictures(pictures, masks, overwrite=False) == (["X.jpg", "x.png"], 1, {})
+    monkeypatch.setattr(sys, "platform", "darwin")
+    names, present, failed = script.find_pictures(pictures, masks, overwrite=False)
+    assert (names, present) == ([], 1)
+    assert failed == dict.fromkeys(["X.jpg", "x.png"], "X.jpg and x.png would share the mask x.png; rename all but one")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
 def test_a_pipe_among_the_pictures_fails_and_is_not_waited_for(script, pictures, model, tmp_path):
     pipe = pictures / "x.png"
