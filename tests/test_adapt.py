@@ -46,6 +46,12 @@ def test_half_precision_is_summed_in_full():
     assert adapt_input(weight, 1).item() == 2050
 
 
+@pytest.mark.parametrize("channels", [0, -1])
+def test_there_is_one_channel_at_least(channels):
+    with pytest.raises(ValueError, match=f"in_channels={channels} must be 1 or more"):
+        adapt_input(torch.ones(4, 3, 3, 3), channels)
+
+
 @pytest.mark.parametrize("channels", [1, 6])
 def test_a_grey_picture_gives_what_it_gave(model, folder, channels):
     adapted = UNet.from_pretrained(folder, in_channels=channels)

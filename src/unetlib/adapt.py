@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import check_unet
+from .arguments import check_unet, whole
 from .config import Preprocessing, UNetConfig
 
 if TYPE_CHECKING:
@@ -98,12 +98,17 @@ def adapt_input(weight: Tensor, in_channels: int) -> Tensor:
         (out, in_channels, ...): for one channel `sum_c weight[:, c]`; else `weight[:, c % old] * old / in_channels`, which
         gives the same output for pictures whose channels are all equal, where the new number is a multiple of the old one.
 
+    Raises:
+        TypeError: for a number that is no integer.
+        ValueError: for one below 1.
+
     Example:
         >>> adapt_input(torch.ones(4, 3, 3, 3), 1)[0, 0, 0, 0]
         tensor(3.)
         >>> adapt_input(torch.ones(4, 3, 3, 3), 6).shape
         torch.Size([4, 6, 3, 3])
     """
+    whole("in_channels", in_channels, 1)
     wide = weight.float()  # a sum of half-precision numbers would be rounded
     if in_channels == 1:
         return wide.sum(dim=1, keepdim=True)
