@@ -216,6 +216,9 @@ def train(
                     save()
         losses.share(last=step)
         check_weights(model, len(losses), args.out)
+        judge = (epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs
+        if judge:  # which may take as long as the epoch, and be stopped on the way
+            save()
         epoch, step = epoch + 1, 0
 
         entry: dict[str, float] = {
@@ -224,7 +227,7 @@ def train(
             "lr": optimizer.param_groups[0]["lr"],
             "pictures_per_second": (len(batches) - batches.first) * args.batch_size / (time.perf_counter() - started),
         }
-        if epoch % args.validate_every == 0 or epoch == args.epochs:
+        if judge:
             judged = average or model
             with autocast:
                 scores = validate(args, process, judged, val_set)

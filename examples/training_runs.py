@@ -90,9 +90,7 @@ def has_weights(out: Path) -> bool:
 
 def again(out: Path) -> str:
     """What the command of a run that ends now will do."""
-    if earlier_run(out):
-        return "with --resume goes on"
-    return "starts anew" + ("; move model/ elsewhere before that" if has_weights(out) else "")
+    return "with --resume goes on" if earlier_run(out) else "starts anew"
 
 
 def check_room(args: argparse.Namespace, process: Process, model: UNet) -> None:

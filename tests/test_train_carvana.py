@@ -264,15 +264,31 @@ def test_a_run_goes_on_with_another_number_of_processes(script, data, tmp_path, 
 def test_checkpoints_are_written_after_so_many_steps_and_each_epoch(script, data, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(script, "save_checkpoint", lambda state, path: written.append((state["epoch"], state["step"])))
-    options = ["--epochs", "1", "--batch-size", "1", "--checkpoint-every", "3"]
+    options = ["--epochs", "3", "--batch-size", "1", "--checkpoint-every", "3", "--validate-every", "2"]
     script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
-    assert written == [(0, 3), (0, 6), (1, 0)]
+    epochs = [(0, 3), (0, 6), (1, 0)], [(1, 3), (1, 6), (1, 8), (2, 0)], [(2, 3), (2, 6), (2, 8), (3, 0)]
+    assert written == [*itertools.chain(*epochs)]
+
+
+def test_a_run_that_is_stopped_in_its_validation_has_trained_the_epoch_for_good(script, data, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(data), *TINY, "--epochs", "1", "--out"]
+    script.main([*options, str(tmp_path / "whole")])
+    interrupted(script, monkeypatch, [*options, str(tmp_path / "stopped")])
+    capsys.readouterr()
+    script.main([*options, str(tmp_path / "stopped"), "--resume"])
+    assert "going on in epoch 1 after step 2 of 2" in capsys.readouterr().out
+    whole, stopped = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "stopped"))
+    assert stopped["history"]["loss"] == whole["history"]["loss"]
+    assert stopped["best"]["dice"] == whole["best"]["dice"]
 
 
 def test_an_interrupt_ends_a_run_in_one_line(script, data, tmp_path, monkeypatch, capsys):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY]
-    for dice, what in (((), "starts anew"), ((0.0,), "with --resume goes on")):
-        interrupted(script, monkeypatch, options, *dice)
+    for stage, what in (("readable", "starts anew"), ("validate", "with --resume goes on")):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, stage, given_scores())
+            with pytest.raises(SystemExit, match="130"):
+                script.main(options)
         assert capsys.readouterr().err.endswith(f"\ninterrupted; the same command {what}\n")
 
 
@@ -475,12 +491,9 @@ def test_a_disk_that_fills_up_is_one_clear_error(script, data, tmp_path, monkeyp
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"]
     monkeypatch.setattr(f"train_carvana.{module}", full)
     expected = f"[Errno 28] No space left on device; make room in {tmp_path}, then the same command"
-    model = "; move model/ elsewhere before that" if module == "save_checkpoint" else ""
-    with pytest.raises(SystemExit, match=f"{re.escape(f'{expected} starts anew{model}')}$"):
+    what = "starts anew" if module == "save_checkpoint" else "with --resume goes on"
+    with pytest.raises(SystemExit, match=f"{re.escape(f'{expected} {what}')}$"):
         script.main(options)
-    (tmp_path / "checkpoint.pt").touch()
-    with pytest.raises(SystemExit, match=re.escape(f"{expected} with --resume goes on")), script.room_asked_for(tmp_path):
-        full()
 
 
 def test_weights_to_start_from_may_have_moved_and_no_others_are_resumed_with(script, data, tmp_path):
