@@ -106,6 +106,8 @@ def draw_scores(file: Path) -> None:
     """Mean Dice against the cost of one picture; a line where the cost is not known."""
     figure, (panel,) = new_plot("GFLOP of a forward pass", "mean Dice", ["Carvana"])
     panel.set(xlim=(10, 3000), yscale="linear")
+    panel.set_xticks((10, 100, 1000), ("10", "100", "1000"))
+    panel.margins(y=0.12)  # room for the highest name
     for row in read_scores():
         if row["gflop"] is None:
             panel.axhline(row["dice"], color="grey", linestyle=":")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,20 @@ def about(results: dict[str, Any]) -> str:
     machine = results["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
     data = "UNETLIB_DATA=... " if "UNETLIB_DATA" in machine else ""
-    return f"```bash\n{data}{results['command']}\n```\n\n{facts}."
+    return f"```bash\n{broken(data + results['command'])}\n```\n\n{facts}."
+
+
+def broken(command: str, width: int = 76) -> str:
+    """A long command over several lines, each begun by an option."""
+    line, *options = re.split(" (?=--)", command)
+    lines = []
+    for option in options:
+        if len(f"{line} {option}") > width:
+            lines.append(line)
+            line = f"    {option}"
+        else:
+            line += f" {option}"
+    return " \\\n".join([*lines, line])
 
 
 def times(rows: list[Row]) -> str:
@@ -135,7 +149,8 @@ def scores_section() -> str:
     lines = []
     for row in sorted(read_scores(), key=lambda row: row["dice"]):
         gflop = "-" if row["gflop"] is None else f"{row['gflop']:.1f}"
-        lines.append([row["name"], f"{row['dice']:.4g}", row["measured_on"], gflop, row["cost_of"], row["source"]])
+        source = f"[{row['source']}]({row['page']})"
+        lines.append([row["name"], f"{row['dice']:.4g}", row["measured_on"], gflop, row["cost_of"], source])
     header = ["", "mean Dice", "measured on", "GFLOP of a pass", "of what", "source"]
     plot = "![Mean Dice against GFLOP of a forward pass](plots/scores.svg)"
     return "\n\n".join(["### Quality against cost", plot, table(header, lines)])

@@ -86,6 +86,21 @@ def test_the_page_shows_what_was_measured(results, tmp_path):
     assert page.read_text() == text  # again is the same
 
 
+def test_commands_are_whole_and_fit_the_page():
+    for file in plots.RESULTS.glob("*.json"):
+        command = json.loads(file.read_text(encoding="utf-8"))["command"]
+        broken = report.broken(command)
+        assert max(map(len, broken.splitlines())) <= 80
+        assert broken.replace(" \\\n    ", " ") == command
+
+
+def test_sources_are_short_links():
+    for row in plots.read_scores():
+        assert f"| [{row['source']}]({row['page']}) |" in report.scores_section()
+        assert len(row["source"]) <= 24  # what the table has room for
+        assert row["page"].startswith("https://github.com/") or (report.PAGE.parent / row["page"]).is_file()
+
+
 def test_a_page_without_marks_is_left_alone(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text")
