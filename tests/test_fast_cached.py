@@ -387,6 +387,15 @@ def test_hooks_on_all_modules_are_seen():
     assert np.abs(after - before).max() > 1e-3
 
 
+def test_a_class_that_somebody_patched_is_run_as_it_is(monkeypatch):
+    network = model()
+    probabilities(network)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.tanh())
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-6)
+    with pytest.raises(ValueError, match="something else: the class ReLU has a forward that was put into it"):
+        optimize_for_inference(network)
+
+
 def test_weights_that_are_not_finite_are_not_hidden():
     model = UNet(features=(8, 16)).eval()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -58,3 +59,10 @@ def test_hooks_and_a_forward_of_its_own_are_a_difference(model):
             return -super().forward(x)
 
     assert difference(Other(features=(4,))) == "Other has a forward of its own"
+
+
+@pytest.mark.parametrize(("kind", "method"), [(nn.ReLU, "forward"), (nn.Conv2d, "_conv_forward"), (UNet, "forward")])
+def test_what_was_put_into_a_class_is_a_difference(model, monkeypatch, kind, method):
+    original = getattr(kind, method)
+    monkeypatch.setattr(kind, method, functools.wraps(original)(lambda *args: 2 * original(*args)))
+    assert difference(model) == f"the class {kind.__name__} has a forward that was put into it"

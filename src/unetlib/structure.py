@@ -14,6 +14,7 @@ from .unet import UNet
 
 _SAME: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: nn.BatchNorm2d}  # in evaluation mode
 _METHODS = ("forward", "_conv_forward")  # that a program puts in their place, the latter for another padding
+_OURS = ("torch", "unetlib")  # packages whose modules are known
 _IDLE = {"training", "momentum", "inplace", "p", "checkpoint_gradients"}  # settings that change no result there
 
 
@@ -42,9 +43,14 @@ def difference(model: UNet) -> str | None:
         return "there are hooks for all modules"
     if other := changed_module(model, _parts_of_unet(model.config)):
         return other
+    kinds: set[type[nn.Module]] = set()
     for name, module in model.named_modules():
+        kinds.add(type(module))
         if module._forward_hooks or module._forward_pre_hooks or not vars(module).keys().isdisjoint(_METHODS):
             return f"its module {name!r} has hooks, or a forward of its own"
+    for kind in kinds:
+        if any(_is_patched(getattr(kind, method, None)) for method in _METHODS):
+            return f"the class {kind.__name__} has a forward that was put into it"
     return None
 
 
@@ -80,6 +86,12 @@ def _parts_of_unet(config: UNetConfig) -> tuple[Part, ...]:
         return parts_of(UNet.from_config(config))
 
 
+def _is_patched(method: Any) -> bool:
+    """Whether what a class of PyTorch's or of ours computes by was written elsewhere, whatever it calls itself."""
+    home = getattr(method, "__globals__", {}).get("__name__", "")
+    return method is not None and home.partition(".")[0] not in _OURS
+
+
 def _is_like(module: nn.Module, part: Part) -> bool:
     kind = type(module)
     return (
@@ -90,7 +102,7 @@ def _is_like(module: nn.Module, part: Part) -> bool:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    if type(module).__module__.partition(".")[0] not in ("torch", "unetlib"):  # what others keep in theirs may change
+    if type(module).__module__.partition(".")[0] not in _OURS:  # what others keep in theirs may change
         return {}
     return {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _IDLE}
 
