@@ -574,6 +574,23 @@ def test_a_copy_does_not_travel(travel):
         travel(optimize_for_inference(UNet(features=(8, 16)).eval()))
 
 
+@pytest.mark.parametrize("change", [nn.Module.half, nn.Module.double, partial(nn.Module.to, device="meta")])
+def test_a_copy_stays_on_its_device_and_in_its_type(change):
+    model = trained()
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    with pytest.raises(TypeError, match="a fast copy stays on its device and in its type; call optimize_for_inference"):
+        change(fast)
+    assert fast.to("cpu").float() is fast
+    assert error(fast(x), model(x)) <= 1e-5
+
+
+def test_weights_that_are_not_there_are_refused():
+    with torch.device("meta"):
+        model = UNet(features=(8, 16))
+    with pytest.raises(ValueError, match=r"encoder\.0\.conv1\.weight is on the device meta, .*; load the weights first"):
+        optimize_for_inference(model)
+
+
 def test_pictures_that_are_lazily_negative():
     model, x = trained(features=(16, 32)), torch.rand(1, 3, 64, 96)
     negative = torch.complex(torch.zeros_like(x), -x).conj().imag

@@ -111,6 +111,8 @@ def optimize_for_inference(
     if otherwise := difference(model):
         raise ValueError(f"a fast copy would compute something else: {otherwise}; unetlib.inference.predict runs it as it is")
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the device meta, where there are no values; load the weights first")
         if not tensor.isfinite().all():  # of NaN a convolution with a ReLU in it makes 0
             raise ValueError(f"{name} holds NaN or infinity, which a fast copy may hide; load weights that are finite")
     if backend not in (None, "openvino"):
@@ -194,6 +196,14 @@ class FastUNet(nn.Module):
             logits = (self._run or self._memory.replays)(x.resolve_neg()).to(x.dtype)
         # Outside inference mode a tensor that may be changed, and that losses of other networks may be derived from.
         return logits if torch.is_inference_mode_enabled() else logits.clone()
+
+    def _apply(self, function: Any, recurse: bool = True) -> FastUNet:
+        """What `to`, `half` and `cuda` call: of this copy they would change the head alone."""
+        weight = self._head.weight
+        changed = function(weight)
+        if (changed.device, changed.dtype) != (weight.device, weight.dtype):
+            raise TypeError("a fast copy stays on its device and in its type; call optimize_for_inference on the UNet there")
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """It holds code and memory of this process."""
