@@ -725,9 +725,27 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
         monkeypatch.setattr(native_kernels, "available", lambda native=native: native)
         monkeypatch.setattr(network, "fastest_ways", lambda width, dtype, ways=ways: ways[width])
         assert optimize_for_inference(model).held_bytes == expected
-        model.predict(np.zeros((4, 4, 3), np.uint8))
+        copy.deepcopy(model).predict(np.zeros((4, 4, 3), np.uint8))  # whose fast copy has not run
         assert passes.pop() == expected
     assert optimize_for_inference(model.double()).held_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("way", "a_kernel"),
+    [pytest.param(NativeLevel, 45, marks=needs_native), pytest.param(WinogradLevel, 64, marks=needs_nnpack)],
+)
+def test_weights_that_are_there_are_not_to_come_any_more(monkeypatch, way, a_kernel):
+    """They are missing in the free memory already."""
+    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: way)
+    monkeypatch.setattr(network, "fastest_ways", lambda width, dtype: (way,))
+    monkeypatch.setattr(native_kernels, "available", lambda: way is NativeLevel)
+    model = trained(features=(32,), bottleneck=32)
+    fast = optimize_for_inference(model)
+    before = fast.held_bytes
+    for size in (8, 8, 64, 64):
+        fast(pictures(model, size, size))
+    kernels = 3 * 32 + 32 * 32 + 64 * 32 + 3 * 32 * 32
+    assert before - fast.held_bytes == pytest.approx(4 * a_kernel * kernels, rel=0.01)
 
 
 # --- folding

@@ -95,6 +95,11 @@ class NativeConv:
         """The weights for small maps."""
         return _packed(self.weight.permute(0, 2, 3, 1).flatten(1)[None], halves=self.halves)
 
+    @property
+    def transformed_bytes(self) -> int:
+        """What the weights take that have been made."""
+        return sum(vars(self)[name].nbytes for name in ("transformed", "direct") if name in vars(self))
+
     def __call__(self, first: Tensor, second: Tensor | None = None, *, pooled: Tensor | None = None) -> Tensor:
         """Convolve.
 

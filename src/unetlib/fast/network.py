@@ -211,7 +211,7 @@ class FastUNet(nn.Module):
 
     @property
     def held_bytes(self) -> int:
-        """What Winograd's method may hold beside the maps of a pass, at most: transformed weights, and a workspace."""
+        """What Winograd's method may yet take beside the maps of a pass, at most: transformed weights, and a workspace."""
         if not self._parts or not _has_a_choice(self.device, self.dtype):
             return 0
         held = 0
@@ -219,7 +219,7 @@ class FastUNet(nn.Module):
             held += (36 + 9) * 4 * sum(_kernels(parts) for parts in self._parts)  # for large maps, and for small ones
         if by_nnpack := [parts for parts in self._parts if fastest_ways(_like(parts.width), self.dtype)[0] is WinogradLevel]:
             held += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
-        return held
+        return max(0, held - sum(_transformed_bytes(level) for level in self._levels.values()))
 
     @property
     def kept_bytes(self) -> int:
@@ -380,6 +380,11 @@ def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, 
                 level.convolve(inputs[way])
                 times[way].append(time.perf_counter() - began)
     return {way: min(seconds[2:]) for way, seconds in times.items()}  # the first calls take memory and transform weights
+
+
+def _transformed_bytes(level: Any) -> int:
+    """What a level has taken for transformed weights."""
+    return sum(step.conv.transformed_bytes for step in (*level.convs, *level.up_convs) if hasattr(step, "conv"))
 
 
 def _kernels(parts: Parts) -> int:

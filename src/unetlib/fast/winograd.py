@@ -55,6 +55,11 @@ class WinogradConv:
         self._seen_small = False
         self._transformed: Tensor | None = None
 
+    @property
+    def transformed_bytes(self) -> int:
+        """What the transformed weights take, where there are some."""
+        return 0 if self._transformed is None else self._transformed.nbytes
+
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Convolve.
 
