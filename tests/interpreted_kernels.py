@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_fast import error, pictures, trained
 
 from unetlib.blocks import split_patches
-from unetlib.fast import cuda, kernels, network, optimize_for_inference
+from unetlib.fast import cuda, kernels, network, optimize_for_inference, planner
 from unetlib.fast.kernels import Conv3x3, Head, UpConv2x2, place_and_pool
 
 
@@ -137,7 +137,7 @@ def test_a_network_all_of_kernels(monkeypatch, size, skip_first, side):
     monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
     monkeypatch.setattr(cuda, "_winners", {})
     monkeypatch.setattr(cuda, "_leaders", {})
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: cuda.CudaLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: cuda.CudaLevel)
     monkeypatch.setattr(network, "_check_dtype", lambda *_: None)
     model = trained(features=(8,), skip_first=skip_first, patch_size=side)
     x = pictures(model, *size)

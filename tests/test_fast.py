@@ -22,7 +22,7 @@ from pretended_mps import OnMps
 from torch import nn
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
-from unetlib.fast import levels, native_kernels, network, optimize_for_inference, winograd
+from unetlib.fast import levels, native_kernels, network, optimize_for_inference, planner, winograd
 from unetlib.fast.folding import Parts, layers
 from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
 from unetlib.fast.native import NativeLevel
@@ -91,7 +91,7 @@ def way(request, monkeypatch):
     """Every level in the way of this name; mixed: the first one direct, the second Winograd's, the bottleneck direct."""
     kinds = {8: PrepackedLevel, 16: WinogradLevel}
     monkeypatch.setattr(
-        network, "_way", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, PrepackedLevel)
+        planner, "plan", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, PrepackedLevel)
     )
     return request.param
 
@@ -118,7 +118,7 @@ def test_gives_the_logits_of_the_model(way, options, size):
     ids=str,
 )
 def test_gives_the_logits_of_the_model_where_channels_are_whole_vectors(monkeypatch, options, size):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(**{"features": (16, 32)} | options)
     x = pictures(model, *size)
     fast = optimize_for_inference(model)
@@ -138,7 +138,7 @@ def test_gives_the_logits_of_the_model_where_channels_are_whole_vectors(monkeypa
     ],
 )
 def test_native_passes_of_small_pictures_are_replayed(monkeypatch, options, replayed):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(**{"features": (16, 32), "patch_size": 2, "match": "replicate"} | options)
     fast = optimize_for_inference(model)
     xs = [
@@ -178,7 +178,7 @@ print(len({{*sys.modules}} - before))
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_a_replay_takes_new_pictures_of_any_type(monkeypatch, dtype):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(features=(16, 32), patch_size=2)
     fast = optimize_for_inference(model)
     for x in (pictures(model, 40, 56).to(dtype) + n for n in range(4)):
@@ -189,7 +189,7 @@ def test_a_replay_takes_new_pictures_of_any_type(monkeypatch, dtype):
 
 @needs_native
 def test_replays_are_of_the_type_of_the_pictures(monkeypatch):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(features=(16, 32), patch_size=2)
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)
     for dtype in (torch.float32, torch.float32, torch.float64, torch.float32):  # the second one is recorded
@@ -201,7 +201,7 @@ def test_replays_are_of_the_type_of_the_pictures(monkeypatch):
 @pytest.mark.parametrize("size", [(40, 56), (4, 4)])  # a bottleneck of one pixel lies alike in both layouts
 def test_levels_that_are_not_native_are_not_replayed(monkeypatch, size):
     ways = {16: NativeLevel, 32: NativeLevel, 64: WinogradLevel}
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda width, *_: ways[width])
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda width, *_: ways[width])
     model = trained(features=(16, 32), bottleneck=64)
     fast = optimize_for_inference(model)
     for x in (pictures(model, *size) + n for n in range(4)):
@@ -211,7 +211,7 @@ def test_levels_that_are_not_native_are_not_replayed(monkeypatch, size):
 @needs_native
 @pytest.mark.parametrize("size", [(40, 56), (160, 160)])
 def test_no_pictures_give_no_logits(monkeypatch, size):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     before = torch.get_num_threads()
     fast = optimize_for_inference(trained(features=(16, 32)))
     try:
@@ -236,7 +236,7 @@ def test_a_new_thread_leaves_those_of_others_alone():
 
 @needs_native
 def test_replays_are_of_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model, before = trained(features=(16, 32), patch_size=2), torch.get_num_threads()
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)
     try:
@@ -287,7 +287,7 @@ def test_bfloat16_computes_in_bfloat16_or_better_and_keeps_the_type_of_the_pictu
 
 @needs_halves
 def test_native_levels_multiply_in_bfloat16_where_the_cpu_can(monkeypatch):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(features=(16, 32), patch_size=2)
     x, expected = pictures(model, 101, 80), model(pictures(model, 101, 80))
     fast = optimize_for_inference(model, dtype=torch.bfloat16)
@@ -400,7 +400,7 @@ def test_an_interrupt_on_the_way_to_memory_leaves_nothing_half_done(monkeypatch,
 
 @needs_native
 def test_memory_is_kept_until_it_is_freed(monkeypatch):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: NativeLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     model = trained(features=(16, 32))
     fast, x = optimize_for_inference(model), pictures(model, 300, 300)  # maps of 2 MiB and more are taken from the pool
     assert fast.kept_bytes == 0
@@ -413,7 +413,7 @@ def test_memory_is_kept_until_it_is_freed(monkeypatch):
 
 @pytest.mark.parametrize("way", [PlainLevel, PrepackedLevel])
 def test_an_autocast_around_a_copy_changes_nothing(monkeypatch, way):
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: way)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: way)
     model = trained()
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -513,18 +513,18 @@ def test_a_default_device_changes_nothing():
 import torch
 torch.set_default_device("meta")
 from unetlib import UNet
-from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
+from unetlib.fast import native_kernels, optimize_for_inference, planner, winograd
 from unetlib.fast.levels import PrepackedLevel, WinogradLevel
 from unetlib.fast.native import NativeLevel
 with torch.device("cpu"):
     model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 300, 420)
 ways = {PrepackedLevel: True, NativeLevel: native_kernels.available(), WinogradLevel: winograd.available()}
 print(*map(int, ways.values()))
-network._trial(16, torch.float32, [way for way, there in ways.items() if there])
+planner._trial(16, torch.float32, [way for way, there in ways.items() if there])
 with torch.inference_mode():
     expected = model(x)
     for way in (way for way, there in ways.items() if there):
-        network._way = lambda device, dtype: lambda *_: way
+        planner.plan = lambda device, dtype: lambda *_: way
         assert torch.allclose(optimize_for_inference(model)(x), expected, atol=1e-4)
         assert (model.predict(x[0], tile=160, overlap=0) == model.predict(x[0])).mean() > 0.5
 """
@@ -539,7 +539,7 @@ def test_a_default_dtype_changes_nothing(dtype):
     code = f"""
 import numpy, torch
 from unetlib import UNet, Preprocessing
-from unetlib.fast import native_kernels, network, optimize_for_inference, winograd
+from unetlib.fast import native_kernels, optimize_for_inference, planner, winograd
 model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 80, 96)
 large = torch.rand(1, 3, 600, 800)
 model.preprocessing = Preprocessing(mean=0.3, std=0.007)
@@ -550,7 +550,7 @@ for first in (False, True):
     if first:
         later(x)
     torch.set_default_dtype(torch.{dtype})
-    assert (network._trial(16, torch.float32, [network.PrepackedLevel]).keys()) == {{network.PrepackedLevel}}
+    assert (planner._trial(16, torch.float32, [planner.PrepackedLevel]).keys()) == {{planner.PrepackedLevel}}
     print(int(native_kernels.available()), int(winograd.available()))
     for fast in (later, optimize_for_inference(model)):
         assert fast(x).dtype == torch.float32
@@ -634,7 +634,7 @@ def test_bfloat16_is_refused_on_a_gpu_before_ampere(monkeypatch):
 
 
 def test_without_onednn_there_is_the_plain_way(monkeypatch):
-    monkeypatch.setattr(network, "_has_onednn", lambda: False)
+    monkeypatch.setattr(planner, "_has_onednn", lambda: False)
     model = trained()
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)
     assert error(fast(x), model(x)) <= 1e-5
@@ -649,8 +649,8 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
         asked.append(channels)
         return (native, nnpack) if channels <= 64 else (nnpack, native)
 
-    monkeypatch.setattr(network, "fastest_ways", fastest_ways)
-    way = network._way(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(planner, "fastest_ways", fastest_ways)
+    way = planner.plan(torch.device("cpu"), torch.float32)
     for (channels, height, width), expected in {
         (16, 640, 960): native,
         (48, 160, 240): native,
@@ -665,9 +665,9 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_trial_compares_what_there_is(monkeypatch, dtype):
-    fastest_ways, tried = network._found_by_trial.__wrapped__, []
+    fastest_ways, tried = planner._found_by_trial.__wrapped__, []
     seconds = {PrepackedLevel: 3.0, WinogradLevel: 1.8, NativeLevel: 2.0}
-    monkeypatch.setattr(network, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
+    monkeypatch.setattr(planner, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
     monkeypatch.setattr(native_kernels, "available", lambda: True)
     monkeypatch.setattr(winograd, "available", lambda: True)
     assert fastest_ways(64, dtype) == (NativeLevel, WinogradLevel, PrepackedLevel)  # 0.8 * 2 and 1.15 * 1.8
@@ -688,24 +688,24 @@ def test_of_several_threads_one_makes_the_trial(monkeypatch):
         time.sleep(0.05)  # in which the others would begin theirs
         return dict.fromkeys(ways, 1.0)
 
-    monkeypatch.setattr(network, "_trial", trial)
-    monkeypatch.setattr(network, "_found_by_trial", functools.cache(network._found_by_trial.__wrapped__))
+    monkeypatch.setattr(planner, "_trial", trial)
+    monkeypatch.setattr(planner, "_found_by_trial", functools.cache(planner._found_by_trial.__wrapped__))
     monkeypatch.setattr(native_kernels, "available", lambda: True)
     with ThreadPoolExecutor(3) as pool:
-        assert len({*pool.map(lambda _: start.wait() >= 0 and network.fastest_ways(16, torch.float32), range(3))}) == 1
+        assert len({*pool.map(lambda _: start.wait() >= 0 and planner.fastest_ways(16, torch.float32), range(3))}) == 1
     assert trials == [16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=fast_bfloat16)])
 def test_a_trial_takes_times(dtype):
-    found = network._trial(16, dtype, (PrepackedLevel, PlainLevel))
+    found = planner._trial(16, dtype, (PrepackedLevel, PlainLevel))
     assert list(found) == [PrepackedLevel, PlainLevel]
     assert all(seconds > 0 for seconds in found.values())
 
 
 def test_a_trial_draws_nothing_from_the_chance_of_the_program():
     before = torch.get_rng_state()
-    network._trial(16, torch.float32, (PrepackedLevel,))
+    planner._trial(16, torch.float32, (PrepackedLevel,))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -723,7 +723,7 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
     ):
         ways = {16: (PrepackedLevel,), 32: (widest, PrepackedLevel), 64: (widest, PrepackedLevel)}
         monkeypatch.setattr(native_kernels, "available", lambda native=native: native)
-        monkeypatch.setattr(network, "fastest_ways", lambda width, dtype, ways=ways: ways[width])
+        monkeypatch.setattr(planner, "fastest_ways", lambda width, dtype, ways=ways: ways[width])
         assert optimize_for_inference(model).held_bytes == expected
         copy.deepcopy(model).predict(np.zeros((4, 4, 3), np.uint8))  # whose fast copy has not run
         assert passes.pop() == expected
@@ -736,8 +736,8 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
 )
 def test_weights_that_are_there_are_not_to_come_any_more(monkeypatch, way, a_kernel):
     """They are missing in the free memory already."""
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: way)
-    monkeypatch.setattr(network, "fastest_ways", lambda width, dtype: (way,))
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: way)
+    monkeypatch.setattr(planner, "fastest_ways", lambda width, dtype: (way,))
     monkeypatch.setattr(native_kernels, "available", lambda: way is NativeLevel)
     model = trained(features=(32,), bottleneck=32)
     fast = optimize_for_inference(model)

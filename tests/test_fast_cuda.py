@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_fast import OPTIONS, error, on_cuda, pictures, trained
 
 from unetlib.blocks import split_patches
-from unetlib.fast import cuda, network, optimize_for_inference, replays
+from unetlib.fast import cuda, network, optimize_for_inference, planner, replays
 from unetlib.fast.cuda import CudaLevel, fastest
 from unetlib.fast.folding import Layer
 
@@ -31,7 +31,7 @@ def _forget(monkeypatch):
 @pytest.fixture
 def cuda_level(monkeypatch):
     """Every level in the way of CUDA."""
-    monkeypatch.setattr(network, "_way", lambda device, dtype: lambda *_: CudaLevel)
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: CudaLevel)
 
 
 @pytest.fixture

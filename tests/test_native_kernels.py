@@ -221,10 +221,10 @@ def test_code_for_cpus_without_avx512():
     code = """
 import torch
 from unetlib import UNet
-from unetlib.fast import native_kernels, network, optimize_for_inference
+from unetlib.fast import native_kernels, optimize_for_inference, planner
 from unetlib.fast.native import NativeLevel
 assert native_kernels.available()
-network._way = lambda *_: lambda *_: NativeLevel
+planner.plan = lambda *_: lambda *_: NativeLevel
 model, x = UNet(features=(16, 24)).eval(), torch.rand(2, 3, 61, 77)
 found, expected = optimize_for_inference(model)(x), model(x)
 assert not native_kernels.has_halves()

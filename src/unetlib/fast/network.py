@@ -6,7 +6,6 @@ import copy
 import functools
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -15,33 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import not_a_unet
-from ..blocks import DoubleConv
 from ..memory import available_memory, keep_freed, release_freed
 from ..structure import difference
 from ..unet import UNet, check_input
-from . import native_kernels, winograd
+from . import planner
 from .cuda import CudaEnds, CudaLevel
 from .folding import Parts
-from .levels import Ends, Level, PlainEnds, PlainLevel, PrepackedLevel, WinogradLevel
+from .levels import Ends, Level, PlainEnds, PlainLevel
 from .native import NativeEnds, NativeLevel
 from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
+from .planner import Way
 from .pool import Pool, pooled
 from .replays import Replays
 
-Way = Callable[[Parts, torch.dtype], Level]
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
-_TRIALS = {16: 288, 32: 72, 64: 48, 128: 36, 256: 24}  # width of a level: side of the map on which ways are compared
-_LEAST_MAP = 1300  # bytes of a channel: on smaller maps NNPACK reads transformed weights for longer than it saves
-_LEAST_WORK = 5e8  # floating-point operations of a convolution: less is over before NNPACK's threads have taken over
 _MOST_REPLAYED = 2**19  # pixels of a batch: with more, Python takes a share that does not count, and a replay keeps much memory
-_NARROW = 16  # channels, for which NNPACK is not tried
-_NNPACK_WAITS = 1.15  # how much longer NNPACK takes on large maps than on those of the trials, for want of memory's speed
-# What is not in the trials leaves this share of the native way's time: pooling and concatenation inside, and, where all levels
-# are native, a replay, in which threads are woken once instead of at each convolution.
-_NATIVE_SPARES = 0.6
 
 
 def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
@@ -155,13 +145,13 @@ class FastUNet(nn.Module):
         self._release: weakref.finalize[..., Any] | None = None  # gives freed memory back, which this copy has had kept
         self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, or a replay of it
         self._parts: list[Parts] = []
+        self._levels: dict[tuple[int, Way], Level] = {}
         if other:
             self._run = other
             return
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
-        self._way = (lambda *_: PlainLevel) if compile else _way(self.device, dtype)
-        self._levels: dict[tuple[int, Way], Level] = {}
+        self._way = (lambda *_: PlainLevel) if compile else planner.plan(self.device, dtype)
         self._plain_ends = PlainEnds(self._head, self.config.patch_size, dtype)
         self._native_ends: NativeEnds | None = None
         self._cuda_ends: CudaEnds | None = None
@@ -212,14 +202,8 @@ class FastUNet(nn.Module):
     @property
     def held_bytes(self) -> int:
         """What Winograd's method may yet take beside the maps of a pass, at most: transformed weights, and a workspace."""
-        if not self._parts or not _has_a_choice(self.device, self.dtype):
-            return 0
-        held = 0
-        if native_kernels.available():
-            held += (36 + 9) * 4 * sum(_kernels(parts) for parts in self._parts)  # for large maps, and for small ones
-        if by_nnpack := [parts for parts in self._parts if fastest_ways(_like(parts.width), self.dtype)[0] is WinogradLevel]:
-            held += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
-        return max(0, held - sum(_transformed_bytes(level) for level in self._levels.values()))
+        most = planner.winograd_bytes(self._parts, self.device, self.dtype)
+        return max(0, most - sum(_transformed_bytes(level) for level in self._levels.values()))
 
     @property
     def kept_bytes(self) -> int:
@@ -311,82 +295,6 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"{device} has no fast convolutions in {dtype}; take torch.float16 or torch.float32")
 
 
-def _way(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], Way]:
-    """A function from a level's channels, height and width to the way in which the device runs it fastest."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return lambda *_: CudaLevel
-    if not _has_a_choice(device, dtype):
-        return lambda *_: PlainLevel
-
-    def way(channels: int, height: int, width: int) -> Way:
-        pixels = height * width
-        much = 18 * channels**2 * pixels >= _LEAST_WORK and pixels * dtype.itemsize >= _LEAST_MAP
-        return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not WinogradLevel)
-
-    return way
-
-
-def _has_a_choice(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_onednn()
-
-
-def _like(channels: int) -> int:
-    """The width of the trials that stands for this one."""
-    return min((width for width in _TRIALS if width >= channels), default=max(_TRIALS))
-
-
-def _has_onednn() -> bool:
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
-def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
-    """The ways to run a level of one of the widths of the trials on this CPU, the fastest first.
-
-    Found once in a process, in a few tenths of a second for all widths, by the least of a few times, taken in turn, since other
-    work only makes them longer.
-    """
-    with native_kernels.one_at_a_time:  # trials of several threads would time each other
-        return _found_by_trial(channels, dtype)
-
-
-@functools.cache
-def _found_by_trial(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
-    handicaps: dict[Way, float] = {PrepackedLevel: 1}
-    if native_kernels.available():
-        handicaps[NativeLevel] = _NATIVE_SPARES
-    if channels > _NARROW and winograd.available():
-        handicaps[WinogradLevel] = _NNPACK_WAITS
-    if len(handicaps) == 1:
-        return (PrepackedLevel,)
-    seconds = _trial(channels, dtype, tuple(handicaps))
-    return tuple(sorted(handicaps, key=lambda way: handicaps[way] * seconds[way]))
-
-
-@torch.inference_mode()
-def _trial(channels: int, dtype: torch.dtype, ways: Iterable[Way]) -> dict[Way, float]:
-    """Seconds that each way takes for a double convolution."""
-    side = _TRIALS[channels]
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # a seed fixes what a program draws, with or without a trial
-        block, x = DoubleConv(channels, channels).eval().float(), torch.rand(1, channels, side, side, dtype=torch.float32)
-    parts = Parts.of(block)
-    levels = {way: way(parts, dtype) for way in ways}
-    inputs = {way: level.enter(x) for way, level in levels.items()}
-    times: dict[Way, list[float]] = {way: [] for way in ways}
-    with pooled(Pool()):
-        for _ in range(8):
-            for way, level in levels.items():
-                began = time.perf_counter()
-                level.convolve(inputs[way])
-                times[way].append(time.perf_counter() - began)
-    return {way: min(seconds[2:]) for way, seconds in times.items()}  # the first calls take memory and transform weights
-
-
 def _transformed_bytes(level: Any) -> int:
     """What a level has taken for transformed weights."""
     return sum(step.conv.transformed_bytes for step in (*level.convs, *level.up_convs) if hasattr(step, "conv"))
-
-
-def _kernels(parts: Parts) -> int:
-    """3x3 kernels of a level: one for each pair of channels."""
-    return sum(layer.weight.shape[0] * layer.weight.shape[1] for layer in (*parts.convs, *parts.up_convs))
