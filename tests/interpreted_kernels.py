@@ -143,7 +143,7 @@ def test_a_network_all_of_kernels(monkeypatch, size, skip_first, side):
     x = pictures(model, *size)
     fast = optimize_for_inference(model, dtype=torch.float16)
     assert error(fast(x), model(x)) <= 5e-3
-    assert fast._cuda_ends._kernel_is_right == {torch.float32: True}
+    assert fast._ends[cuda.CudaLevel]._kernel_is_right == {torch.float32: True}
     assert chosen.count(cuda._Kernel) == 5  # right on every layer; two are of one shape
     assert chosen.count(cuda._KernelUp) == 1  # at odd sizes too
     assert chosen.count(cuda._KernelHead) == 1

@@ -22,11 +22,13 @@ from pretended_mps import OnMps
 from torch import nn
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
-from unetlib.fast import levels, native_kernels, network, optimize_for_inference, planner, winograd
+from unetlib.fast import levels, native_kernels, network, nnpack_kernels, optimize_for_inference, planner
 from unetlib.fast.folding import Parts, layers
-from unetlib.fast.levels import PlainLevel, PrepackedLevel, WinogradLevel
+from unetlib.fast.levels import PlainLevel
 from unetlib.fast.native import NativeLevel
 from unetlib.fast.native_replay import NativeReplay
+from unetlib.fast.nnpack import NnpackLevel
+from unetlib.fast.onednn import OnednnLevel
 from unetlib.fast.replays import Replays
 
 OPTIONS = [
@@ -54,8 +56,8 @@ OPTIONS = [
     {"patch_size": 2, "out_channels": 2},
     {"patch_size": 3, "match": "replicate"},
 ]
-WAYS = {"plain": PlainLevel, "direct": PrepackedLevel, "winograd": WinogradLevel, "native": NativeLevel, "mixed": None}
-NEEDS = {"winograd": needs_nnpack, "mixed": needs_nnpack, "native": needs_native}
+WAYS = {"plain": PlainLevel, "direct": OnednnLevel, "nnpack": NnpackLevel, "native": NativeLevel, "mixed": None}
+NEEDS = {"nnpack": needs_nnpack, "mixed": needs_nnpack, "native": needs_native}
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 fast_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no fast bfloat16 convolutions"
@@ -89,9 +91,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 )
 def way(request, monkeypatch):
     """Every level in the way of this name; mixed: the first one direct, the second Winograd's, the bottleneck direct."""
-    kinds = {8: PrepackedLevel, 16: WinogradLevel}
+    kinds = {8: OnednnLevel, 16: NnpackLevel}
     monkeypatch.setattr(
-        planner, "plan", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, PrepackedLevel)
+        planner, "plan", lambda device, dtype: lambda width, *_: WAYS[request.param] or kinds.get(width, OnednnLevel)
     )
     return request.param
 
@@ -200,7 +202,7 @@ def test_replays_are_of_the_type_of_the_pictures(monkeypatch):
 @needs_nnpack
 @pytest.mark.parametrize("size", [(40, 56), (4, 4)])  # a bottleneck of one pixel lies alike in both layouts
 def test_levels_that_are_not_native_are_not_replayed(monkeypatch, size):
-    ways = {16: NativeLevel, 32: NativeLevel, 64: WinogradLevel}
+    ways = {16: NativeLevel, 32: NativeLevel, 64: NnpackLevel}
     monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda width, *_: ways[width])
     model = trained(features=(16, 32), bottleneck=64)
     fast = optimize_for_inference(model)
@@ -411,7 +413,7 @@ def test_memory_is_kept_until_it_is_freed(monkeypatch):
     assert torch.equal(fast(x), first)
 
 
-@pytest.mark.parametrize("way", [PlainLevel, PrepackedLevel])
+@pytest.mark.parametrize("way", [PlainLevel, OnednnLevel])
 def test_an_autocast_around_a_copy_changes_nothing(monkeypatch, way):
     monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: way)
     model = trained()
@@ -513,12 +515,13 @@ def test_a_default_device_changes_nothing():
 import torch
 torch.set_default_device("meta")
 from unetlib import UNet
-from unetlib.fast import native_kernels, optimize_for_inference, planner, winograd
-from unetlib.fast.levels import PrepackedLevel, WinogradLevel
+from unetlib.fast import native_kernels, nnpack_kernels, optimize_for_inference, planner
+from unetlib.fast.nnpack import NnpackLevel
+from unetlib.fast.onednn import OnednnLevel
 from unetlib.fast.native import NativeLevel
 with torch.device("cpu"):
     model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 300, 420)
-ways = {PrepackedLevel: True, NativeLevel: native_kernels.available(), WinogradLevel: winograd.available()}
+ways = {OnednnLevel: True, NativeLevel: native_kernels.available(), NnpackLevel: nnpack_kernels.available()}
 print(*map(int, ways.values()))
 planner._trial(16, torch.float32, [way for way, there in ways.items() if there])
 with torch.inference_mode():
@@ -530,7 +533,7 @@ with torch.inference_mode():
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1", f"{native_kernels.available():d}", f"{winograd.available():d}"]
+    assert done.stdout.split() == ["1", f"{native_kernels.available():d}", f"{nnpack_kernels.available():d}"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
@@ -539,7 +542,7 @@ def test_a_default_dtype_changes_nothing(dtype):
     code = f"""
 import numpy, torch
 from unetlib import UNet, Preprocessing
-from unetlib.fast import native_kernels, optimize_for_inference, planner, winograd
+from unetlib.fast import native_kernels, nnpack_kernels, optimize_for_inference, planner
 model, x = UNet(features=(16, 32), patch_size=2).eval(), torch.rand(1, 3, 80, 96)
 large = torch.rand(1, 3, 600, 800)
 model.preprocessing = Preprocessing(mean=0.3, std=0.007)
@@ -550,8 +553,8 @@ for first in (False, True):
     if first:
         later(x)
     torch.set_default_dtype(torch.{dtype})
-    assert (planner._trial(16, torch.float32, [planner.PrepackedLevel]).keys()) == {{planner.PrepackedLevel}}
-    print(int(native_kernels.available()), int(winograd.available()))
+    assert (planner._trial(16, torch.float32, [planner.OnednnLevel]).keys()) == {{planner.OnednnLevel}}
+    print(int(native_kernels.available()), int(nnpack_kernels.available()))
     for fast in (later, optimize_for_inference(model)):
         assert fast(x).dtype == torch.float32
         torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
@@ -565,7 +568,7 @@ for first in (False, True):
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == 2 * [f"{native_kernels.available():d}", f"{winograd.available():d}"]
+    assert done.stdout.split() == 2 * [f"{native_kernels.available():d}", f"{nnpack_kernels.available():d}"]
 
 
 @pytest.mark.parametrize("travel", [copy.deepcopy, pickle.dumps])
@@ -642,7 +645,7 @@ def test_without_onednn_there_is_the_plain_way(monkeypatch):
 
 
 def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
-    native, nnpack = NativeLevel, WinogradLevel
+    native, nnpack = NativeLevel, NnpackLevel
     asked = []
 
     def fastest_ways(channels, dtype):
@@ -666,17 +669,17 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_trial_compares_what_there_is(monkeypatch, dtype):
     fastest_ways, tried = planner._found_by_trial.__wrapped__, []
-    seconds = {PrepackedLevel: 3.0, WinogradLevel: 1.8, NativeLevel: 2.0}
+    seconds = {OnednnLevel: 3.0, NnpackLevel: 1.8, NativeLevel: 2.0}
     monkeypatch.setattr(planner, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
     monkeypatch.setattr(native_kernels, "available", lambda: True)
-    monkeypatch.setattr(winograd, "available", lambda: True)
-    assert fastest_ways(64, dtype) == (NativeLevel, WinogradLevel, PrepackedLevel)  # 0.8 * 2 and 1.15 * 1.8
-    assert fastest_ways(16, dtype) == (NativeLevel, PrepackedLevel)
+    monkeypatch.setattr(nnpack_kernels, "available", lambda: True)
+    assert fastest_ways(64, dtype) == (NativeLevel, NnpackLevel, OnednnLevel)  # 0.8 * 2 and 1.15 * 1.8
+    assert fastest_ways(16, dtype) == (NativeLevel, OnednnLevel)
     monkeypatch.setattr(native_kernels, "available", lambda: False)
-    assert fastest_ways(64, dtype) == (WinogradLevel, PrepackedLevel)
+    assert fastest_ways(64, dtype) == (NnpackLevel, OnednnLevel)
     tried.clear()
-    monkeypatch.setattr(winograd, "available", lambda: False)
-    assert fastest_ways(64, dtype) == (PrepackedLevel,)
+    monkeypatch.setattr(nnpack_kernels, "available", lambda: False)
+    assert fastest_ways(64, dtype) == (OnednnLevel,)
     assert not tried
 
 
@@ -698,14 +701,14 @@ def test_of_several_threads_one_makes_the_trial(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=fast_bfloat16)])
 def test_a_trial_takes_times(dtype):
-    found = planner._trial(16, dtype, (PrepackedLevel, PlainLevel))
-    assert list(found) == [PrepackedLevel, PlainLevel]
+    found = planner._trial(16, dtype, (OnednnLevel, PlainLevel))
+    assert list(found) == [OnednnLevel, PlainLevel]
     assert all(seconds > 0 for seconds in found.values())
 
 
 def test_a_trial_draws_nothing_from_the_chance_of_the_program():
     before = torch.get_rng_state()
-    planner._trial(16, torch.float32, (PrepackedLevel,))
+    planner._trial(16, torch.float32, (OnednnLevel,))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -716,12 +719,12 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
     passes = []
     monkeypatch.setattr(inference, "pixels_in_one_pass", lambda config, held, **where: passes.append(held) or 10**6)
     for native, widest, expected in (
-        (False, WinogradLevel, wide * 4 * 64 + 2**29),
-        (False, PrepackedLevel, 0),
+        (False, NnpackLevel, wide * 4 * 64 + 2**29),
+        (False, OnednnLevel, 0),
         (True, NativeLevel, (narrow + wide) * 4 * 45),
-        (True, WinogradLevel, (narrow + wide) * 4 * 45 + wide * 4 * 64 + 2**29),
+        (True, NnpackLevel, (narrow + wide) * 4 * 45 + wide * 4 * 64 + 2**29),
     ):
-        ways = {16: (PrepackedLevel,), 32: (widest, PrepackedLevel), 64: (widest, PrepackedLevel)}
+        ways = {16: (OnednnLevel,), 32: (widest, OnednnLevel), 64: (widest, OnednnLevel)}
         monkeypatch.setattr(native_kernels, "available", lambda native=native: native)
         monkeypatch.setattr(planner, "fastest_ways", lambda width, dtype, ways=ways: ways[width])
         assert optimize_for_inference(model).held_bytes == expected
@@ -732,7 +735,7 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
 
 @pytest.mark.parametrize(
     ("way", "a_kernel"),
-    [pytest.param(NativeLevel, 45, marks=needs_native), pytest.param(WinogradLevel, 64, marks=needs_nnpack)],
+    [pytest.param(NativeLevel, 45, marks=needs_native), pytest.param(NnpackLevel, 64, marks=needs_nnpack)],
 )
 def test_weights_that_are_there_are_not_to_come_any_more(monkeypatch, way, a_kernel):
     """They are missing in the free memory already."""

@@ -22,7 +22,7 @@ from PIL import Image
 
 from unetlib import Preprocessing, UNet, inference, rasters
 from unetlib.fast import FastUNet, planner
-from unetlib.fast.levels import PrepackedLevel
+from unetlib.fast.onednn import OnednnLevel
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
 
@@ -439,7 +439,7 @@ def test_other_precisions_find_nearly_the_same_masks(script, pictures, model, tm
         pytest.importorskip("nncf", reason="needs the extra int8")
     elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no fast bfloat16 convolutions")
-    monkeypatch.setattr(planner, "fastest_ways", lambda *_: (PrepackedLevel,))  # which computes in the precision asked for
+    monkeypatch.setattr(planner, "fastest_ways", lambda *_: (OnednnLevel,))  # which computes in the precision asked for
     (pictures / "0.png").write_text("no picture, and the first to be read")
     for masks, options in (("exact", []), ("masks", ["--precision", precision])):
         assert script.main([str(pictures), str(tmp_path / masks), "--model", model, "--device", "cpu", *options]) == 1

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import Layer, Parts, copied
-from .levels import PlainEnds, PlainLevel, Step, chain, matched, places
+from .levels import Ends, PlainEnds, PlainLevel, Step, chain, matched, places
 from .replays import captures
 
 Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
@@ -91,6 +91,10 @@ class CudaLevel(PlainLevel):
                         beyond.copy_(place.narrow(dim, side - 1, 1))
                     else:
                         beyond.zero_()
+
+    def ends(self, head: nn.Conv2d, side: int) -> Ends:
+        """What comes before and after."""
+        return CudaEnds(head, side, self.dtype, self.channels)
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""

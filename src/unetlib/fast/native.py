@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .folding import Layer, Parts
-from .levels import PrepackedLevel, Step, chain, matched, max_pool_channels_last
+from .levels import Ends, Step, chain, matched
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, has_halves, lanes, split_picture
+from .onednn import OnednnLevel, max_pool_channels_last
 from .pool import empty
 
 
-class NativeLevel(PrepackedLevel):
+class NativeLevel(OnednnLevel):
     """Winograd's method in channels_last: pooled on the way down, of two maps as if concatenated on the way up.
 
     A layer whose channels are no whole vectors is oneDNN's.
@@ -65,6 +66,10 @@ class NativeLevel(PrepackedLevel):
         if not isinstance(first, _NativeStep):
             return super().merge(x, skip)
         return second(first(skip, x) if self.skip_first else first(x, skip))
+
+    def ends(self, head: nn.Conv2d, side: int) -> Ends:
+        """What comes before and after."""
+        return NativeEnds(head, side, self.channels)
 
     def widened(self, x: Tensor) -> Tensor:
         """A map with as many channels as the first convolution takes, in this level's type and layout."""

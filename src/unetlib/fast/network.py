@@ -18,10 +18,9 @@ from ..memory import available_memory, keep_freed, release_freed
 from ..structure import difference
 from ..unet import UNet, check_input
 from . import planner
-from .cuda import CudaEnds, CudaLevel
 from .folding import Parts
-from .levels import Ends, Level, PlainEnds, PlainLevel
-from .native import NativeEnds, NativeLevel
+from .levels import Ends, Level, PlainLevel
+from .native import NativeLevel
 from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
 from .planner import Way
@@ -64,7 +63,7 @@ def optimize_for_inference(
 
     Batch norm is folded into the convolutions. On a CPU each level then takes, by a short trial on the machine, direct
     convolutions of oneDNN, or Winograd's: by code of this library's own, which the machine's C++ compiler makes when it is
-    first needed (`unetlib.fast.native_kernels`), or in float32 by NNPACK (`unetlib.fast.winograd`). On CUDA in half precision a
+    first needed (`unetlib.fast.native_kernels`), or in float32 by NNPACK (`unetlib.fast.nnpack`). On CUDA in half precision a
     convolution, its bias and its ReLU are one kernel, of cuDNN or of Triton, whichever a trial on the device finds faster.
     Small batches are recorded at the second call with a shape and replayed from then on: on CUDA as a graph, on a CPU as one
     call of this library's own code. The copy does not follow later changes of the model, and stays on its device.
@@ -146,20 +145,18 @@ class FastUNet(nn.Module):
         self._run: Callable[[Tensor], Tensor] | None = None  # where it is not `_logits`, or a replay of it
         self._parts: list[Parts] = []
         self._levels: dict[tuple[int, Way], Level] = {}
+        self._ends: dict[type[Level], Ends] = {}
         if other:
             self._run = other
             return
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
         self._way = (lambda *_: PlainLevel) if compile else planner.plan(self.device, dtype)
-        self._plain_ends = PlainEnds(self._head, self.config.patch_size, dtype)
-        self._native_ends: NativeEnds | None = None
-        self._cuda_ends: CudaEnds | None = None
         if compile:
             self._run = _compiled(self._logits, self.device)
         if self.device.type == "cuda":
             # Weights are there before any call: made in one stream or capture, another could read them unwritten.
-            self._levels_for(torch.Size([2**10, 2**10]))
+            self._ends_for(self._levels_for(torch.Size([2**10, 2**10]))[0])
             torch.cuda.current_stream(self.device).synchronize()
             this = weakref.proxy(self)  # else it is a cycle, as with `compile`, and graphs wait for the collector
             self._run = Replays(self._run or (lambda x: this._logits(x)))
@@ -238,7 +235,7 @@ class FastUNet(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         size, skips = x.shape[-2:], []
         *levels, bottom = self._levels_for(size)
-        ends = self._ends(levels[0])
+        ends = self._ends_for(levels[0])
         x = ends.split(x)
         for level in levels:
             skip, x = level.encode(x)
@@ -248,15 +245,12 @@ class FastUNet(nn.Module):
             x = level.decode(x, skip)
         return ends.head(x, size)
 
-    def _ends(self, first: Level) -> Ends:
+    def _ends_for(self, first: Level) -> Ends:
         """The ends that suit the first level, made when first wanted, and kept."""
-        if isinstance(first, NativeLevel):
-            self._native_ends = self._native_ends or NativeEnds(self._head, self.config.patch_size, first.channels)
-            return self._native_ends
-        if isinstance(first, CudaLevel):
-            self._cuda_ends = self._cuda_ends or CudaEnds(self._head, self.config.patch_size, self.dtype, first.channels)
-            return self._cuda_ends
-        return self._plain_ends
+        way = type(first)
+        if way not in self._ends:
+            self._ends.setdefault(way, first.ends(self._head, self.config.patch_size))
+        return self._ends[way]
 
     def _levels_for(self, size: torch.Size) -> list[Level]:
         """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""

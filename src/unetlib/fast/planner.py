@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ..blocks import DoubleConv
-from . import native_kernels, winograd
+from . import native_kernels, nnpack_kernels
 from .cuda import CudaLevel
 from .folding import Parts
-from .levels import Level, PlainLevel, PrepackedLevel, WinogradLevel
+from .levels import Level, PlainLevel
 from .native import NativeLevel
+from .nnpack import NnpackLevel
+from .onednn import OnednnLevel
 from .pool import Pool, pooled
 
 Way = Callable[[Parts, torch.dtype], Level]  # a class of levels
@@ -38,7 +40,7 @@ def plan(device: torch.device, dtype: torch.dtype) -> Callable[[int, int, int], 
     def way(channels: int, height: int, width: int) -> Way:
         pixels = height * width
         much = 18 * channels**2 * pixels >= _LEAST_WORK and pixels * dtype.itemsize >= _LEAST_MAP
-        return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not WinogradLevel)
+        return next(way for way in fastest_ways(_like(channels), dtype) if much or way is not NnpackLevel)
 
     return way
 
@@ -50,8 +52,8 @@ def winograd_bytes(levels: Sequence[Parts], device: torch.device, dtype: torch.d
     most = 0
     if native_kernels.available():
         most += (36 + 9) * 4 * sum(_kernels(parts) for parts in levels)  # for large maps, and for small ones
-    if by_nnpack := [parts for parts in levels if fastest_ways(_like(parts.width), dtype)[0] is WinogradLevel]:
-        most += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + winograd.MOST_WORKSPACE
+    if by_nnpack := [parts for parts in levels if fastest_ways(_like(parts.width), dtype)[0] is NnpackLevel]:
+        most += 64 * 4 * sum(_kernels(parts) for parts in by_nnpack) + nnpack_kernels.MOST_WORKSPACE
     return most
 
 
@@ -85,13 +87,13 @@ def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
 
 @functools.cache
 def _found_by_trial(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
-    handicaps: dict[Way, float] = {PrepackedLevel: 1}
+    handicaps: dict[Way, float] = {OnednnLevel: 1}
     if native_kernels.available():
         handicaps[NativeLevel] = _NATIVE_SPARES
-    if channels > _NARROW and winograd.available():
-        handicaps[WinogradLevel] = _NNPACK_WAITS
+    if channels > _NARROW and nnpack_kernels.available():
+        handicaps[NnpackLevel] = _NNPACK_WAITS
     if len(handicaps) == 1:
-        return (PrepackedLevel,)
+        return (OnednnLevel,)
     seconds = _trial(channels, dtype, tuple(handicaps))
     return tuple(sorted(handicaps, key=lambda way: handicaps[way] * seconds[way]))
 

@@ -32,7 +32,7 @@ _FEW_TILES = 512  # of 6x6 pixels: with fewer, transforming the weights is a goo
 MOST_WORKSPACE = 2**29  # bytes: maps that need more are taken in strips of rows
 
 
-class WinogradConv:
+class NnpackConv:
     """A 3x3 convolution with padding 1 and a bias, of float32 maps in the contiguous layout.
 
     From its second call on small maps it keeps the transformed weights, which take 64/9 of the memory of the weights.
@@ -43,7 +43,7 @@ class WinogradConv:
         relu: apply a ReLU to the result.
 
     Example:
-        >>> conv = WinogradConv(torch.ones(8, 4, 3, 3), torch.zeros(8), relu=True)
+        >>> conv = NnpackConv(torch.ones(8, 4, 3, 3), torch.zeros(8), relu=True)
         >>> torch.allclose(conv(torch.ones(1, 4, 9, 9))[..., 4, 4], torch.tensor(36.0)) if available() else True
         True
     """
@@ -149,7 +149,7 @@ def available() -> bool:
         drawn = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         with torch.device("cpu"):
             x, weight, bias = drawn(2, 5, 13, 17), drawn(7, 5, 3, 3), torch.linspace(-40, 0, 7, dtype=torch.float32)
-        conv, expected = WinogradConv(weight, bias, relu=True), F.conv2d(x, weight, bias, padding=1).relu()
+        conv, expected = NnpackConv(weight, bias, relu=True), F.conv2d(x, weight, bias, padding=1).relu()
         return all(torch.allclose(conv(x), expected, rtol=1e-4, atol=1e-4) for _ in range(3))
     except (OSError, AttributeError, RuntimeError):
         return False
