@@ -317,7 +317,7 @@ def test_compiled():
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(2):
         assert error(fast(x), model(x)) <= 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1  # the pass as a whole
 
 
 def test_a_compiler_around_a_copy_leaves_it_alone():

@@ -152,11 +152,13 @@ class FastUNet(nn.Module):
         blocks, ups = (*model.encoder, model.bottleneck), (*reversed(model.decoder), None)
         self._parts = [Parts.of(block, up) for block, up in zip(blocks, ups)]  # type: ignore[arg-type]
         self._way = (lambda *_: PlainLevel) if compile else planner.plan(self.device, dtype)
+        if compile or self.device.type == "cuda":
+            # Weights are there before any call: made in one stream or capture, another could read them unwritten, and a
+            # compiler would be stopped by how they are made.
+            self._ends_for(self._levels_for(torch.Size([2**10, 2**10]))[0])
         if compile:
             self._run = _compiled(self._logits, self.device)
         if self.device.type == "cuda":
-            # Weights are there before any call: made in one stream or capture, another could read them unwritten.
-            self._ends_for(self._levels_for(torch.Size([2**10, 2**10]))[0])
             torch.cuda.current_stream(self.device).synchronize()
             this = weakref.proxy(self)  # else it is a cycle, as with `compile`, and graphs wait for the collector
             self._run = Replays(self._run or (lambda x: this._logits(x)))
