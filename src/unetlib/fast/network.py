@@ -33,24 +33,6 @@ _Result = TypeVar("_Result")
 _MOST_REPLAYED = 2**19  # pixels of a batch: with more, Python takes a share that does not count, and a replay keeps much memory
 
 
-def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """A function that a `torch.compile` around it leaves alone: traced, native code would get addresses of memory that is gone.
-
-    That is `torch.compiler.disable`, which loads the compiler and so takes a second, at the first call that finds it loaded.
-    """
-    alone: list[Callable[_Args, _Result]] = []  # no cache of functools, of which the compiler would warn
-
-    @functools.wraps(function)
-    def run(*args: _Args.args, **options: _Args.kwargs) -> _Result:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **options)
-        if not alone:
-            alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-        return alone[0](*args, **options)
-
-    return run
-
-
 def optimize_for_inference(
     model: UNet,
     *,
@@ -119,6 +101,24 @@ def optimize_for_inference(
         return FastUNet(model, dtype, OpenVINO(model, dtype, calibration)).eval()
     _check_dtype(dtype, model.head.weight.device)
     return FastUNet(model, dtype, compile=compile).eval()
+
+
+def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """A function that a `torch.compile` around it leaves alone: traced, native code would get addresses of memory that is gone.
+
+    That is `torch.compiler.disable`, which loads the compiler and so takes a second, at the first call that finds it loaded.
+    """
+    alone: list[Callable[_Args, _Result]] = []  # no cache of functools, of which the compiler would warn
+
+    @functools.wraps(function)
+    def run(*args: _Args.args, **options: _Args.kwargs) -> _Result:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **options)
+        if not alone:
+            alone.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return alone[0](*args, **options)
+
+    return run
 
 
 class FastUNet(nn.Module):
