@@ -1,4 +1,4 @@
-"""One level of a U-Net, and its two ends: what every way to run them offers, and the plain way.
+"""One level of a U-Net, and a U-Net's two ends: what every way to run them offers, and the plain way.
 
 A level takes maps of any float type and layout, and gives them in its own, so that levels of different ways fit together.
 """

@@ -1,4 +1,4 @@
-"""The fast copy: the U-Net's own forward pass over levels that are picked for the device."""
+"""The fast copy: the U-Net's own forward pass over levels, each run in the way that `planner` picks for it."""
 
 from __future__ import annotations
 
@@ -103,6 +103,19 @@ def optimize_for_inference(
     return FastUNet(model, dtype, compile=compile).eval()
 
 
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if dtype not in known:
+        hint = "; torch.int8 is for backend='openvino'" if dtype == torch.int8 else ""
+        raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}{hint}")
+    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query, lambda: False)():
+        raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
+    # PyTorch takes bfloat16 there as well, but not to cuDNN.
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{device} has no fast convolutions in {dtype}; take torch.float16 or torch.float32")
+
+
 def untraced(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     """A function that a `torch.compile` around it leaves alone: traced, native code would get addresses of memory that is gone.
 
@@ -186,21 +199,42 @@ class FastUNet(nn.Module):
         # Outside inference mode a tensor that may be changed, and that losses of other networks may be derived from.
         return logits if torch.is_inference_mode_enabled() else logits.clone()
 
-    def _apply(self, function: Any, recurse: bool = True) -> FastUNet:
-        """What `to`, `half` and `cuda` call: of this copy they would change the head alone."""
-        weight = self._head.weight
-        changed = function(weight)
-        if (changed.device, changed.dtype) != (weight.device, weight.dtype):
-            raise TypeError("a fast copy stays on its device and in its type; call optimize_for_inference on the UNet there")
-        return self
+    def _logits(self, x: Tensor) -> Tensor:
+        """The pass itself, as in `UNet.forward`."""
+        size, skips = x.shape[-2:], []
+        *levels, bottom = self._levels_for(size)
+        ends = self._ends_for(levels[0])
+        x = ends.split(x)
+        for level in levels:
+            skip, x = level.encode(x)
+            skips.append(skip)
+        x = bottom.convolve(x)
+        for level, skip in zip(reversed(levels), reversed(skips)):
+            x = level.decode(x, skip)
+        return ends.head(x, size)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """It holds code and memory of this process."""
-        raise TypeError("a fast copy cannot be copied or pickled; take the UNet, and call optimize_for_inference there")
+    def _levels_for(self, size: torch.Size) -> list[Level]:
+        """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""
+        found, (height, width) = [], (-(-side // self.config.patch_size) for side in size)
+        for depth, parts in enumerate(self._parts):
+            way = self._way(parts.width, height >> depth, width >> depth)
+            if (depth, way) not in self._levels:
+                self._levels.setdefault((depth, way), way(parts, self.dtype))  # another thread may have been first
+            found.append(self._levels[depth, way])
+        return found
+
+    def _ends_for(self, first: Level) -> Ends:
+        """The ends that suit the first level, made when first wanted, and kept."""
+        way = type(first)
+        if way not in self._ends:
+            self._ends.setdefault(way, first.ends(self._head, self.config.patch_size))
+        return self._ends[way]
 
     @property
     def held_bytes(self) -> int:
         """What Winograd's method may yet take beside the maps of a pass, at most: transformed weights, and a workspace."""
+        if self._run:  # another engine, or a GPU
+            return 0
         most = planner.winograd_bytes(self._parts, self.device, self.dtype)
         return max(0, most - sum(_transformed_bytes(level) for level in self._levels.values()))
 
@@ -234,35 +268,17 @@ class FastUNet(nn.Module):
             most_pixels=_MOST_REPLAYED,
         )
 
-    def _logits(self, x: Tensor) -> Tensor:
-        size, skips = x.shape[-2:], []
-        *levels, bottom = self._levels_for(size)
-        ends = self._ends_for(levels[0])
-        x = ends.split(x)
-        for level in levels:
-            skip, x = level.encode(x)
-            skips.append(skip)
-        x = bottom.convolve(x)
-        for level, skip in zip(reversed(levels), reversed(skips)):
-            x = level.decode(x, skip)
-        return ends.head(x, size)
+    def _apply(self, function: Any, recurse: bool = True) -> FastUNet:
+        """What `to`, `half` and `cuda` call: of this copy they would change the head alone."""
+        weight = self._head.weight
+        changed = function(weight)
+        if (changed.device, changed.dtype) != (weight.device, weight.dtype):
+            raise TypeError("a fast copy stays on its device and in its type; call optimize_for_inference on the UNet there")
+        return self
 
-    def _ends_for(self, first: Level) -> Ends:
-        """The ends that suit the first level, made when first wanted, and kept."""
-        way = type(first)
-        if way not in self._ends:
-            self._ends.setdefault(way, first.ends(self._head, self.config.patch_size))
-        return self._ends[way]
-
-    def _levels_for(self, size: torch.Size) -> list[Level]:
-        """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""
-        found, (height, width) = [], (-(-side // self.config.patch_size) for side in size)
-        for depth, parts in enumerate(self._parts):
-            way = self._way(parts.width, height >> depth, width >> depth)
-            if (depth, way) not in self._levels:
-                self._levels.setdefault((depth, way), way(parts, self.dtype))  # another thread may have been first
-            found.append(self._levels[depth, way])
-        return found
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """It holds code and memory of this process."""
+        raise TypeError("a fast copy cannot be copied or pickled; take the UNet, and call optimize_for_inference there")
 
 
 def _compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -276,19 +292,6 @@ def _compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Cal
 
     options = {**list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(function, dynamic=False, options=options)
-
-
-def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    if dtype not in known:
-        hint = "; torch.int8 is for backend='openvino'" if dtype == torch.int8 else ""
-        raise ValueError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}{hint}")
-    query = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    if device.type == "cpu" and query and not getattr(torch.ops.mkldnn, query, lambda: False)():
-        raise ValueError(f"this CPU has no fast convolutions in {dtype}; leave dtype out, or take torch.float32")
-    # PyTorch takes bfloat16 there as well, but not to cuDNN.
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{device} has no fast convolutions in {dtype}; take torch.float16 or torch.float32")
 
 
 def _transformed_bytes(level: Any) -> int:
