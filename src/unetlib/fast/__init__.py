@@ -10,7 +10,7 @@ same calls, tested against the plain module. `optimize_for_inference` is public 
 | `folding` | what a level computes: tensors, with batch norm folded into them |
 | `levels` | what every way offers, and the plain one: PyTorch's own operations |
 | `onednn` | direct convolutions of oneDNN, on CPUs |
-| `nnpack`, `nnpack_kernels` | Winograd's method by NNPACK, on CPUs without a compiler |
+| `nnpack`, `nnpack_kernels` | Winograd's method by NNPACK, on CPUs |
 | `native`, `native_kernels` | Winograd's method by this library's own code, `native_kernels.cpp`, on CPUs |
 | `cuda`, `kernels` | half precision on GPUs, by cuDNN and by kernels in Triton |
 | `openvino` | the whole network by another engine |

@@ -58,7 +58,12 @@ class NativeLevel(OnednnLevel):
         """Upsample, concatenate and convolve."""
         if self.doubling is None:
             return super().decode(deeper, skip)
-        return self.merge(_doubled(self.doubling, _laid_out(self.enter(deeper)), skip, self.match), skip)
+        x = _laid_out(self.enter(deeper))
+        if self.match == "resize":
+            x = matched(self.doubling(x, *(2 * side for side in x.shape[-2:])), skip, self.match)
+        else:  # it goes on to the skip's size by itself
+            x = self.doubling(x, *skip.shape[-2:], replicate=self.match == "replicate")
+        return self.merge(x, skip)
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         """Convolve the upsampled map and the skip."""
@@ -125,10 +130,3 @@ def _is_whole(weight: Tensor) -> bool:
 
 def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _doubled(doubling: NativeDoubling, x: Tensor, skip: Tensor, match: str) -> Tensor:
-    """A map doubled and brought to the size of the skip, where possible in its place."""
-    if match == "resize":
-        return matched(doubling(x, *(2 * side for side in x.shape[-2:])), skip, match)
-    return doubling(x, *skip.shape[-2:], replicate=match == "replicate")

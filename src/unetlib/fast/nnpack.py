@@ -22,12 +22,12 @@ class NnpackLevel:
     """
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
-        self.dtype, self.match, self.skip_first = dtype, parts.match, parts.skip_first
+        self.dtype, self.skip_first = dtype, parts.skip_first
         self.convs = [_NnpackStep(layer) for layer in parts.convs]
         self.up_convs = [_NnpackStep(layer) for layer in parts.up_convs]
         self.width = parts.width
         self.total = self.up_convs[0].conv.in_channels if parts.up_convs else self.width
-        self.upsample = _upsampling(*parts.upsample) if parts.upsample else None
+        self.upsample = _upsampling(*parts.upsample, match=parts.match) if parts.upsample else None
 
     def enter(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout."""
@@ -51,7 +51,7 @@ class NnpackLevel:
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample into the place beside the skip, and convolve."""
         assert self.upsample is not None
-        self.upsample(self.enter(deeper), places(skip, self.width, self.skip_first)[1], self.match)
+        self.upsample(self.enter(deeper), places(skip, self.width, self.skip_first)[1])
         with nnpack_threads():
             return chain(self.up_convs, skip)
 
@@ -72,25 +72,25 @@ class _NnpackStep:
         return found if out is None or found is out else out.copy_(found)
 
 
-def _upsampling(*parts: nn.Module | Layer) -> Callable[[Tensor, Tensor, str], None]:
-    """A function of a contiguous map, the place for it doubled, and the rule by which it is brought to the place's size."""
+def _upsampling(*parts: nn.Module | Layer, match: str) -> Callable[[Tensor, Tensor], None]:
+    """A function of a contiguous map, and of the place for it doubled and brought to its size."""
     if isinstance(parts[0], nn.ConvTranspose2d):
-        return _transposed(parts[0])
+        return _transposed(parts[0], match)
     steps = [_NnpackStep(part) if isinstance(part, Layer) else part.float() for part in parts]
 
-    def upsample(x: Tensor, place: Tensor, match: str) -> None:
+    def upsample(x: Tensor, place: Tensor) -> None:
         place.copy_(matched(chain(steps, x), place, match))
 
     return upsample
 
 
-def _transposed(module: nn.ConvTranspose2d) -> Callable[[Tensor, Tensor, str], None]:
-    """A transposed convolution whose windows do not overlap: one matrix product, and an order of its results."""
+def _transposed(module: nn.ConvTranspose2d, match: str) -> Callable[[Tensor, Tensor], None]:
+    """The same by a transposed convolution whose windows do not overlap: one matrix product, and an order of its results."""
     assert module.bias is not None
     weight = module.weight.detach().float().permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (2 * 2 * out, in)
     bias = module.bias.detach().float().clone().view(-1, 1, 1)
 
-    def upsample(x: Tensor, place: Tensor, match: str) -> None:
+    def upsample(x: Tensor, place: Tensor) -> None:
         channels, height, width = len(bias), *x.shape[-2:]
         fits = place.shape[-2:] == (2 * height, 2 * width)
         doubled = place if fits else empty(len(x), channels, 2 * height, 2 * width)

@@ -78,6 +78,7 @@ def max_pool_channels_last(x: Tensor) -> Tensor:
     """`max_pool2d(x, 2)` in channels_last, where PyTorch's own is slow for narrow maps.
 
     Example:
+        >>> import torch.nn.functional as F
         >>> x = torch.rand(1, 8, 6, 7).to(memory_format=torch.channels_last)
         >>> torch.equal(max_pool_channels_last(x), F.max_pool2d(x, 2))
         True
