@@ -11,7 +11,8 @@ same calls, tested against the plain module. `optimize_for_inference` is public 
 | `levels` | what every way offers, and the plain one: PyTorch's own operations |
 | `onednn` | direct convolutions of oneDNN, on CPUs |
 | `nnpack`, `nnpack_kernels` | Winograd's method by NNPACK, on CPUs |
-| `native`, `native_kernels` | Winograd's method by this library's own code, `native_kernels.cpp`, on CPUs |
+| `native`, `native_kernels` | Winograd's method by this library's own code, on CPUs |
+| `native_library` | that code, `native_kernels.cpp`, compiled and loaded |
 | `cuda`, `kernels` | half precision on GPUs, by cuDNN and by kernels in Triton |
 | `openvino` | the whole network by another engine |
 | `replays`, `native_replay` | small batches: the work of a pass recorded once, and made again without Python |

@@ -1,29 +1,21 @@
-"""This library's own operations on the CPU, on float32 in channels_last: `native_kernels.cpp`, compiled where it is needed.
+"""This library's own operations on the CPU, on float32 in channels_last; `native_kernels.cpp` carries them out.
 
-Winograd's method pays for narrow maps too where nothing between its steps goes to memory, and no library does that. The code is
-compiled by the machine's C++ compiler in a second or two, and kept in the user's cache folder; where that cannot be done,
-`available` is False and other ways are taken. The relative error of a convolution is about 1e-6, where a direct one has a few
-1e-7. With products in bfloat16 it is 1e-2, where a direct one of maps in bfloat16 has 2e-3; but here maps are not rounded.
+Winograd's method pays for narrow maps too where nothing between its steps goes to memory, and no library does that. The
+relative error of a convolution is about 1e-6, where a direct one has a few 1e-7. With products in bfloat16 it is 1e-2, where a
+direct one of maps in bfloat16 has 2e-3; but here maps are not rounded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
-import os
-import shlex
-import shutil
 import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ctypes import Structure, byref, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,19 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import join_patches, split_patches
-from ..files import whole_file
+from . import native_library
 from .pool import empty
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = {  # by what PyTorch finds the CPU capable of; older compilers do not know the names of whole levels
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
-_HALVES = "-mavx512bf16"  # that still older ones do not know
-_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC")
-_CHECKSUM = hashlib.sha256().digest_size
-_NO_CACHE = (OSError, RuntimeError)  # no file that is whole, no room, no right to write or to load there; or there is no home
-_OPENMP = ("libgomp", "libiomp5", "libomp")
 _SMALL = 144  # pixels of a map: below it, reading the transformed weights takes longer than they save
 _PLACES = 36  # of Winograd's method
 _ROOT = math.sqrt(2)
@@ -57,11 +39,6 @@ _WEIGHTS = (  # of Winograd's method, by which a row of a kernel is transformed
 )
 logger = logging.getLogger("unetlib")
 _local = threading.local()
-one_at_a_time = threading.RLock()  # of several threads one compiles, or makes trials, and the others wait
-if sys.platform != "win32":  # a process forked meanwhile would wait for ever
-    os.register_at_fork(
-        before=one_at_a_time.acquire, after_in_parent=one_at_a_time.release, after_in_child=one_at_a_time.release
-    )
 
 
 class NativeConv:
@@ -129,7 +106,7 @@ class NativeConv:
         a_tile = _PLACES * (self.in_channels + self.out_channels)
         if 2 * tiles * a_tile < (threads - 1) * _PLACES * self.in_channels * self.out_channels:  # written and read, or weights
             return "convolve_in_stages", tiles * a_tile
-        return "convolve", threads * _library().tiles() * a_tile
+        return "convolve", threads * native_library.library().tiles() * a_tile
 
 
 class NativeDoubling:
@@ -222,7 +199,7 @@ class NativeHead:
 def available() -> bool:
     """Whether the code could be compiled for this CPU, and agrees with PyTorch's own operations."""
     try:
-        with one_at_a_time, torch.device("cpu"):
+        with native_library.one_at_a_time, torch.device("cpu"):
             return _agrees()
     except (OSError, AttributeError, KeyError, ValueError, subprocess.SubprocessError) as reason:  # ValueError: of a `CXX`
         logger.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
@@ -232,13 +209,13 @@ def available() -> bool:
 @functools.cache
 def lanes() -> int:
     """Channels in a vector of this CPU."""
-    return int(_library().lanes())
+    return int(native_library.library().lanes())
 
 
 @functools.cache
 def has_halves() -> bool:
     """Whether this CPU multiplies numbers of bfloat16."""
-    return bool(_library().has_halves())
+    return bool(native_library.library().has_halves())
 
 
 @torch.inference_mode()
@@ -306,7 +283,7 @@ _Call = _structure("operation arguments")
 
 def _run(operation: str, arguments: Structure, *weights: Tensor) -> None:
     call = _Call(_address_of(operation), ctypes.addressof(arguments))
-    _library().run(byref(call), 1, byref(_threads()))
+    native_library.library().run(byref(call), 1, byref(_threads()))
     if (recording := getattr(_local, "recording", None)) is not None:
         recording.append(call, arguments, weights)
 
@@ -330,7 +307,7 @@ class Recording:
 
     def play(self) -> None:
         """Make all operations, in one call of the compiled code, by as many threads as the first time."""
-        _library().run(self._calls, len(self._calls), byref(self._threads))
+        native_library.library().run(self._calls, len(self._calls), byref(self._threads))
 
     @functools.cached_property
     def _calls(self) -> Any:
@@ -349,81 +326,9 @@ def recorded() -> Iterator[Recording]:
 
 def _threads() -> Structure:
     """PyTorch's own threads: others beside them would take the cores from each other."""
-    return _Threads(*_openmp(), torch.get_num_threads())
+    return _Threads(*native_library.openmp(), torch.get_num_threads())
 
 
 @functools.cache
 def _address_of(operation: str) -> int | None:
-    return ctypes.cast(getattr(_library(), operation), c_void_p).value
-
-
-@functools.cache
-def _openmp() -> tuple[int | None, ...]:
-    """The addresses of OpenMP's functions that have threads run a function, have them wait, and tell how many and which."""
-    mapped = Path("/proc/self/maps").read_bytes().splitlines()  # bytes, as a path need not be text
-    loaded = {Path(os.fsdecode(line.split(maxsplit=5)[-1])) for line in mapped}
-    own = Path(torch.__file__).parent  # another library may have brought another OpenMP
-    for path in sorted(loaded, key=lambda path: (not path.is_relative_to(own), path)):
-        if path.name.startswith(_OPENMP):
-            openmp = ctypes.CDLL(str(path))
-            functions = (openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_num_threads, openmp.omp_get_thread_num)
-            return tuple(ctypes.cast(function, c_void_p).value for function in functions)
-    raise OSError(f"PyTorch's OpenMP is none of {', '.join(_OPENMP)}")
-
-
-@functools.cache
-def _library() -> Any:
-    if sys.platform != "linux":
-        raise OSError(f"not tried on {sys.platform}")
-    flags = _FLAGS[torch.backends.cpu.get_cpu_capability()]
-    try:
-        library = _loaded((*flags, _HALVES) if flags == _FLAGS["AVX512"] and torch.cpu._is_avx512_bf16_supported() else flags)
-    except (OSError, subprocess.CalledProcessError):
-        library = _loaded(flags)
-    library.lanes.restype = library.tiles.restype = library.has_halves.restype = c_int64
-    library.run.argtypes, library.run.restype = (c_void_p, c_int64, c_void_p), None
-    return library
-
-
-def _loaded(flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The code from the cache; where there is none that loads, compiled, and loaded from the cache if that takes it."""
-    with suppress(*_NO_CACHE):
-        return ctypes.CDLL(str(_whole(_kept(flags))))
-    if (compiler := _compiler()) is None:
-        raise FileNotFoundError("there is no C++ compiler")
-    with tempfile.TemporaryDirectory(prefix="unetlib-", ignore_cleanup_errors=True) as folder:  # what is loaded outlives it
-        built = Path(folder) / "native.so"
-        subprocess.run([*compiler, *_OPTIONS, *flags, "-o", built, _SOURCE], check=True, capture_output=True)
-        with suppress(*_NO_CACHE):
-            return ctypes.CDLL(str(_keep(built, _kept(flags))))
-        return ctypes.CDLL(str(built))
-
-
-def _compiler() -> list[str] | None:
-    """The command of the C++ compiler."""
-    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    return None if command is None else shlex.split(command)
-
-
-def _kept(flags: tuple[str, ...]) -> Path:
-    """Where the user's cache has the code, also that of a machine with a compiler for one without."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetlib"
-    version = hashlib.sha256(_SOURCE.read_bytes() + repr((os.environ.get("CXX"), _OPTIONS, flags)).encode()).hexdigest()
-    return cache / f"native-{version[:16]}.so"
-
-
-def _keep(built: Path, kept: Path) -> Path:
-    """Copy to the cache, with a checksum at the end, which loading passes over."""
-    code = built.read_bytes()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as partial:  # two processes may compile at the same time
-        partial.write_bytes(code + hashlib.sha256(code).digest())
-    return kept
-
-
-def _whole(kept: Path) -> Path:
-    """A file of the cache, if it is as it was written: loading one that is cut off would end the process."""
-    code = kept.read_bytes()
-    if code[-_CHECKSUM:] != hashlib.sha256(code[:-_CHECKSUM]).digest():
-        raise OSError(f"{kept} is damaged")
-    return kept
+    return ctypes.cast(getattr(native_library.library(), operation), c_void_p).value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ..blocks import DoubleConv
-from . import native_kernels, nnpack_kernels
+from . import native_kernels, native_library, nnpack_kernels
 from .cuda import CudaLevel
 from .folding import Parts
 from .levels import Level, PlainLevel
@@ -81,7 +81,7 @@ def fastest_ways(channels: int, dtype: torch.dtype) -> tuple[Way, ...]:
 
     Found once in a process, in a few tenths of a second for all widths.
     """
-    with native_kernels.one_at_a_time:  # trials of several threads would time each other
+    with native_library.one_at_a_time:  # trials of several threads would time each other
         return _found_by_trial(channels, dtype)
 
 
