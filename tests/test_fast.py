@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -498,6 +499,26 @@ def test_shapes_that_the_model_refuses_are_refused_with_its_words():
         fast(torch.zeros(1, 3, 3, 9))
     with pytest.raises(ValueError, match=r"add the batch dimension with x\[None\]"):
         fast(torch.zeros(3, 40, 40))
+
+
+@pytest.mark.parametrize("features", [(8, 12), (8, 16), (16, 8)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pictures_that_are_no_numbers_give_no_logits_that_look_right(way, features, bad):
+    model = trained(features=features)
+    fast, x = optimize_for_inference(model), pictures(model, 40, 56)
+    x[1, 2, 20, 30] = bad
+    for _ in range(3):
+        with suppress(ValueError):  # or they are refused
+            assert not fast(x)[1].isfinite().all()
+
+
+def test_pictures_whose_nan_would_be_hidden_are_refused(monkeypatch):
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: OnednnLevel)
+    fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the pictures hold NaN or infinity, of which this copy would make logits that look"):
+        fast(x)
+    assert fast(x[1:]).isfinite().all()
 
 
 def test_integers_and_other_devices_are_refused():

@@ -19,7 +19,13 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Level(Protocol):
-    """A level of the network: an encoder block with the decoder's at the same size, or the bottleneck."""
+    """A level of the network: an encoder block with the decoder's at the same size, or the bottleneck.
+
+    Attributes:
+        hides_nan: NaN that comes in may not come out, as where a ReLU inside a convolution makes 0 of it.
+    """
+
+    hides_nan: bool
 
     def enter(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout."""
@@ -54,6 +60,8 @@ class PlainLevel:
         parts: what the level computes.
         dtype: of weights and maps.
     """
+
+    hides_nan = False
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         self.dtype, self.match, self.skip_first = dtype, parts.match, parts.skip_first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import threading
 import weakref
@@ -203,6 +204,8 @@ class FastUNet(nn.Module):
         """The pass itself, as in `UNet.forward`."""
         size, skips = x.shape[-2:], []
         *levels, bottom = self._levels_for(size)
+        if levels[0].hides_nan and x.numel() and not all(map(math.isfinite, x.float().aminmax())):
+            raise ValueError("the pictures hold NaN or infinity, of which this copy would make logits that look right")
         ends = self._ends_for(levels[0])
         x = ends.split(x)
         for level in levels:

@@ -21,6 +21,8 @@ class NnpackLevel:
         dtype: of the network; the maps are float32 all the same.
     """
 
+    hides_nan = False
+
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         self.dtype, self.skip_first = dtype, parts.skip_first
         self.convs = [_NnpackStep(layer) for layer in parts.convs]

@@ -16,6 +16,8 @@ _ONES = [1, 1]  # padding, stride and dilation
 class OnednnLevel(PlainLevel):
     """Direct convolutions of oneDNN on the CPU: weights in its own layout, ReLU inside, sums instead of concatenations."""
 
+    hides_nan = True
+
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         super().__init__(parts, dtype)
         if parts.up_convs:
