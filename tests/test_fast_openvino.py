@@ -48,6 +48,18 @@ def test_results_stay_and_the_model_too():
     assert model.training
 
 
+def test_no_pictures_give_no_logits():
+    fast = optimize_for_inference(trained(), backend="openvino")
+    assert fast(torch.rand(0, 3, 37, 51)).shape == (0, 1, 37, 51)
+
+
+def test_pictures_whose_nan_would_be_hidden_are_refused():
+    fast, x = optimize_for_inference(trained(), backend="openvino"), torch.rand(1, 3, 40, 56)
+    x[0, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="the pictures hold NaN or infinity"):
+        fast(x)
+
+
 def test_the_last_four_shapes_are_kept_until_they_are_freed():
     fast = optimize_for_inference(trained(), backend="openvino")
     for side in (8, 12, 16, 20, 24):

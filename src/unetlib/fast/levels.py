@@ -5,6 +5,7 @@ A level takes maps of any float type and layout, and gives them in its own, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -119,6 +120,16 @@ class PlainEnds:
     def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
         return join_patches(self.convolve(x.to(self.dtype)), self.side, size)
+
+
+def check_finite(x: Tensor) -> None:
+    """Refuse pictures with NaN, for what would make 0 of it.
+
+    Example:
+        >>> check_finite(torch.ones(1, 3, 4, 4))
+    """
+    if x.numel() and not all(map(math.isfinite, x.float().aminmax())):
+        raise ValueError("the pictures hold NaN or infinity, of which this copy would make logits that look right")
 
 
 def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..arguments import needed
 from ..config import UNetConfig
 from ..unet import UNet, check_input
+from .levels import check_finite
 
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "f32"}  # what stays a float beside int8
 _KEPT = 4  # shapes
@@ -45,7 +46,7 @@ class OpenVINO:
                 f"the backend 'openvino' is for CPUs, in torch.float32, bfloat16 or int8, got {device} and {dtype}"
             )
         openvino = needed("openvino", "the backend 'openvino'", "openvino")
-        self._side = model.config.patch_size
+        self._side, self._out_channels = model.config.patch_size, model.config.out_channels
         self._core, self._options = openvino.Core(), {"INFERENCE_PRECISION_HINT": _HINTS[dtype], "PERFORMANCE_HINT": "LATENCY"}
         example = torch.zeros(
             1, model.config.in_channels, 2 * model.config.stride, 2 * model.config.stride, dtype=torch.float32, device="cpu"
@@ -61,6 +62,8 @@ class OpenVINO:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits for a batch."""
+        if not len(x):  # of which it compiles no graph
+            return x.new_empty(0, self._out_channels, *x.shape[-2:])
         whole = self._whole(x)
         with self._lock:
             found = self._compiled_for(tuple(whole.shape))(whole.numpy(), share_inputs=True)
@@ -73,6 +76,7 @@ class OpenVINO:
 
     def _whole(self, x: Tensor) -> Tensor:
         """The batch as whole patches: the graph is traced, where sides must be multiples of their side."""
+        check_finite(x)
         x = x.detach().float().contiguous()
         bottom, right = -x.shape[-2] % self._side, -x.shape[-1] % self._side
         return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
