@@ -48,6 +48,8 @@ from harness import (
 from peers import OTHER_FUNCTION, OURS, PEERS, STUDY, Case, Forward, Network, NotHere, example, load_network
 from torch import Tensor
 
+from unetlib.unet import check_input
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": "1x160x240 1x320x480 1x640x960", "precisions": "float32 bfloat16", "rounds": 5},
     "cuda": {
@@ -219,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with without_traceback():  # before the first is measured, which takes minutes
         networks = {name: load_network(name) for name in args.networks}
+        for case in cases:
+            batch, height, width = sizes(case.shape)
+            check_input(torch.empty(batch, 3, height, width, device="meta"), networks[case.network].ours.config)
     torch.backends.cudnn.benchmark = True
     skipped = {precision: reason for precision in args.precisions if (reason := unsupported(precision, args.device))}
     usable = [precision for precision in args.precisions if precision not in skipped]

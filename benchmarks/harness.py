@@ -282,7 +282,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error where `--shapes`, `--rounds` or `--json` cannot be right."""
+    """End with an error where `--shapes`, `--rounds`, `--json` or `--device` cannot be right."""
     try:
         for shape in getattr(args, "shapes", ()):
             sizes(shape)
@@ -292,6 +292,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"there is no folder {str(args.json.parent)!r} for --json: make it first")
+    try:
+        torch.empty(0, device=getattr(args, "device", "cpu"))
+    except (RuntimeError, AssertionError):  # the latter where PyTorch is built without
+        parser.error(f"there is no device {args.device!r} here; give --device cpu, or cuda where PyTorch finds a GPU")
 
 
 @contextmanager

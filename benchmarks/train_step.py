@@ -34,14 +34,16 @@ from harness import (
     spread,
     time_turns,
     unsupported,
+    without_traceback,
     write_json,
 )
 from study import StudyUNet
 from torch import Tensor, nn
 
-from unetlib import BCEDiceLoss, UNet
+from unetlib import BCEDiceLoss, UNet, UNetConfig
 from unetlib.convert import convert
 from unetlib.memory import keep_freed, release_freed
+from unetlib.unet import check_input
 
 Step = Callable[[Tensor, Tensor], float]
 TURN = 3  # steps in a row: memory kept by one of them counts from the second on
@@ -169,7 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     check(parser, args)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    shape = sizes(args.shape)
+    batch, height, width = shape = sizes(args.shape)
+    with without_traceback():
+        check_input(torch.empty(batch, 3, height, width, device="meta"), UNetConfig(features=args.features))
     rows = measure(contestants(args.device, args.features, args.compile), shape, args.rounds, args.device)
     about = machine(args.device)
     print(json.dumps(about))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -236,6 +237,13 @@ def test_the_command_stands_beside_the_figures(monkeypatch):
 def test_shapes_that_are_none(shape):
     with pytest.raises(ValueError, match=f"expected a shape BATCHxHEIGHTxWIDTH such as 4x320x480, got '{shape}'"):
         harness.sizes(shape)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_devices_that_are_not_there(device, capsys):
+    with pytest.raises(SystemExit):
+        harness.check(argparse.ArgumentParser(), argparse.Namespace(device=device, json=None))
+    assert f"there is no device '{device}' here; give --device cpu" in capsys.readouterr().err
 
 
 def test_what_this_machine_cannot_show(monkeypatch):

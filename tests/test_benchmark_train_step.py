@@ -26,3 +26,15 @@ def test_all_take_the_same_step_and_the_figures_are_written(tmp_path, capsys):
     # The same weights, pictures and loss: nobody wins by computing something else.
     for name in ("fp32 contiguous", "fp32 channels_last"):
         assert rows[name]["first_loss"] == pytest.approx(rows["study"]["first_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--features", "0"), r"features\[0\] must be a positive integer, got 0"),
+        (("--features", "4", "8", "--shape", "1x3x9"), "needs pictures of at least 4x4 pixels, got 3x9"),
+    ],
+)
+def test_networks_that_cannot_be(options, message):
+    with pytest.raises(SystemExit, match=message):
+        train_step.main(["--device", "cpu", *options])

@@ -311,6 +311,12 @@ def test_a_network_that_is_not_there_is_said_before_the_first_is_measured(small,
         run("--networks", "study", "carvanna")
 
 
+def test_a_picture_too_small_for_the_network_is_said_before_the_first_is_measured(small, monkeypatch):
+    monkeypatch.setattr(forward, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="needs pictures of at least 16x16 pixels, got 15x40"):
+        run("--networks", "narrow", "--shapes", "1x16x16", "1x15x40")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_of_a_process_of_its_own(tmp_path):
     folder = UNet(features=(32,)).save_pretrained(tmp_path / "model")
