@@ -15,13 +15,15 @@ from ..unet import UNet
 from .network import FastUNet, optimize_for_inference
 
 
+_ROW = 4095 * 8  # bytes: sums over columns stay in a core's first cache; an even number of words would hide changed signs
+
+
 class _Kept(NamedTuple):
     copy: FastUNet
     state: tuple[Any, ...]
     contents: int
 
 
-_ROW = 4095 * 8  # bytes: sums over columns stay in a core's first cache; an even number of words would hide changed signs
 _copies: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
@@ -37,7 +39,8 @@ def fast_copy(model: UNet, *, look_closely: bool = False) -> FastUNet | None:
     """
     if torch.is_autocast_enabled("cpu"):  # the caller's wish, for now
         return None
-    if not _may_stand_for(model):
+    # On CUDA only on request, as its kernels are for half precision.
+    if not isinstance(model, UNet) or next(model.parameters()).device.type != "cpu" or difference(model):
         _copies.pop(model, None)  # of one that has moved or changed since: for a long time, most likely
         return None
     kept, state = _copies.get(model), _state(model)
@@ -56,15 +59,6 @@ def free_memory(model: nn.Module) -> None:
     """Give back the memory for maps that the network's copy holds in this thread, where there is a copy."""
     if (kept := _copies.get(model)) is not None:
         kept.copy.free_memory()
-
-
-def _may_stand_for(model: UNet) -> bool:
-    """Whether a copy computes what the network does: one that is as its config says."""
-    return (
-        isinstance(model, UNet)
-        and next(model.parameters()).device.type == "cpu"  # on CUDA only on request: its kernels are for half precision
-        and difference(model) is None
-    )
 
 
 def _state(model: UNet) -> tuple[Any, ...]:
