@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from test_fast import error, pictures, trained
 
 from unetlib.blocks import split_patches
-from unetlib.fast import cuda, kernels, network, optimize_for_inference, planner
-from unetlib.fast.kernels import Conv3x3, Head, UpConv2x2, place_and_pool
+from unetlib.fast import cuda, cuda_kernels, network, optimize_for_inference, planner
+from unetlib.fast.cuda_kernels import Conv3x3, Head, UpConv2x2, place_and_pool
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_pictures_become_patches(size, channels, width, side, dtype):
     width = max(width, expected.shape[1])
     for layout in (torch.contiguous_format, torch.channels_last):
         out = buffer(2, width, *expected.shape[-2:])
-        kernels.split_patches(x.to(memory_format=layout), out, side)
+        cuda_kernels.split_patches(x.to(memory_format=layout), out, side)
         assert torch.equal(out[:, : expected.shape[1]], expected)
         assert (out[:, expected.shape[1] :] == 0).all()
 

@@ -83,7 +83,7 @@ def test_half_precision(cuda_level, stand_ins, monkeypatch, dtype):
 
 
 def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monkeypatch):
-    monkeypatch.setitem(sys.modules, "unetlib.fast.kernels", None)  # as where there is no Triton
+    monkeypatch.setitem(sys.modules, "unetlib.fast.cuda_kernels", None)  # as where there is no Triton
     monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
     model = trained()
     x = pictures(model, 40, 56)
@@ -350,7 +350,7 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from unetlib.fast import kernels
+    from unetlib.fast import cuda_kernels
 
     def ptx(kernel, x="bf16", out="bf16", **constants):
         pointers = {"x": f"*{x}", "out": f"*{out}", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
@@ -363,22 +363,22 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
 
     tile = {"ROWS": 8, "COLUMNS": 16, "DEEP": 32, "WIDE": 32, "POOL": True}
     for text in (
-        ptx(kernels._conv3x3, UNIT=8, CHANNELS=8, FILTERS=24, **tile),
-        ptx(kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=128),
+        ptx(cuda_kernels._conv3x3, UNIT=8, CHANNELS=8, FILTERS=24, **tile),
+        ptx(cuda_kernels._up_conv2x2, UNIT=8, CHANNELS=128, FILTERS=24, PIXELS=128, DEEP=64, WIDE=128),
     ):
         assert "wgmma.mma_async" in text
         assert "cp.async.cg.shared.global" in text
         assert "st.global.v4" in text
         assert ".local" not in text
-    text = ptx(kernels._head, out="fp32", UNIT=8, CHANNELS=64, RESULTS=4, SIDE=2, PIXELS=128, DEEP=64, WIDE=16)
+    text = ptx(cuda_kernels._head, out="fp32", UNIT=8, CHANNELS=64, RESULTS=4, SIDE=2, PIXELS=128, DEEP=64, WIDE=16)
     assert "mma" in text
     assert "ld.global.v4" in text
-    text = ptx(kernels._split_patches, x="fp32", UNIT=8, CHANNELS=3, WIDTH=16, SIDE=2, PIXELS=128, WIDE=16)
+    text = ptx(cuda_kernels._split_patches, x="fp32", UNIT=8, CHANNELS=3, WIDTH=16, SIDE=2, PIXELS=128, WIDE=16)
     assert "st.global.v4" in text
-    text = ptx(kernels._place_and_pool, UNIT=8, CHANNELS=24, WINDOWS=32, WIDE=32)
+    text = ptx(cuda_kernels._place_and_pool, UNIT=8, CHANNELS=24, WINDOWS=32, WIDE=32)
     assert "ld.global.v4" in text
     assert "st.global.v4" in text
-    ptx(kernels._conv3x3, UNIT=1, CHANNELS=3, FILTERS=5, **tile)
+    ptx(cuda_kernels._conv3x3, UNIT=1, CHANNELS=3, FILTERS=5, **tile)
 
 
 # --- CUDA

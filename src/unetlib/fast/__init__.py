@@ -13,7 +13,7 @@ same calls, tested against the plain module. `optimize_for_inference` is public 
 | `nnpack`, `nnpack_kernels` | Winograd's method by NNPACK, on CPUs |
 | `native`, `native_kernels` | Winograd's method by this library's own code, on CPUs |
 | `native_library` | that code, `native_kernels.cpp`, compiled and loaded |
-| `cuda`, `kernels` | half precision on GPUs, by cuDNN and by kernels in Triton |
+| `cuda`, `cuda_kernels` | half precision on GPUs, by cuDNN and by kernels in Triton |
 | `openvino` | the whole network by another engine |
 | `replays`, `native_replay` | small batches: the work of a pass recorded once, and made again without Python |
 | `pool` | memory for maps that is used again |

@@ -14,7 +14,6 @@ from ..structure import difference
 from ..unet import UNet
 from .network import FastUNet, optimize_for_inference
 
-
 _ROW = 4095 * 8  # bytes: sums over columns stay in a core's first cache; an even number of words would hide changed signs
 
 

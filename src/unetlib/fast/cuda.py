@@ -1,8 +1,8 @@
 """A level on CUDA in half precision, each layer by the route that a trial on the device finds right and fastest.
 
-PyTorch's own `conv2d` makes two or three kernels of a convolution, its bias and its ReLU; one of cuDNN or of Triton (`kernels`)
-writes each map once. A route that fails or disagrees with PyTorch's own operations in the trial is left out, so that it can
-cost speed only. What was tried is logged at level DEBUG.
+PyTorch's own `conv2d` makes two or three kernels of a convolution, its bias and its ReLU; one of cuDNN or of Triton
+(`cuda_kernels`) writes each map once. A route that fails or disagrees with PyTorch's own operations in the trial is left out,
+so that it can cost speed only. What was tried is logged at level DEBUG.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class CudaEnds(PlainEnds):
         return self._split(x) if self._kernel_is_right.get(x.dtype) else super().split(x)
 
     def _split(self, x: Tensor) -> Tensor:
-        from .kernels import split_patches
+        from .cuda_kernels import split_patches
 
         out = _empty(x, self.channels, [-(-side // self.side) for side in x.shape[-2:]], self.dtype)
         split_patches(x, out, self.side)
@@ -185,7 +185,7 @@ class _CudnnPlaced(_Cudnn):
     """The same, then the copy and the pooling as one kernel of Triton."""
 
     def put(self, y: Tensor, place: Tensor) -> Tensor:
-        from .kernels import place_and_pool
+        from .cuda_kernels import place_and_pool
 
         pooled = _empty(y, y.shape[1], _halved(y))
         place_and_pool(y, place, pooled)
@@ -196,7 +196,7 @@ class _Kernel:
     """All in one kernel of Triton."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
-        from .kernels import Conv3x3
+        from .cuda_kernels import Conv3x3
 
         self.conv = Conv3x3(layer.weight.to(dtype), layer.bias)
 
@@ -242,7 +242,7 @@ class _KernelUp:
     """The product with its results stored in place, in one kernel of Triton."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
-        from .kernels import UpConv2x2
+        from .cuda_kernels import UpConv2x2
 
         self.conv = UpConv2x2(layer.weight.to(dtype), layer.bias)
 
@@ -269,7 +269,7 @@ class _KernelHead:
     """All in one kernel of Triton."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype, *, side: int) -> None:
-        from .kernels import Head
+        from .cuda_kernels import Head
 
         self.convolve = Head(layer.weight.to(dtype), layer.bias, side)
 
