@@ -134,11 +134,11 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
     """Time of training steps on a batch that is there, over that of the steps with loading and augmentation.
 
     Args:
-        carvana: Where the pairs are; decoded before the clock starts.
-        size: Of the pictures.
+        carvana: where the pairs are; decoded before the clock starts.
+        size: of the pictures.
         args: `device`, `workers`, `batch` and `steps`.
-        model: The network.
-        on_device: The augmentation runs there, and not in the workers.
+        model: the network.
+        on_device: the augmentation runs there, and not in the workers.
     """
     device, augment = torch.device(args.device), train_transform(None)
     dataset = CachedDataset(carvana, size, transform=None if on_device else augment)

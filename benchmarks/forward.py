@@ -31,6 +31,7 @@ from harness import (
     is_cuda,
     machine,
     mebibytes,
+    print_machine,
     print_row,
     ratios,
     resident,
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     usable = [precision for precision in args.precisions if precision not in skipped]
     results: dict[str, Any] = {"command": command(argv), "machine": machine(args.device, PACKAGES)}
     results |= {"roofs": roofs(args.device, usable), "skipped": skipped, "rows": [], "best": []}
-    print(*(f"{name}: {value}" for name, value in results["machine"].items()), sep="\n")
+    print_machine(results["machine"])
     for precision, speed in results["roofs"]["flop_per_second"].items():
         print(f"roof, {precision} matrix product: {speed / 1e9:.1f} GFLOP/s")
     print(f"roof, copy: {results['roofs']['bytes_per_second'] / 1e9:.2f} GB/s")

@@ -75,18 +75,12 @@ def details(rows: list[Row], roofs: dict[str, Any]) -> str:
     lines = []
     for row in (row for row in rows if row["shape"] == largest):
         time = spread(row["seconds"])
-        speed = sizes(largest)[0] * row["flop_per_picture"] / time.median
-        lines.append(
-            [
-                f"`{row['peer']}`",
-                f"{1e3 * time.low:.2f} to {1e3 * time.high:.2f}",
-                f"{sizes(largest)[0] / time.median:.2f}",
-                f"{speed / 1e9:.0f}",
-                f"{speed / roofs['flop_per_second'][row['precision']]:.0%}",
-                "-" if row["error"] is None else f"{row['error']:.0e}",
-                mebibytes(row["peak_bytes"]),
-            ]
-        )
+        pictures = sizes(largest)[0] / time.median
+        speed = pictures * row["flop_per_picture"]
+        cells = [f"`{row['peer']}`", f"{1e3 * time.low:.2f} to {1e3 * time.high:.2f}", f"{pictures:.2f}"]
+        cells += [f"{speed / 1e9:.0f}", f"{speed / roofs['flop_per_second'][row['precision']]:.0%}"]
+        cells += ["-" if row["error"] is None else f"{row['error']:.0e}", mebibytes(row["peak_bytes"])]
+        lines.append(cells)
     header = [largest, "ms, quartiles", "pictures/s", "GFLOP/s", "of the roof", "relative error", "peak MiB"]
     return table(header, lines)
 
@@ -108,12 +102,12 @@ def forward_section(results: dict[str, Any], stem: str) -> str:
     roofs = results["roofs"]
     speeds = ", ".join(f"{1e-9 * speed:.0f} GFLOP/s in {name}" for name, speed in roofs["flop_per_second"].items())
     parts = [f"### {stem}", about(results), f"Roofs of this machine: {speeds}; {roofs['bytes_per_second'] / 1e9:.1f} GB/s."]
-    parts.append(best(results))
+    parts += [best(results)]
     for network in in_order(results["rows"], "network"):
         drawn = f"plots/{stem}-{file_part(network)}"
-        own = [row for row in results["rows"] if row["network"] == network]
         parts += [f"![Time of a pass of {network} against its pixels]({drawn}-time.svg)"]
         parts += [f"![Roofline of {network}]({drawn}-roofline.svg)"]
+        own = [row for row in results["rows"] if row["network"] == network]
         for precision in in_order(own, "precision"):
             rows = [row for row in own if row["precision"] == precision]
             parts += [f"**{network}, {precision}**", times(rows), details(rows, roofs)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from harness import (
     machine,
     mebibytes,
     peak_allocated,
+    print_machine,
     ratios,
     sizes,
     spread,
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         check_input(torch.empty(batch, 3, height, width, device="meta"), UNetConfig(features=args.features))
     rows = measure(contestants(args.device, args.features, args.compile), shape, args.rounds, args.device)
     about = machine(args.device)
-    print(json.dumps(about))
+    print_machine(about)
     print(f"{args.shape}, features {args.features}, {args.rounds} rounds")
     print(f"{'':48}{'ms':>10}{'pictures/s':>12}{'ratio':>8}{'quartiles':>14}{'peak MiB':>10}")
     for name, row in rows.items():
