@@ -21,6 +21,7 @@ import torch
 from needs import needs_halves, needs_native, needs_nnpack
 from pretended_mps import OnMps
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from unetlib import DoubleConv, Preprocessing, UNet, inference
 from unetlib.fast import levels, native_kernels, network, nnpack_kernels, optimize_for_inference, planner
@@ -386,6 +387,22 @@ def test_a_graph_would_lack_native_code_and_is_refused():
         with pytest.raises(TypeError, match=r"a fast copy cannot be traced or exported, .*; take the UNet"):
             graph(fast, (x,))
     assert fast(x).shape == (2, 1, 40, 56)
+
+
+@needs_native
+def test_tensors_without_memory_are_refused(monkeypatch):
+    """The address of a fake one is 0, which ended the process."""
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
+    fast, x = optimize_for_inference(trained(features=(16, 32))), pictures(trained(), 40, 56)
+    for _ in range(2):
+        fast(x)
+    with FakeTensorMode() as mode:
+        others = [mode.from_tensor(x)]
+    for other in (*others, x.to_sparse()):
+        with pytest.raises(TypeError, match=r"takes tensors that lie in memory, .*; take the UNet"):
+            fast(other)
+    with pytest.raises(TypeError, match="takes tensors that lie in memory"):
+        torch.func.vmap(fast)(x[None])
 
 
 @pytest.mark.parametrize("interrupted", ["Pool", "Replays"])

@@ -184,6 +184,8 @@ class FastUNet(nn.Module):
         check_input(x, self.config)
         if x.device != self.device:
             raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
+        if not _lies_in_memory(x):
+            raise TypeError("a fast copy takes tensors that lie in memory, no sparse, fake or vmapped ones; take the UNet")
         if not hasattr(self._memory, "replays"):  # the last to be there, where an interrupt came between
             self._take_memory()
         if x.shape != getattr(self._memory, "shape", None):
@@ -294,6 +296,14 @@ def _compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Cal
 
     options = {**list_mode_options("max-autotune-no-cudagraphs"), "max_autotune_conv_backends": "ATEN"}
     return torch.compile(function, dynamic=False, options=options)
+
+
+def _lies_in_memory(x: Tensor) -> bool:
+    """Whether native code finds numbers at a tensor's address."""
+    try:
+        return x.untyped_storage().device == x.device  # of a fake one it is meta
+    except RuntimeError:  # there is no storage
+        return False
 
 
 def _transformed_bytes(level: Any) -> int:
