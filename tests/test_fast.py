@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import platform
 import subprocess
 import sys
-import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from needs import needs_halves, needs_native, needs_nnpack
-from pretended_mps import OnMps
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from unetlib import DoubleConv, Preprocessing, UNet, inference
+from unetlib import Preprocessing, UNet, inference
 from unetlib.fast import levels, native_kernels, network, nnpack_kernels, optimize_for_inference, planner
-from unetlib.fast.folding import Parts, layers
+from unetlib.fast.folding import Parts
 from unetlib.fast.levels import PlainLevel
 from unetlib.fast.native import NativeLevel
 from unetlib.fast.native_replay import NativeReplay
@@ -682,74 +678,6 @@ def test_without_onednn_there_is_the_plain_way(monkeypatch):
     assert {type(level) for level in fast._levels.values()} == {PlainLevel}
 
 
-def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
-    native, nnpack = NativeLevel, NnpackLevel
-    asked = []
-
-    def fastest_ways(channels, dtype):
-        asked.append(channels)
-        return (native, nnpack) if channels <= 64 else (nnpack, native)
-
-    monkeypatch.setattr(planner, "fastest_ways", fastest_ways)
-    way = planner.plan(torch.device("cpu"), torch.float32)
-    for (channels, height, width), expected in {
-        (16, 640, 960): native,
-        (48, 160, 240): native,
-        (48, 9, 15): native,
-        (128, 80, 120): nnpack,
-        (128, 20, 30): native,  # 0.2 GFLOP
-        (2048, 10, 16): native,  # 12 GFLOP, but 640 bytes
-    }.items():
-        assert way(channels, height, width) is expected
-    assert set(asked) == {16, 64, 128, 256}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_trial_compares_what_there_is(monkeypatch, dtype):
-    fastest_ways, tried = planner._found_by_trial.__wrapped__, []
-    seconds = {OnednnLevel: 3.0, NnpackLevel: 1.8, NativeLevel: 2.0}
-    monkeypatch.setattr(planner, "_trial", lambda channels, dtype, ways: tried.append(ways) or seconds)
-    monkeypatch.setattr(native_kernels, "available", lambda: True)
-    monkeypatch.setattr(nnpack_kernels, "available", lambda: True)
-    assert fastest_ways(64, dtype) == (NativeLevel, NnpackLevel, OnednnLevel)  # 0.8 * 2 and 1.15 * 1.8
-    assert fastest_ways(16, dtype) == (NativeLevel, OnednnLevel)
-    monkeypatch.setattr(native_kernels, "available", lambda: False)
-    assert fastest_ways(64, dtype) == (NnpackLevel, OnednnLevel)
-    tried.clear()
-    monkeypatch.setattr(nnpack_kernels, "available", lambda: False)
-    assert fastest_ways(64, dtype) == (OnednnLevel,)
-    assert not tried
-
-
-def test_of_several_threads_one_makes_the_trial(monkeypatch):
-    trials, start = [], threading.Barrier(3)
-
-    def trial(channels, dtype, ways):
-        trials.append(channels)
-        time.sleep(0.05)  # in which the others would begin theirs
-        return dict.fromkeys(ways, 1.0)
-
-    monkeypatch.setattr(planner, "_trial", trial)
-    monkeypatch.setattr(planner, "_found_by_trial", functools.cache(planner._found_by_trial.__wrapped__))
-    monkeypatch.setattr(native_kernels, "available", lambda: True)
-    with ThreadPoolExecutor(3) as pool:
-        assert len({*pool.map(lambda _: start.wait() >= 0 and planner.fastest_ways(16, torch.float32), range(3))}) == 1
-    assert trials == [16]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=fast_bfloat16)])
-def test_a_trial_takes_times(dtype):
-    found = planner._trial(16, dtype, (OnednnLevel, PlainLevel))
-    assert list(found) == [OnednnLevel, PlainLevel]
-    assert all(seconds > 0 for seconds in found.values())
-
-
-def test_a_trial_draws_nothing_from_the_chance_of_the_program():
-    before = torch.get_rng_state()
-    planner._trial(16, torch.float32, (OnednnLevel,))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_what_winograds_method_may_hold_counts(monkeypatch):
     model = trained(features=(16, 32), bottleneck=64)
     narrow = 3 * 16 + 16 * 16 + 32 * 16 + 16 * 16
@@ -787,48 +715,6 @@ def test_weights_that_are_there_are_not_to_come_any_more(monkeypatch, way, a_ker
         fast(pictures(model, size, size))
     kernels = 3 * 32 + 32 * 32 + 64 * 32 + 3 * 32 * 32
     assert before - fast.held_bytes == pytest.approx(4 * a_kernel * kernels, rel=0.01)
-
-
-# --- folding
-
-
-def test_folded_weights_are_the_formula():
-    block = trained().encoder[0]
-    folded, norm = layers(block)[0], block.norm1
-    for channel in range(8):
-        scale = float(norm.weight[channel]) / (float(norm.running_var[channel]) + norm.eps) ** 0.5
-        torch.testing.assert_close(folded.weight[channel], block.conv1.weight[channel] * scale, rtol=1e-6, atol=1e-6)
-        shift = float(norm.bias[channel]) - float(norm.running_mean[channel]) * scale
-        assert float(folded.bias[channel]) == pytest.approx(shift, rel=1e-5, abs=1e-6)
-
-
-def test_what_is_on_mps_is_folded_on_the_cpu():
-    block = DoubleConv(3, 8)
-    expected = layers(block)[0]
-    for module in (block.conv1, block.norm1):
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            delattr(module, name)
-            setattr(module, name, value.detach().as_subclass(OnMps))
-    folded = layers(nn.Sequential(block.conv1, block.norm1))[0]
-    assert torch.equal(folded.weight.cpu(), expected.weight)
-    assert torch.equal(folded.bias.cpu(), expected.bias)
-
-
-def test_what_cannot_be_folded_is_left():
-    first, second = layers(DoubleConv(3, 8, norm="group", activation="silu"))
-    assert [type(module) for module in first.after] == [nn.GroupNorm, nn.SiLU]
-    assert not second.relu
-    assert layers(DoubleConv(3, 8))[0].relu
-
-
-def test_parts_are_a_copy():
-    model = trained()
-    parts = Parts.of(model.encoder[0], model.decoder[-1])
-    before = parts.convs[0].weight.clone()
-    with torch.no_grad():
-        model.encoder[0].conv1.weight.zero_()
-    assert torch.equal(parts.convs[0].weight, before)
-    assert parts.width == 8
 
 
 # --- CUDA

@@ -275,8 +275,6 @@ _Splitting = _structure(
     "step_pictures step_channels step_height step_width pictures channels height width side out_height out_width out_channels",
 )
 _Head = _structure("map weights bias out", "pictures height width channels side out_height out_width out_channels")
-
-
 _Threads = _structure("parallel wait size number", "count")
 _Call = _structure("operation arguments")
 
