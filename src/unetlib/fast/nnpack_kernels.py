@@ -136,7 +136,7 @@ class NnpackConv:
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, kernel, self.bias, out, workspace))
         status = _nnpack().nnp_convolution_inference(
             _F6X6_3X3, strategy, self.in_channels, self.out_channels, _Size(width, height), padding, _Size(3, 3), _Size(1, 1),
-            *pointers, byref(workspace_size), self.activation, None, _pool(torch.get_num_threads()), None,
+            *pointers, byref(workspace_size), self.activation, None, _thread_pool(torch.get_num_threads()), None,
         )  # fmt: skip
         if status != 0:
             raise RuntimeError(f"NNPACK refused a convolution of {height}x{width} pixels with status {status}")
@@ -188,10 +188,10 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _pool(threads: int) -> int | None:
+def _thread_pool(threads: int) -> int | None:
     """NNPACK's threads, made once for each number of them; None computes in the thread that calls."""
-    pool: int | None = _nnpack().pthreadpool_create(threads) if threads > 1 else None
-    return pool
+    made: int | None = _nnpack().pthreadpool_create(threads) if threads > 1 else None
+    return made
 
 
 @contextmanager
@@ -201,16 +201,16 @@ def nnpack_threads() -> Iterator[None]:
     Both kinds go on spinning for a while when they have nothing to do, which takes a third of the speed from the other kind.
     OpenMP lets its threads go when asked to; NNPACK's go to sleep after a piece of work that allows it, here of no content.
     """
-    pool = _pool(torch.get_num_threads())
-    if pool is None:
+    threads = _thread_pool(torch.get_num_threads())
+    if threads is None:
         yield
         return
     if (openmp := _openmp()) is not None:
         openmp.omp_pause_resource_all(_OMP_PAUSE_SOFT)
     yield
     nothing = ctypes.cast(ctypes.CDLL(None).labs, c_void_p)
-    _nnpack().pthreadpool_parallelize_1d(pool, nothing, None, torch.get_num_threads(), _YIELD_WORKERS)
+    _nnpack().pthreadpool_parallelize_1d(threads, nothing, None, torch.get_num_threads(), _YIELD_WORKERS)
 
 
 if hasattr(os, "register_at_fork"):  # threads do not live on in a forked process
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_thread_pool.cache_clear)
