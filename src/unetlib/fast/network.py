@@ -178,7 +178,12 @@ class FastUNet(nn.Module):
 
     @untraced
     def forward(self, x: Tensor) -> Tensor:
-        """Logits for a batch of pictures, as `UNet.forward`."""
+        """Logits for a batch of pictures, as `UNet.forward`.
+
+        Raises:
+            TypeError: within a trace or an export; for a tensor that lies nowhere in memory.
+            ValueError: as `UNet.forward`; for pictures on another device, and for NaN or infinity that would not be seen.
+        """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise TypeError("a fast copy cannot be traced or exported, as most of its work is in no graph; take the UNet")
         check_input(x, self.config)
