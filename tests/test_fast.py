@@ -514,10 +514,20 @@ def test_shapes_that_the_model_refuses_are_refused_with_its_words():
         fast(torch.zeros(3, 40, 40))
 
 
-@pytest.mark.parametrize("features", [(8, 12), (8, 16), (16, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": (8, 12)},
+        {"features": (8, 16)},
+        {"features": (16, 8)},
+        {"features": (16, 32), "decoder_features": (12, 32)},
+        {"features": (16, 32), "mid_features": (12, 32)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_pictures_that_are_no_numbers_give_no_logits_that_look_right(way, features, bad):
-    model = trained(features=features)
+def test_pictures_that_are_no_numbers_give_no_logits_that_look_right(way, options, bad):
+    model = trained(**options)
     fast, x = optimize_for_inference(model), pictures(model, 40, 56)
     x[1, 2, 20, 30] = bad
     for _ in range(3):

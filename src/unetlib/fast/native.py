@@ -29,7 +29,7 @@ class NativeLevel(OnednnLevel):
         whole = len(parts.convs[0].weight) % lanes() == 0
         self.channels = parts.channels + (-parts.channels % lanes() if whole else 0)  # by zeros, as those of a picture
         super().__init__(parts.widened(self.channels), torch.float32)
-        self.hides_nan = not whole
+        self.hides_nan = not all(isinstance(step, _NativeStep) for step in (*self.convs, *self.up_convs))
         self.doubling: NativeDoubling | None = None
         if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d) and _is_whole(module.weight):
             assert module.bias is not None
