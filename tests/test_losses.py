@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1027,6 +1029,33 @@ def test_a_keyword_is_described_in_the_same_words_wherever_it_is(keyword: str) -
     words = [found[1] for found in described if found]
     assert len(words) > 1
     assert len(set(words)) == 1
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_programs_that_read_constructors_see_the_keywords_of_modules(module: type[Loss]) -> None:
+    """Such as Lightning's command line, which reads the constructor itself."""
+    own, *keywords = inspect.signature(module.__init__).parameters.values()
+    expected = list(inspect.signature(module.function).parameters.values())[2:]
+    assert own.name == "self"
+    assert [(word.name, word.kind, word.default) for word in keywords] == [(a.name, a.kind, a.default) for a in expected]
+    types, others = get_type_hints(module.__init__), get_type_hints(module.function)
+    for word in expected:
+        kept = word.name in ("weight", "pos_weight")
+        assert types[word.name] == (Tensor | Sequence[float] | None if kept else others[word.name])
+
+
+def test_a_subclass_may_have_options_of_its_own() -> None:
+    class Half(DiceLoss):
+        def __init__(self, factor: float = 0.5, **options: bool) -> None:
+            super().__init__(**options)
+            self.factor = factor
+
+        def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+            return self.factor * super().forward(logits, target)
+
+    logits, target, _ = case("binary", (5, 6))
+    assert torch.equal(Half(batch=True)(logits, target), 0.5 * dice_loss(logits, target, batch=True))
+    assert "factor" in inspect.signature(Half).parameters
 
 
 def test_every_loss_function_has_its_module() -> None:

@@ -22,8 +22,9 @@ Masks get no gradient.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, SupportsFloat
 
 import torch
@@ -523,6 +524,9 @@ def bce_dice_loss(
     return entropy + reduce_regions(ratio(2 * tp, p + t, smooth), reading)
 
 
+_KEPT = dict.fromkeys(("weight", "pos_weight"), Tensor | Sequence[float] | None)  # as buffers
+
+
 class Loss(nn.Module):
     """A loss function with its options kept: ``DiceLoss(smooth=0)(x, y)`` is ``dice_loss(x, y, smooth=0)``.
 
@@ -531,12 +535,23 @@ class Loss(nn.Module):
     """
 
     function: ClassVar[Callable[..., Tensor]]
+    _keywords: ClassVar[dict[str, inspect.Parameter]] = {}
 
     def __init_subclass__(cls) -> None:
-        """Show the function's keywords as the module's."""
+        """Show the function's keywords as the constructor's, where programs that build objects from files look for them."""
         if "function" in vars(cls):
-            keywords = list(inspect.signature(cls.function).parameters.values())[2:]
-            cls.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+
+            @functools.wraps(Loss.__init__)
+            def init(self: Loss, *unnamed: Any, **options: Any) -> None:
+                Loss.__init__(self, *unnamed, **options)
+
+            own, *_ = inspect.signature(init).parameters.values()
+            _logits, _target, *keywords = inspect.signature(cls.function).parameters.values()
+            keywords = [word.replace(annotation=_KEPT.get(word.name, word.annotation)) for word in keywords]
+            cls._keywords = {word.name: word for word in keywords}
+            init.__signature__ = inspect.Signature([own, *keywords])  # type: ignore[attr-defined]
+            init.__annotations__ = {word.name: word.annotation for word in keywords} | {"return": None}
+            cls.__init__ = init  # type: ignore[method-assign]
 
     def __init__(self, *unnamed: Any, **options: Any) -> None:
         """Keep the options.
@@ -546,12 +561,11 @@ class Loss(nn.Module):
                 numbers.
         """
         super().__init__()
-        known = inspect.signature(type(self)).parameters
         if unnamed:
-            one, names = type(unnamed[0]).__name__, ", ".join(f"{name}=" for name in known)
+            one, names = type(unnamed[0]).__name__, ", ".join(f"{name}=" for name in self._keywords)
             raise TypeError(f"{type(self).__name__} takes keywords alone, got {one}; say which of them it is: {names}")
-        check_options(type(self).__name__, options, known)
-        for name in ("weight", "pos_weight"):
+        check_options(type(self).__name__, options, self._keywords)
+        for name in _KEPT:
             if options.get(name) is not None:
                 self.register_buffer(name, as_factors(name, options.pop(name), torch.float32))
         self.options = options
