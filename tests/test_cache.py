@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from needs import needs_data
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision import tv_tensors
 
 from unetlib.cache import CachedDataset, _is_memory
@@ -273,8 +274,11 @@ def test_the_folder_is_where_the_file_lies_and_nothing_stays(folders, tmp_path):
     assert os.stat(cached._store._file.fileno()).st_dev == where.stat().st_dev
     if sys.platform == "linux":
         assert not list(where.iterdir())
-    del cached
-    gc.collect()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        del cached
+        gc.collect()
+    assert not told
     assert not list(where.iterdir())
     with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'"):
         CachedDataset(CarvanaDataset(*folders), folder=tmp_path / "nowhere")
@@ -351,8 +355,10 @@ def test_bad_pairs_are_named(folders):
 
 def test_wrong_arguments(folders):
     dataset = CarvanaDataset(*folders)
-    with pytest.raises(TypeError, match="must be an ImageMaskDataset, not a list"):
+    with pytest.raises(TypeError, match=r"must be an ImageMaskDataset, not a list$"):
         CachedDataset([dataset])
+    with pytest.raises(TypeError, match=r"must be an ImageMaskDataset, not a Subset; take dataset\.subset\(indices\)"):
+        CachedDataset(Subset(dataset, [0]))
     with pytest.raises(TypeError, match="transform must be callable"):
         CachedDataset(dataset, transform=SMALL)
     with pytest.raises(TypeError, match="function does not take a picture and its mask; give a preset"):

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import tv_tensors
 
 from .arguments import at_least
@@ -88,7 +89,8 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
     ) -> None:
         """Make room; nothing is decoded yet."""
         if not isinstance(dataset, ImageMaskDataset):
-            raise TypeError(f"dataset must be an ImageMaskDataset, not a {type(dataset).__name__}")
+            hint = "; take dataset.subset(indices) for a part of one" if isinstance(dataset, Subset) else ""
+            raise TypeError(f"dataset must be an ImageMaskDataset, not a {type(dataset).__name__}{hint}")
         if dataset.transform is not None:
             raise ValueError("dataset has a transform, whose chances would be kept; give CachedDataset(transform=...) instead")
         check_transform(transform)
@@ -198,6 +200,7 @@ class _Store:
         # On Linux the file has no name, but others of the same user can open it as long as this process lives.
         named = sys.platform != "linux"
         self._file = (tempfile.NamedTemporaryFile if named else tempfile.TemporaryFile)(prefix="unetlib-", dir=folder)
+        weakref.finalize(self, self._file.close)  # or Python warns of a file left open
         self._path = self._file.name if named else f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         _reserve(self._file.fileno(), int(self._ends[-1]) if self.fits else head, folder)
         self._map(self._file)
