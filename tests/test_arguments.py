@@ -39,6 +39,10 @@ def test_a_unet_is_told_from_what_wraps_it():
             check_unet(wrapped)
     with pytest.raises(TypeError, match=r"expected a UNet, got a dict$"):
         check_unet({})
+    for name in ("UNet", "Unet"):
+        another = type(name, (nn.Module,), {"__module__": "monai.networks.nets.unet"})
+        with pytest.raises(TypeError, match=rf"expected a UNet, got a {name} of monai$"):
+            check_unet(another())
 
 
 def test_devices_are_there_or_named(monkeypatch):

@@ -139,6 +139,11 @@ def test_a_dictionary_is_told_how_to_become_a_config():
         UNet.from_config({"features": (4, 8)})
 
 
+def test_a_config_in_place_of_options_is_told_where_it_goes():
+    with pytest.raises(TypeError, match=r"UNet takes options, got a UNetConfig; write UNet\.from_config\(config\)"):
+        UNet(UNetConfig(features=(4, 8)))
+
+
 def test_type_checkers_see_the_keywords_that_there_are():
     def keywords(function) -> set[str]:
         return {name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind.value != 4} - {

@@ -45,7 +45,10 @@ def not_a_unet(model: object) -> TypeError:
     hint = f"; take it out of its wrapper, as in model.{wrapper}" if wrapper else ""
     if isinstance(model, (str, PathLike)):
         hint = f"; give UNet.from_pretrained({str(model)!r})"
-    return TypeError(f"expected a UNet, got a {type(model).__name__}{hint}")
+    name = type(model).__name__
+    if name.lower() == "unet":  # another library's
+        name += f" of {type(model).__module__.partition('.')[0]}"
+    return TypeError(f"expected a UNet, got a {name}{hint}")
 
 
 def check_unet(model: object) -> None:

@@ -62,7 +62,7 @@ class UNet(nn.Module):
         a larger picture, or several.
 
     Raises:
-        TypeError: for an unknown option.
+        TypeError: for an unknown option, or a config in place of options.
         ValueError: for one that `UNetConfig` refuses.
 
     Example:
@@ -85,6 +85,8 @@ class UNet(nn.Module):
         **options: Unpack[PeerOptions],
     ) -> None:
         super().__init__()
+        if isinstance(in_channels, UNetConfig):
+            raise TypeError("UNet takes options, got a UNetConfig; write UNet.from_config(config)")
         check_options("UNet", options, (field.name for field in fields(UNetConfig)))
         self.config = UNetConfig(
             in_channels=in_channels,
