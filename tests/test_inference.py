@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
-from unetlib import Preprocessing, UNet, inference, rasters
+from unetlib import Preprocessing, UNet, inference, pictures, rasters
 from unetlib.imaging import read_image
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.metrics import SegmentationMetrics
@@ -693,11 +693,11 @@ def test_arrays_and_tiffs_on_disk(model, wide, tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", wide, photometric="rgb", tile=(32, 32), compression="zlib")
     for form in (tmp_path / "a.npy", str(tmp_path / "a.npy"), np.load(tmp_path / "a.npy", mmap_mode="r"), tmp_path / "a.tif"):
         np.testing.assert_allclose(model.predict(form, probabilities=True), expected, atol=1e-6)
-    whole = inference.read_image
-    monkeypatch.setattr(inference, "read_image", lambda *_: pytest.fail("read whole"))
+    whole = pictures.read_image
+    monkeypatch.setattr(pictures, "read_image", lambda *_: pytest.fail("read whole"))
     monkeypatch.setattr(rasters, "_READ_WHOLE", 88 * 132 - 1)
     np.testing.assert_allclose(model.predict(tmp_path / "a.tif", probabilities=True, tile=64), expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(inference, "read_image", whole)
+    monkeypatch.setattr(pictures, "read_image", whole)
     monkeypatch.setattr(rasters, "_READ_WHOLE", 88 * 132)
     model.predict(tmp_path / "a.tif")
 
@@ -847,13 +847,13 @@ def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):
 
 def test_on_mps_it_is_resized_on_the_cpu_and_sent_back(monkeypatch):
     x, to = torch.rand(1, 8, 6), torch.Tensor.to
-    expected = inference._resize(x, (4, 9))
+    expected = pictures.resize(x, (4, 9))
     mps = x.as_subclass(OnMps)
     back = {mps.device: lambda resized: resized.as_subclass(OnMps)}
     monkeypatch.setattr(
         torch.Tensor, "to", lambda part, *args, **kw: back[args[0]](part) if args[0] in back else to(part, *args, **kw)
     )
-    resized = inference._resize(mps, (4, 9))
+    resized = pictures.resize(mps, (4, 9))
     assert isinstance(resized, OnMps)
     assert torch.equal(resized.cpu(), expected)
 

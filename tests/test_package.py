@@ -191,6 +191,7 @@ def test_config_imports_the_standard_library_alone():
         ("memory", {"config"}),
         ("symmetries", set()),
         ("rasters", {"arguments", "files", "imaging"}),
+        ("pictures", {"arguments", "imaging", "rasters"}),
     ],
 )
 def test_the_networks_modules_import_only_what_is_below_them(module, allowed):

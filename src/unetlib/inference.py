@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, islice
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from .arguments import check_range, not_a_unet, whole
+from .arguments import not_a_unet, whole
 from .fast import FastUNet, optimize_for_inference as optimize_for_inference
 from .fast.cached import fast_copy, free_memory
 from .fast.network import untraced
-from .imaging import read_image, to_tensor
 from .memory import pixels_in_one_pass
-from .rasters import Raster, check_output, is_huge_tiff, is_read_from, open_raster, write_raster
+from .pictures import Picture as Picture, Source, check_several, in_memory, open_picture, resize
+from .rasters import check_output, is_read_from, write_raster
 from .structure import difference
 from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .targets import check_threshold, read as read_target
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from .metrics import SegmentationMetrics
     from .unet import UNet
 
-Picture: TypeAlias = "str | PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor | Raster"
 _Item = TypeVar("_Item")
 
 
@@ -195,9 +192,10 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
         [torch.Size([1, 3, 16, 24])]
     """
     _check_model(model)
-    for image in _several(images):
-        source = _open(image, model.config.in_channels)
-        yield _normalized(model, _resize(source.read(_ALL, _ALL), _input_size(model, source.size))[None])
+    check_several(images)
+    for image in images:
+        source = open_picture(image, model.config.in_channels)
+        yield _normalized(model, resize(source.whole(), _input_size(model, source.size))[None])
 
 
 def evaluate(
@@ -277,17 +275,8 @@ def evaluate(
     return metrics.compute()
 
 
-_ALL = slice(None)
 _MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
 _modes_lent = threading.RLock()  # held while a network in training is in evaluation mode, which all threads see
-
-
-class _Source(NamedTuple):
-    """A picture that can be read by region."""
-
-    size: tuple[int, int]
-    dtype: torch.dtype  # uint8, or a floating point one for numbers in [0, 1]
-    read: Callable[[slice, slice], Tensor]  # rows and columns to (C, h, w), of as many channels as the network takes
 
 
 def _predictions(
@@ -307,11 +296,12 @@ def _predictions(
     tile = _tile_size(tile)
     if not isinstance(tta, bool) and tta != "mirror":
         raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}")
+    check_several(images)
     passes = _Passes(model, tile, overlap, tta, batch_size, progress)
     fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
     try:
-        waiting = iter(_several(images))
-        while chunk := [_open(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
+        waiting = iter(images)
+        while chunk := [open_picture(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
             yield from passes.through(chunk)
     finally:
         free_memory(model)
@@ -328,7 +318,7 @@ class _Passes:
     batch_size: int
     progress: bool
 
-    def through(self, chunk: Iterable[_Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
+    def through(self, chunk: Iterable[Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
         """What `_predictions` gives, for a few pictures."""
         numbered = [(_input_size(self.model, source.size), source) for source in chunk]
         for (size, _), group in groupby(numbered, key=lambda pair: (pair[0], pair[1].dtype)):
@@ -339,9 +329,9 @@ class _Passes:
                 yield source.size, self.in_tiles(source, size, window)
             while sources:
                 batch = [sources.popleft() for _ in range(min(len(sources), self.pictures(size)))]
-                inputs = torch.stack([_resize(source.read(_ALL, _ALL), size) for source in batch])
+                inputs = torch.stack([resize(source.whole(), size) for source in batch])
                 for source, logits in zip(batch, self.forward(inputs)):
-                    yield source.size, [_one_piece(_resize(logits, source.size))]
+                    yield source.size, [_one_piece(resize(logits, source.size))]
 
     def forward(self, batch: Tensor) -> Tensor:
         """Logits of a batch of pictures or tiles."""
@@ -369,12 +359,9 @@ class _Passes:
             )
         return window
 
-    def in_tiles(self, source: _Source, size: tuple[int, int], window: tuple[int, int]) -> Iterable[Piece]:
+    def in_tiles(self, source: Source, size: tuple[int, int], window: tuple[int, int]) -> Iterable[Piece]:
         """Logits of a picture, at its own size."""
-        read = source.read
-        if size != source.size:
-            picture = _resize(read(_ALL, _ALL), size)
-            read = partial(_region, picture)
+        seen = source if size == source.size else in_memory(resize(source.whole(), size))
         plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
         if plan.exact and not isinstance(self.model, FastUNet) and (otherwise := difference(self.model)):
             warnings.warn(
@@ -383,8 +370,8 @@ class _Passes:
                 stacklevel=2,
             )
         forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
-        pieces = run_tiles(forward, read, plan, batch_size=1 if self.tile is None else self.pictures(window))
-        return pieces if size == source.size else [_one_piece(_resize(join(pieces, size), source.size))]
+        pieces = run_tiles(forward, seen.read, plan, batch_size=1 if self.tile is None else self.pictures(window))
+        return pieces if size == source.size else [_one_piece(resize(join(pieces, size), source.size))]
 
     @property
     def _flips(self) -> Flips:
@@ -414,10 +401,6 @@ def _one_piece(values: Tensor) -> Piece:
     return Piece(slice(0, values.shape[-2]), slice(0, values.shape[-1]), values)
 
 
-def _region(picture: Tensor, rows: slice, columns: slice) -> Tensor:
-    return picture[:, rows, columns]
-
-
 def _with_bar_of_tiles(forward: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tensor], Tensor]:
     from tqdm.auto import tqdm
 
@@ -444,21 +427,6 @@ def _check_model(model: object) -> None:
         raise not_a_unet(model)
 
 
-def _several(images: Iterable[Picture]) -> Iterable[Picture]:
-    """Pictures; one alone would be taken for several, row by row or letter by letter."""
-    if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) in (2, 3)):
-        raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
-    seen: set[int] = set()
-    for image in images if isinstance(images, (list, tuple)) else ():
-        if id(image) in seen and getattr(image, "n_frames", 1) > 1:
-            raise ValueError(
-                f"the list holds one PIL picture of {image.n_frames} frames several times, and only the frame it is at can be "
-                "read; pass [unetlib.imaging.read_image(frame) for frame in ImageSequence.Iterator(picture)]"
-            )
-        seen.add(id(image))
-    return images
-
-
 def _pairs(dataset: Any) -> Iterable[Any]:
     """What a data set holds; one of PyTorch ends where its length says, and need not raise an IndexError there."""
     if isinstance(dataset, Sized) and not isinstance(dataset, Iterable):
@@ -483,88 +451,6 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
-def _open(picture: Picture, channels: int) -> _Source:
-    """The picture, in memory or to be read by region."""
-    name = str(picture) if isinstance(picture, (str, PathLike)) else "the picture"
-    if isinstance(picture, (str, PathLike)) and is_huge_tiff(picture):
-        picture, name = open_raster(picture), f"{picture}, transparency aside,"
-    elif isinstance(picture, (str, PathLike)) and Path(picture).suffix.lower() == ".npy":
-        picture = open_raster(picture)
-    by_pillow = isinstance(picture, Image.Image) or (isinstance(picture, (str, PathLike)) and Path(picture).is_file())
-    if by_pillow and channels not in (1, 3):
-        array = "numpy.asarray(picture)" if isinstance(picture, Image.Image) else "tifffile.imread(path)"
-        raise ValueError(
-            f"{name} would be read as grey or RGB, but the network takes {channels} channels; pass an array, such as "
-            f"{array}, uint8 (H, W, {channels})"
-        )
-    if isinstance(picture, (str, PathLike, Tensor)) or not isinstance(picture, Raster):  # NumPy's strings look like rasters
-        tensor = _match_channels(_read(picture, channels), channels, name)
-        return _Source((tensor.shape[1], tensor.shape[2]), tensor.dtype, partial(_region, tensor))
-    if picture.dtype != np.uint8 or len(picture.shape) not in (2, 3):
-        raise ValueError(
-            f"{name}, as an array, must be uint8 of shape (H, W) or (H, W, C), got {picture.dtype} {tuple(picture.shape)}; "
-            + (
-                "pass a batch as list(batch)"
-                if len(picture.shape) == 4
-                else "scale other numbers to 0..255 (of a huge array by region, as docs/huge-pictures.md shows), or pass a "
-                "tensor (C, H, W) of floats in [0, 1]"
-            )
-        )
-    if 0 in picture.shape:
-        raise ValueError(f"{name} is empty: its shape is {tuple(picture.shape)}")
-    return _Source((picture.shape[0], picture.shape[1]), torch.uint8, partial(_raster_region, picture, channels, name))
-
-
-def _raster_region(raster: Raster, channels: int, name: str, rows: slice, columns: slice) -> Tensor:
-    return _match_channels(to_tensor(np.asarray(raster[rows, columns])), channels, name)
-
-
-def _read(picture: str | PathLike[str] | Image.Image | Tensor, channels: int) -> Tensor:
-    """A file, PIL picture or tensor as (C, H, W), uint8 or float in [0, 1]."""
-    if isinstance(picture, (str, PathLike, Image.Image)):
-        return to_tensor(read_image(picture, "L" if channels == 1 else "RGB"))
-    if not isinstance(picture, Tensor):
-        hint = "; give list(pictures), or take iter_logits" if isinstance(picture, Iterator) else ""
-        hint = "; give its path, or PIL.Image.open(file)" if hasattr(picture, "read") else hint
-        raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}{hint}")
-    tensor = picture.detach()
-    if tensor.ndim != 3 or not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
-        raise ValueError(
-            f"a picture as a tensor must be (C, H, W), uint8 or floating point, got {tensor.dtype} {tuple(tensor.shape)}"
-            + ("; pass a batch as list(batch)" if tensor.ndim == 4 else "")
-        )
-    if tensor.is_floating_point() and tensor.element_size() < 4:
-        tensor = tensor.float()  # half precision is too coarse to resize in
-    if tensor.is_floating_point():
-        check_range(tensor)
-    if 0 in tensor.shape:
-        raise ValueError(f"the picture is empty: its shape is {tuple(picture.shape)}")
-    return tensor
-
-
-def _match_channels(picture: Tensor, channels: int, name: str) -> Tensor:
-    found = picture.shape[0]
-    if found == channels:
-        return picture
-    if found == 1 and channels == 3:
-        return picture.expand(3, -1, -1)
-    if found == 3 and channels == 1:
-        return _grey(picture)
-    raise ValueError(
-        f"{name} has {found} channels, but the network takes {channels}; expected (H, W, {channels}) as an array or "
-        f"({channels}, H, W) as a tensor"
-    )
-
-
-def _grey(picture: Tensor) -> Tensor:
-    """ITU-R 601 luma as Pillow computes it for mode L, so that a picture's form makes no difference: (3, H, W) to (1, H, W)."""
-    weights = torch.tensor([19595, 38470, 7471], device=picture.device).view(3, 1, 1)  # they sum to 2**16
-    if picture.is_floating_point():
-        return (picture * (weights / 2**16)).sum(0, keepdim=True)
-    luma = (picture.int() * weights.int()).sum(0, keepdim=True, dtype=torch.int32)
-    return (luma + 2**15 >> 16).to(torch.uint8)
-
-
 def _input_size(model: UNet, size: tuple[int, ...]) -> tuple[int, int]:
     """Height and width at which the network sees a picture of this size."""
     preprocessing = model.preprocessing
@@ -574,17 +460,6 @@ def _input_size(model: UNet, size: tuple[int, ...]) -> tuple[int, int]:
     smallest = model.config.stride  # smaller pictures are enlarged to what the poolings need
     height, width = (max(smallest, round(scale * side)) for side in size)
     return height, width
-
-
-def _resize(picture: Tensor, size: Sequence[int]) -> Tensor:
-    """(C, H, W) at another height and width: bilinear, antialiased; uint8 stays uint8."""
-    if tuple(picture.shape[-2:]) == tuple(size):
-        return picture
-    from torchvision.transforms.v2.functional import resize_image
-
-    source = picture.cpu() if picture.device.type == "mps" else picture  # torch 2.6 cannot do this on MPS
-    resized: Tensor = resize_image(source, list(size), antialias=True)
-    return resized.to(picture.device)
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .inference import Picture
+    from .pictures import Picture
 
 
 class UNet(nn.Module):
