@@ -29,7 +29,7 @@ CARDS = sorted((ROOT / "src" / "unetlib" / "zoo").glob("*/README.md"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *CARDS]
 OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]  # of the site
 # pieces of others; no stable names
-INTERNAL = {"arguments", "boundary", "console", "counts", "files", "gradients", "pictures", "terms"}
+INTERNAL = {"arguments", "boundary", "console", "counts", "files", "gradients", "passes", "pictures", "terms"}
 FRAGMENTS = {DOCS / "losses-and-metrics.md", *CARDS}  # their blocks are parts of programs
 MODULES = sorted({module.name for module in pkgutil.iter_modules(unetlib.__path__)} - INTERNAL)
 BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

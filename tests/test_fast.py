@@ -19,7 +19,7 @@ from needs import needs_halves, needs_native, needs_nnpack
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from unetlib import Preprocessing, UNet, inference
+from unetlib import Preprocessing, UNet
 from unetlib.fast import levels, native_kernels, network, nnpack_kernels, optimize_for_inference, planner
 from unetlib.fast.folding import Parts
 from unetlib.fast.levels import PlainLevel
@@ -693,7 +693,7 @@ def test_what_winograds_method_may_hold_counts(monkeypatch):
     narrow = 3 * 16 + 16 * 16 + 32 * 16 + 16 * 16
     wide = 32 * 16 + 32 * 32 + 32 * 64 + 32 * 32 + 64 * 32 + 64 * 64  # of the levels from 32 on
     passes = []
-    monkeypatch.setattr(inference, "pixels_in_one_pass", lambda config, held, **where: passes.append(held) or 10**6)
+    monkeypatch.setattr("unetlib.passes.pixels_in_one_pass", lambda config, held, **where: passes.append(held) or 10**6)
     for native, widest, expected in (
         (False, NnpackLevel, wide * 4 * 64 + 2**29),
         (False, OnednnLevel, 0),

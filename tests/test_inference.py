@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
-from unetlib import Preprocessing, UNet, inference, pictures, rasters
+from unetlib import Preprocessing, UNet, passes, pictures, rasters
 from unetlib.imaging import read_image
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.metrics import SegmentationMetrics
@@ -222,8 +222,8 @@ def test_a_pass_that_fails_leaves_modes_and_memory_as_they_were(model, picture, 
         raise torch.OutOfMemoryError
 
     freed = []
-    monkeypatch.setattr(inference, "free_memory", freed.append)
-    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    monkeypatch.setattr(passes, "free_memory", freed.append)
+    monkeypatch.setattr(passes, "fast_copy", lambda *_, **__: None)
     model.train().head.register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):
         model.predict(picture)
@@ -237,7 +237,7 @@ def test_an_interrupt_on_the_way_to_evaluation_mode_leaves_modes_as_they_were(mo
 
     model.train().encoder[1].eval()
     before = [module.training for module in model.modules()]
-    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    monkeypatch.setattr(passes, "fast_copy", lambda *_, **__: None)
     monkeypatch.setattr(model.head, "train", interrupted)  # the last of all modules
     with pytest.raises(KeyboardInterrupt):
         model.predict(picture)
@@ -254,7 +254,7 @@ def test_an_interrupt_on_the_way_back_leaves_modes_as_they_were(model, picture, 
 
     model.train().encoder[1].eval()
     before, restored, setter = [module.training for module in model.modules()], [], torch.nn.Module.__setattr__
-    monkeypatch.setattr(inference, "fast_copy", lambda *_, **__: None)
+    monkeypatch.setattr(passes, "fast_copy", lambda *_, **__: None)
     monkeypatch.setattr(torch.nn.Module, "__setattr__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.predict(picture)
@@ -311,7 +311,7 @@ def test_progress_shows_a_bar_with_the_number_of_pictures(model, picture, capsys
 
 @pytest.mark.parametrize(("most", "expected"), [(10**6, [3]), (2 * 37 * 50, [2, 1]), (1, [1, 1, 1])])
 def test_on_a_cpu_a_batch_has_only_so_many_pixels(model, picture, monkeypatch, most, expected):
-    monkeypatch.setattr(inference, "_MOST_ON_CPU", most)
+    monkeypatch.setattr(passes, "_MOST_ON_CPU", most)
     batches = []
     model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     model.predict([picture] * 3)
@@ -326,7 +326,7 @@ def test_a_picture_of_floats_is_normalised_once_for_each_pass_and_stays_as_it_is
     found = model.predict(floats, probabilities=True, tta=tta)
     np.testing.assert_allclose(found, model.predict(picture, probabilities=True, tta=tta), atol=1e-6)
     assert torch.equal(floats, before)
-    inference._normalized(model, floats[None])  # no caller's batch is changed in its place
+    passes.normalized(model, floats[None])  # no caller's batch is changed in its place
     assert torch.equal(floats, before)
 
 
@@ -496,7 +496,7 @@ def wide():
 
 def few_pixels(monkeypatch, pixels):
     """As if memory were so short."""
-    monkeypatch.setattr(inference, "pixels_in_one_pass", lambda config, **where: pixels)
+    monkeypatch.setattr(passes, "pixels_in_one_pass", lambda config, **where: pixels)
 
 
 def shapes_seen(model):

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 import reprlib
-import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import groupby, islice
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
-from .arguments import not_a_unet, whole
-from .fast import FastUNet, optimize_for_inference as optimize_for_inference
-from .fast.cached import fast_copy, free_memory
+from .fast import optimize_for_inference as optimize_for_inference
 from .fast.network import untraced
-from .memory import pixels_in_one_pass
-from .pictures import Picture as Picture, Source, check_several, in_memory, open_picture, resize
+from .passes import check_model, input_size, iter_predictions, normalized
+from .pictures import Picture as Picture, check_several, open_picture, resize
 from .rasters import check_output, is_read_from, write_raster
-from .structure import difference
-from .symmetries import FLIPS, MIRROR, Flips, average_symmetries
 from .targets import check_threshold, read as read_target
-from .tiling import Piece, choose_tile, iter_bands, join, plan_tiles, run_tiles, why_whole
+from .tiling import Piece, iter_bands, join
 
 if TYPE_CHECKING:
     from .metrics import SegmentationMetrics
@@ -102,7 +93,7 @@ def predict(
         >>> UNet(features=(8, 16)).predict(np.zeros((90, 120, 3), np.uint8), tile=64, tta=True).shape
         (90, 120)
     """
-    _check_model(model)
+    check_model(model)
     multilabel, softmax = model.preprocessing.multilabel, _softmax(model)
     if threshold is None:
         threshold = model.preprocessing.threshold
@@ -120,12 +111,15 @@ def predict(
             raise ValueError(f"a TIFF holds one class for each pixel; give a .npy file for {what} instead of {str(out)!r}")
         if is_read_from(images, out):
             raise ValueError(f"out={str(out)!r} is the picture itself, which the result would replace; name another file")
-    predictions = _predictions(model, pictures, batch_size, tile, overlap, tta, progress)
-    decide = _probabilities if probabilities else _classes
+    options: Any = {"batch_size": batch_size, "tile": tile, "overlap": overlap, "tta": tta}
+    predictions = iter_predictions(model, pictures, **options, progress=progress)
+    as_classes = partial(_classes, multilabel=multilabel, threshold=threshold)
+    decide = partial(_probabilities, multilabel=multilabel) if probabilities else as_classes
     results: list[Any] = []
     for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        numbers = _without_nan(pieces, pictures[len(results)], len(results), softmax=softmax)
-        decided = (piece._replace(values=decide(piece.values, threshold, multilabel).cpu()) for piece in numbers)
+        number, picture = len(results), pictures[len(results)]
+        name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
+        decided = _decided(pieces, decide, name, softmax=softmax)
         if out is None:
             results.append(join(decided, size).numpy())
         else:
@@ -166,7 +160,7 @@ def iter_logits(
         >>> for logits in iter_logits(UNet(features=(8,)), [picture]):
         ...     metrics.update(logits[None], mask[None])
     """
-    for size, pieces in _predictions(model, images, batch_size, tile, overlap, tta, False):
+    for size, pieces in iter_predictions(model, images, batch_size=batch_size, tile=tile, overlap=overlap, tta=tta):
         logits = join(pieces, size)
         yield logits.clone() if logits.is_inference() else logits  # a tensor that may be changed, and derived from
 
@@ -191,11 +185,11 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
         >>> [x.shape for x in network_inputs(model, [np.zeros((90, 120, 3), np.uint8)])]
         [torch.Size([1, 3, 16, 24])]
     """
-    _check_model(model)
+    check_model(model)
     check_several(images)
     for image in images:
         source = open_picture(image, model.config.in_channels)
-        yield _normalized(model, resize(source.whole(), _input_size(model, source.size))[None])
+        yield normalized(model, resize(source.whole(), input_size(model, source.size))[None])
 
 
 def evaluate(
@@ -241,7 +235,7 @@ def evaluate(
         >>> 0 <= evaluate(UNet(features=(8,)), scenes)["dice"] <= 1
         True
     """
-    _check_model(model)
+    check_model(model)
     if metrics is None:
         from .metrics import SegmentationMetrics
 
@@ -275,156 +269,10 @@ def evaluate(
     return metrics.compute()
 
 
-_MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
-_modes_lent = threading.RLock()  # held while a network in training is in evaluation mode, which all threads see
-
-
-def _predictions(
-    model: UNet,
-    images: Iterable[Picture],
-    batch_size: int,
-    tile: int | tuple[int, int] | None,
-    overlap: int | None,
-    tta: bool | str,
-    progress: bool,
-) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
-    """For each picture its size, and its logits (K, h, w) in pieces from the top down, to be taken before the next picture."""
-    _check_model(model)
-    batch_size = whole("batch_size", batch_size, 1)
-    if overlap is not None:
-        overlap = whole("overlap", overlap, 0, hint="in pixels; leave it out for as many as decide the result")
-    tile = _tile_size(tile)
-    if not isinstance(tta, bool) and tta != "mirror":
-        raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}")
-    check_several(images)
-    passes = _Passes(model, tile, overlap, tta, batch_size, progress)
-    fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
-    try:
-        waiting = iter(images)
-        while chunk := [open_picture(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
-            yield from passes.through(chunk)
-    finally:
-        free_memory(model)
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """How the pictures of one call go through the network."""
-
-    model: UNet
-    tile: tuple[int, int] | None
-    overlap: int | None
-    tta: bool | str
-    batch_size: int
-    progress: bool
-
-    def through(self, chunk: Iterable[Source]) -> Iterator[tuple[tuple[int, int], Iterable[Piece]]]:
-        """What `_predictions` gives, for a few pictures."""
-        numbered = [(_input_size(self.model, source.size), source) for source in chunk]
-        for (size, _), group in groupby(numbered, key=lambda pair: (pair[0], pair[1].dtype)):
-            sources = deque(source for _, source in group)
-            window = self.window(size)
-            while sources and window is not None:
-                source = sources.popleft()
-                yield source.size, self.in_tiles(source, size, window)
-            while sources:
-                batch = [sources.popleft() for _ in range(min(len(sources), self.pictures(size)))]
-                inputs = torch.stack([resize(source.whole(), size) for source in batch])
-                for source, logits in zip(batch, self.forward(inputs)):
-                    yield source.size, [_one_piece(resize(logits, source.size))]
-
-    def forward(self, batch: Tensor) -> Tensor:
-        """Logits of a batch of pictures or tiles."""
-        if not self.tta:
-            return _forward(self.model, batch)
-        size, multilabel = self.model.preprocessing.size, self.model.preprocessing.multilabel
-        turns = self.tta is True and (size is None or size[0] == size[1])
-        return average_symmetries(partial(_forward, self.model), batch, flips=self._flips, turns=turns, multilabel=multilabel)
-
-    def pictures(self, size: tuple[int, int]) -> int:
-        """How many of this size, at the network's input, go through it at a time."""
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        most = min(self._pixels(), _MOST_ON_CPU) if on_cpu else self._pixels()
-        return max(1, min(self.batch_size, most // (size[0] * size[1])))
-
-    def window(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Height and width of a tile of a picture that has this size at the network's input; None keeps it whole."""
-        if self.tile is not None:
-            return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
-        window = choose_tile(self.model.config, size, self._pixels(), mirrored=bool(self.tta))
-        if window is not None and self.overlap is None and (reason := why_whole(self.model.config)):
-            raise ValueError(
-                f"a picture of {size[0]}x{size[1]} pixels does not fit into half of the free memory, and tiles cannot give its "
-                f"result, because {reason}; give overlap= for an approximate one, or tile={size} to try the whole picture"
-            )
-        return window
-
-    def in_tiles(self, source: Source, size: tuple[int, int], window: tuple[int, int]) -> Iterable[Piece]:
-        """Logits of a picture, at its own size."""
-        seen = source if size == source.size else in_memory(resize(source.whole(), size))
-        plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
-        if plan.exact and not isinstance(self.model, FastUNet) and (otherwise := difference(self.model)):
-            warnings.warn(
-                f"tiles give the whole picture's result for a UNet of the model's config, but {otherwise}; where a pixel then "
-                f"depends on more than the {plan.overlap} around its tile, the result is approximate",
-                stacklevel=2,
-            )
-        forward = _with_bar_of_tiles(self.forward, len(plan)) if self.progress else self.forward
-        pieces = run_tiles(forward, seen.read, plan, batch_size=1 if self.tile is None else self.pictures(window))
-        return pieces if size == source.size else [_one_piece(resize(join(pieces, size), source.size))]
-
-    @property
-    def _flips(self) -> Flips:
-        return MIRROR if self.tta == "mirror" else FLIPS
-
-    @cached_property
-    def _fast(self) -> FastUNet | None:
-        return self.model if isinstance(self.model, FastUNet) else fast_copy(self.model)
-
-    def _pixels(self) -> int:
-        weight, fast = next(self.model.parameters()), self._fast
-        held, kept = (fast.held_bytes, fast.kept_bytes) if fast else (0, 0)
-        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=held, kept=kept)
-        return pixels // (len(self._flips) if self.tta else 1)
-
-
-def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if tile is None:
-        return None
-    sides = tuple(tile) if isinstance(tile, Sequence) else (tile, tile)
-    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side is not True and side > 0 for side in sides):
-        raise ValueError(f"tile must be a side or (height, width) in whole pixels, or None, got {tile!r}")
-    return int(sides[0]), int(sides[1])
-
-
-def _one_piece(values: Tensor) -> Piece:
-    return Piece(slice(0, values.shape[-2]), slice(0, values.shape[-1]), values)
-
-
-def _with_bar_of_tiles(forward: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tensor], Tensor]:
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=tiles, unit="tile")
-
-    def forward_and_count(batch: Tensor) -> Tensor:
-        logits = forward(batch)
-        bar.update(len(batch))
-        if bar.n == tiles:
-            bar.close()
-        return logits
-
-    return forward_and_count
-
-
 def _with_bar(items: Iterator[_Item], total: int | None) -> Iterator[_Item]:
     from tqdm.auto import tqdm
 
     yield from tqdm(items, total=total, unit="picture")
-
-
-def _check_model(model: object) -> None:
-    if not hasattr(model, "preprocessing"):
-        raise not_a_unet(model)
 
 
 def _pairs(dataset: Any) -> Iterable[Any]:
@@ -451,74 +299,15 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
-def _input_size(model: UNet, size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width at which the network sees a picture of this size."""
-    preprocessing = model.preprocessing
-    if preprocessing.size is not None:
-        return preprocessing.size
-    scale = preprocessing.scale or 1.0
-    smallest = model.config.stride  # smaller pictures are enlarged to what the poolings need
-    height, width = (max(smallest, round(scale * side)) for side in size)
-    return height, width
-
-
-@torch.inference_mode()
-def _forward(model: UNet, batch: Tensor) -> Tensor:
-    """Float32 logits of a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
-    inputs = _normalized(model, batch)
-    if (fast := fast_copy(model)) is not None:
-        logits: Tensor = fast(inputs)
-        return logits.float()
-    with _eval_mode(model):
-        logits = model(inputs)
-    return logits.float()
-
-
-def _normalized(model: UNet, batch: Tensor) -> Tensor:
-    """The network's input, in its type and on its device, for a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
-    weight = next(model.parameters())
-    there = batch.to(weight.device)  # bytes, a quarter of what floats would be
-    pixels = there.to(torch.float32, copy=there is batch)  # so that all else can be done in its place
-    if batch.dtype == torch.uint8:
-        pixels.div_(255)
-    mean, std = model.preprocessing.mean, model.preprocessing.std
-    if any(mean):
-        pixels.sub_(pixels.new_tensor(mean).view(-1, 1, 1))
-    if any(value != 1 for value in std):
-        pixels.div_(pixels.new_tensor(std).view(-1, 1, 1))
-    return pixels.to(weight.dtype)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode again outside, frozen ones included."""
-    with _modes_lent:
-        if in_training := [module for module in model.modules() if module.training]:
-            try:  # from before the first module changes, for an interrupt
-                model.eval()
-                yield
-            finally:
-                try:
-                    for module in in_training:
-                        module.training = True
-                except BaseException:  # an interrupt, which waits until all are back
-                    for module in in_training:
-                        module.training = True
-                    raise
-            return
-    yield
-
-
 def _softmax(model: UNet) -> bool:
     return model.config.out_channels > 1 and not model.preprocessing.multilabel
 
 
-def _without_nan(pieces: Iterable[Piece], picture: Picture, number: int, *, softmax: bool) -> Iterator[Piece]:
-    """Logits as they are, for no mask would show what is wrong: NaN is above no threshold."""
-    name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
+def _decided(pieces: Iterable[Piece], decide: Callable[[Tensor], Tensor], name: str, *, softmax: bool) -> Iterator[Piece]:
+    """Pieces of the result, from those of the logits; NaN is refused, since no mask would show it: it is above no threshold."""
     for piece in pieces:
         _refuse_nan(piece.values, name, softmax=softmax)
-        yield piece
+        yield piece._replace(values=decide(piece.values).cpu())
 
 
 def _refuse_nan(logits: Tensor, name: str, *, softmax: bool) -> None:
@@ -531,13 +320,13 @@ def _refuse_nan(logits: Tensor, name: str, *, softmax: bool) -> None:
         )
 
 
-def _probabilities(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
+def _probabilities(logits: Tensor, *, multilabel: bool) -> Tensor:
     if multilabel:
         return logits.sigmoid()
     return logits[0].sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
 
 
-def _classes(logits: Tensor, threshold: float, multilabel: bool) -> Tensor:
+def _classes(logits: Tensor, *, threshold: float, multilabel: bool) -> Tensor:
     if len(logits) > 1 and not multilabel:
         # By max, which takes a CPU an eighth to a third of argmax's time.
         return logits.max(dim=0).indices.to(torch.uint8 if len(logits) <= 256 else torch.int32)
