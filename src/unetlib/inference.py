@@ -116,8 +116,8 @@ def predict(
     as_classes = partial(_classes, multilabel=multilabel, threshold=threshold)
     decide = partial(_probabilities, multilabel=multilabel) if probabilities else as_classes
     results: list[Any] = []
-    for size, pieces in _with_bar(predictions, len(pictures)) if progress else predictions:
-        number, picture = len(results), pictures[len(results)]
+    for number, (size, pieces) in enumerate(_with_bar(predictions, len(pictures)) if progress else predictions):
+        picture = pictures[number]
         name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
         decided = _decided(pieces, decide, name, softmax=softmax)
         if out is None:
