@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from unetlib import UNet, symmetries as module
+from unetlib import UNet
 from unetlib.symmetries import average_symmetries
 
 
@@ -49,22 +51,32 @@ def test_four_views_at_a_time():
     assert seen == [(8, 3, 5, 7), (8, 3, 7, 5)]
 
 
-def test_the_networks_own_answers_are_let_go_before_their_probabilities(monkeypatch):
-    given, held = [], []
-    log_probabilities = module._log_probabilities
+class LargestMade(TorchDispatchMode):
+    """The most bytes that a tensor of any operation lies in."""
+
+    size = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.size = max(self.size, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize(("multilabel", "largest"), [(False, 1), (True, 2)])
+def test_of_many_classes_one_view_is_turned_back_at_a_time(multilabel, largest):
+    batch, given, held = torch.rand(1, 3, 8, 8), [], []
 
     def forward(views):
-        logits = views[:, :2] * 3
-        given.append(weakref.ref(logits))
-        return logits
+        held.extend(memory() is not None for memory in given)
+        memory = np.zeros(1, np.float32)
+        given.append(weakref.ref(memory))
+        return torch.from_numpy(memory).expand(len(views), 50, 8, 8)
 
-    def noted(*args):
-        held.append(given[-1]() is not None)
-        return log_probabilities(*args)
-
-    monkeypatch.setattr(module, "_log_probabilities", noted)
-    average_symmetries(forward, torch.rand(1, 3, 5, 7))
-    assert held == [False, False]
+    with LargestMade() as made:
+        average_symmetries(forward, batch, multilabel=multilabel)
+    assert made.size == largest * 50 * 8 * 8 * 4
+    assert held == [False]  # the first pass's, in the second
 
 
 def test_sure_answers_stay_finite():

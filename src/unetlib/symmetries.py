@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -45,27 +46,25 @@ def average_symmetries(
         True
     """
     # Sums of probabilities as sums of exponentials, so that no probability is rounded to 0 or 1.
-    sums: list[Tensor] = []
+    views = _answers(forward, batch, flips, turns)
+    log_sum: Tensor = reduce(torch.logaddexp, (_log_probabilities(logits, multilabel) for logits in views))
+    if log_sum.ndim > batch.ndim:
+        return log_sum[0] - log_sum[1]  # foreground and background
+    return log_sum - math.log(len(flips) * (2 if turns else 1))
+
+
+def _answers(forward: Callable[[Tensor], Tensor], batch: Tensor, flips: Flips, turns: bool) -> Iterator[Tensor]:
+    """The network's logits for each view, turned back one by one: of many classes they are large."""
     for turned in (False, True) if turns else (False,):
-        views = _transpose(batch, turned)
-        answers = forward(torch.cat([views.flip(dims) for dims in flips]))
-        # By the same name, so that those of many classes, which are large, are not held twice.
-        answers = torch.stack([_transpose(part.flip(dims), turned) for part, dims in zip(answers.chunk(len(flips)), flips)])
-        sigmoid = multilabel or answers.shape[2] == 1
-        sums.append(_log_probabilities(answers, sigmoid).logsumexp(dim=0))
-    log_sum = torch.stack(sums).logsumexp(dim=0)
-    if sigmoid:
-        foreground, background = log_sum.chunk(2, dim=1)
-        return foreground - background
-    return log_sum - math.log(len(flips) * len(sums))
+        seen = batch.mT if turned else batch
+        for answer, dims in zip(forward(torch.cat([seen.flip(dims) for dims in flips])).chunk(len(flips)), flips):
+            logits = answer.flip(dims)
+            yield logits.mT if turned else logits
+        del answer  # the last to hold what `forward` gave
 
 
-def _transpose(maps: Tensor, turned: bool) -> Tensor:
-    return maps.transpose(-2, -1) if turned else maps
-
-
-def _log_probabilities(logits: Tensor, sigmoid: bool) -> Tensor:
-    """Along the channels, dimension 2 of (views, N, K, h, w): K classes', or K sigmoids' and then those of their opposites."""
-    if sigmoid:
-        return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=2)
-    return F.log_softmax(logits, dim=2)
+def _log_probabilities(logits: Tensor, multilabel: bool) -> Tensor:
+    """(N, K, h, w) of a softmax; (2, N, K, h, w) of sigmoids, and of their opposites."""
+    if multilabel or logits.shape[1] == 1:
+        return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)])
+    return F.log_softmax(logits, dim=1)
