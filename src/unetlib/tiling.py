@@ -15,13 +15,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .arguments import whole
 from .config import UNetConfig
+
+_Forward: TypeAlias = Callable[[Tensor], Tensor]  # the network: (N, C, h, w) to (N, K, h, w)
+_Read: TypeAlias = Callable[[slice, slice], Tensor]  # the picture's rows and columns, (C, h, w)
+_Results: TypeAlias = "Iterable[tuple[Span, Iterable[tuple[Span, Tensor]]]]"  # for each row of tiles those of its columns
 
 
 class Span(NamedTuple):
@@ -247,7 +251,8 @@ def run_tiles(
         >>> torch.equal(join(pieces, (100, 64)), 2 * picture)
         True
     """
-    return (_kept if plan.exact else _blended)(forward, read, plan, batch_size)
+    results = ((rows, _tiles_of_row(forward, read, plan, rows, batch_size)) for rows in plan.rows)
+    return _kept(results) if plan.exact else _blended(results, plan)
 
 
 def join(pieces: Iterable[Piece], size: tuple[int, int]) -> Tensor:
@@ -311,9 +316,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _row_of_tiles(
-    forward: Callable[[Tensor], Tensor], read: Callable[[slice, slice], Tensor], plan: TilePlan, rows: Span, batch_size: int
-) -> Iterator[tuple[Span, Tensor]]:
+def _tiles_of_row(forward: _Forward, read: _Read, plan: TilePlan, rows: Span, batch_size: int) -> Iterator[tuple[Span, Tensor]]:
     """What the network says of each tile of a row, cut to what is kept of it."""
     for _, equal in groupby(plan.columns, key=lambda columns: columns.stop - columns.start):
         while batch := list(islice(equal, batch_size)):
@@ -322,7 +325,7 @@ def _row_of_tiles(
                 yield columns, one[:, _kept_part(rows), _kept_part(columns)]
 
 
-def _window(read: Callable[[slice, slice], Tensor], rows: Span, columns: Span, size: tuple[int, int]) -> Tensor:
+def _window(read: _Read, rows: Span, columns: Span, size: tuple[int, int]) -> Tensor:
     """What a tile sees, the picture's last row and column repeated where it ends earlier."""
     part = read(slice(rows.start, min(rows.stop, size[0])), slice(columns.start, min(columns.stop, size[1])))
     for dim, span in ((-2, rows), (-1, columns)):
@@ -337,25 +340,21 @@ def _kept_part(span: Span) -> slice:
     return slice(span.keep_start - span.start, span.keep_stop - span.start)
 
 
-def _kept(
-    forward: Callable[[Tensor], Tensor], read: Callable[[slice, slice], Tensor], plan: TilePlan, batch_size: int
-) -> Iterator[Piece]:
-    for rows in plan.rows:
-        for columns, logits in _row_of_tiles(forward, read, plan, rows, batch_size):
+def _kept(results: _Results) -> Iterator[Piece]:
+    for rows, tiles in results:
+        for columns, logits in tiles:
             yield Piece(slice(rows.keep_start, rows.keep_stop), slice(columns.keep_start, columns.keep_stop), logits)
 
 
-def _blended(
-    forward: Callable[[Tensor], Tensor], read: Callable[[slice, slice], Tensor], plan: TilePlan, batch_size: int
-) -> Iterator[Piece]:
+def _blended(results: _Results, plan: TilePlan) -> Iterator[Piece]:
     width = plan.size[1]
     row_weights = _weights(plan.rows, plan.overlap)
     column_weights = dict(zip(plan.columns, _weights(plan.columns, plan.overlap)))
     below = [rows.start for rows in plan.rows[1:]] + [plan.size[0]]
     carried: Tensor | None = None  # rows that the tiles above have begun
-    for rows, row_weight, next_start in zip(plan.rows, row_weights, below):
+    for (rows, tiles), row_weight, next_start in zip(results, row_weights, below):
         band: Tensor | None = None
-        for columns, logits in _row_of_tiles(forward, read, plan, rows, batch_size):
+        for columns, logits in tiles:
             if band is None:
                 band = logits.new_zeros(len(logits), rows.keep_stop - rows.start, width)
                 if carried is not None:
