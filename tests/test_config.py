@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+import textwrap
 
 import numpy as np
 import pytest
@@ -323,3 +326,13 @@ def test_json_that_is_no_object_is_refused(cls, text):
 @pytest.mark.parametrize("cls", [UNetConfig, Preprocessing])
 def test_fields_left_out_take_their_defaults(cls):
     assert cls.from_json("{}") == cls()
+
+
+@pytest.mark.parametrize("config", [UNetConfig, Preprocessing])
+def test_type_checkers_see_a_constructor_with_the_fields_and_defaults_that_there_are(config):
+    (block,) = (node for node in ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body if isinstance(node, ast.If))
+    arguments = block.body[0].args
+    names = [argument.arg for argument in arguments.args[1:]]
+    assert dict(zip(names, map(ast.literal_eval, arguments.defaults), strict=True)) == {
+        field.name: field.default for field in dataclasses.fields(config)
+    }

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import pickle
+import typing
 from collections.abc import Callable
 
 import numpy as np
@@ -153,6 +154,11 @@ def test_type_checkers_see_the_keywords_that_there_are():
     fields = [field.name for field in dataclasses.fields(UNetConfig)]
     assert sorted([*keywords(UNet.__init__), *PeerOptions.__annotations__]) == sorted(fields)
     assert keywords(UNet.predict) - {"images", "out"} == set(PredictOptions.__annotations__)
+
+
+@pytest.mark.parametrize("method", [UNet.from_config, UNet.from_pretrained, UNet.save_pretrained, UNet.push_to_hub])
+def test_the_types_of_methods_are_there_at_run_time(method):
+    assert "return" in typing.get_type_hints(method)
 
 
 @pytest.mark.parametrize("norm", NORMS)

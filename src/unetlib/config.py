@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu")
@@ -25,13 +25,12 @@ class _JSONConfig:
     """To and from JSON for a dataclass of numbers, strings and tuples."""
 
     def _make_plain(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        for name, value in [*vars(self).items()]:
+            object.__setattr__(self, name, _plain(value))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types: tuples become lists."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def to_json(self) -> str:
         """All fields as JSON text, indented by two spaces."""
@@ -47,8 +46,7 @@ class _JSONConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"{cls.__name__} expects a JSON object, got {type(values).__name__}")
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
+        if unknown := sorted(set(values) - set(known)):
             raise ValueError(
                 f"{cls.__name__} does not know {unknown}; its fields are {known}. "
                 "If a newer unetlib wrote this config, install a newer version of it."
@@ -129,6 +127,31 @@ class UNetConfig(_JSONConfig):
     affine: bool = True
     negative_slope: float = 0.1
     patch_size: int = 1
+
+    if TYPE_CHECKING:  # what it takes; fields have the types of what it makes of that
+
+        def __init__(
+            self,
+            in_channels: int = 3,
+            out_channels: int = 1,
+            features: Sequence[int] = (64, 128, 256, 512),
+            bottleneck: int | None = None,
+            norm: str = "batch",
+            activation: str = "relu",
+            dropout: float = 0.0,
+            upsample: str = "transpose",
+            align_corners: bool = False,
+            match: str = "resize",
+            skip_first: bool = True,
+            up_features: Sequence[int] | None = None,
+            mid_features: Sequence[int] | None = None,
+            decoder_features: Sequence[int] | None = None,
+            conv_bias: bool | None = None,
+            first_norm: bool = True,
+            affine: bool = True,
+            negative_slope: float = 0.1,
+            patch_size: int = 1,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         """Check every field, and fill in those that follow from others."""
@@ -259,6 +282,19 @@ class Preprocessing(_JSONConfig):
     threshold: float = 0.5
     class_names: tuple[str, ...] | None = None
     multilabel: bool = False
+
+    if TYPE_CHECKING:  # what it takes
+
+        def __init__(
+            self,
+            size: Sequence[int] | None = None,
+            scale: float | None = None,
+            mean: float | Sequence[float] = (0.0,),
+            std: float | Sequence[float] = (1.0,),
+            threshold: float = 0.5,
+            class_names: Sequence[str] | None = None,
+            multilabel: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
@@ -23,9 +25,6 @@ from .config import PeerOptions, Preprocessing, UNetConfig
 from .recompute import recomputed
 
 if TYPE_CHECKING:
-    from os import PathLike
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from .pictures import Picture
@@ -89,15 +88,7 @@ class UNet(nn.Module):
             raise TypeError("UNet takes options, got a UNetConfig; write UNet.from_config(config)")
         check_options("UNet", options, (field.name for field in fields(UNetConfig)))
         self.config = UNetConfig(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            features=features,  # type: ignore[arg-type]  # UNetConfig makes it a tuple,
-            bottleneck=bottleneck,  # type: ignore[arg-type]  # and fills in None
-            norm=norm,
-            activation=activation,
-            dropout=dropout,
-            patch_size=patch_size,
-            **options,  # type: ignore[arg-type]
+            in_channels, out_channels, features, bottleneck, norm, activation, dropout, patch_size=patch_size, **options
         )
         self._preprocessing = Preprocessing()
         self.checkpoint_gradients = False
@@ -418,7 +409,6 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
         TypeError: for something else than a tensor.
         ValueError: naming the shape, and what was expected.
     """
-    smallest = config.stride
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a batch as a tensor, got a {type(x).__name__}; `predict` takes pictures as they are")
     if not x.is_floating_point():
@@ -431,6 +421,7 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
             hint = f'; read pictures with mode="{"RGB" if config.in_channels == 3 else "L"}", or take a network for these: '
             hint += f"UNet(in_channels={x.shape[1]}), or UNet.from_pretrained(..., in_channels={x.shape[1]})"
         raise ValueError(f"expected pictures of shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}{hint}")
+    smallest = config.stride
     if x.shape[-2] < smallest or x.shape[-1] < smallest:
         raise ValueError(
             f"a U-Net of {config.depth} levels needs pictures of at least {smallest}x{smallest} pixels, "
