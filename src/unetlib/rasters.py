@@ -150,9 +150,12 @@ def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterab
     """
     path = check_output(path)
     write = _write_npy if path.suffix.lower() == ".npy" else _write_tiff
-    first, bands = _peek(bands)
+    waiting = iter(bands)
+    first = next(waiting, None)
+    if first is None:
+        raise ValueError("there are no bands to write")
     with whole_file(path) as partial:
-        write(partial, first, (*first.shape[:-2], *size), _counted(bands, first, size))
+        write(partial, first, (*first.shape[:-2], *size), _counted(chain([first], waiting), first, size))
     return path
 
 
@@ -221,14 +224,6 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _needed(module: str) -> Any:
     return needed(module, "a large TIFF file", "tiff")
-
-
-def _peek(bands: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], Iterator[NDArray[Any]]]:
-    waiting = iter(bands)
-    first = next(waiting, None)
-    if first is None:
-        raise ValueError("there are no bands to write")
-    return first, chain([first], waiting)
 
 
 def _counted(bands: Iterable[NDArray[Any]], first: NDArray[Any], size: tuple[int, int]) -> Iterator[NDArray[Any]]:
