@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -376,7 +377,9 @@ def test_logits_that_are_nan_are_no_mask(model, wide, options, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Image.fromarray(wide).save("a.png")
     model.head.bias.data.fill_(torch.nan)
-    for images, name in (("a.png", "'a.png'"), (wide, r"the picture \[0\]")):
+    with os.scandir(tmp_path) as entries:
+        (entry,) = entries
+    for images, name in (("a.png", "'a.png'"), (entry, f"'{tmp_path}/a.png'"), (wide, r"the picture \[0\]")):
         with pytest.raises(ValueError, match=rf"logits for {name} hold NaN: .* predict in float32"):
             model.predict(images, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -118,7 +119,7 @@ def predict(
     results: list[Any] = []
     for number, (size, pieces) in enumerate(_with_bar(predictions, len(pictures)) if progress else predictions):
         picture = pictures[number]
-        name = repr(str(picture)) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
+        name = repr(str(os.fspath(picture))) if isinstance(picture, (str, PathLike)) else f"the picture [{number}]"
         decided = _decided(pieces, decide, name, softmax=softmax)
         if out is None:
             results.append(join(decided, size).numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -35,12 +36,12 @@ class Source(NamedTuple):
 def open_picture(picture: Picture, channels: int) -> Source:
     """The picture, in memory or to be read by region."""
     if isinstance(picture, (str, PathLike)):
-        path = Path(picture)
+        path = os.fspath(picture)
         if is_huge_tiff(path):
             return _by_region(open_raster(path), channels, f"{path}, transparency aside,")
-        if path.suffix.lower() == ".npy":
-            return _by_region(open_raster(path), channels, str(path))
-        return in_memory(_match_channels(_decoded(path, channels), channels, str(path)))
+        if Path(path).suffix.lower() == ".npy":
+            return _by_region(open_raster(path), channels, path)
+        return in_memory(_match_channels(_decoded(path, channels), channels, path))
     name = "the picture"
     if isinstance(picture, Image.Image):
         return in_memory(_match_channels(_decoded(picture, channels), channels, name))
@@ -83,11 +84,11 @@ def resize(picture: Tensor, size: Sequence[int]) -> Tensor:
     return resized.to(picture.device)
 
 
-def _decoded(picture: Path | Image.Image, channels: int) -> Tensor:
+def _decoded(picture: str | Image.Image, channels: int) -> Tensor:
     """What Pillow reads, uint8 (1, H, W) for a network of one channel, otherwise (3, H, W)."""
-    if channels not in (1, 3) and (isinstance(picture, Image.Image) or picture.is_file()):
-        path = isinstance(picture, Path)
-        name, array = (picture, "tifffile.imread(path)") if path else ("the picture", "numpy.asarray(picture)")
+    if channels not in (1, 3) and (isinstance(picture, Image.Image) or Path(picture).is_file()):
+        is_path = isinstance(picture, str)
+        name, array = (picture, "tifffile.imread(path)") if is_path else ("the picture", "numpy.asarray(picture)")
         raise ValueError(
             f"{name} would be read as grey or RGB, but the network takes {channels} channels; pass an array, such as "
             f"{array}, uint8 (H, W, {channels})"
