@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -48,9 +48,11 @@ def iter_predictions(
         overlap = whole("overlap", overlap, 0, hint="in pixels; leave it out for as many as decide the result")
     if not isinstance(tta, bool) and tta != "mirror":
         raise ValueError(f"tta must be True, False, or 'mirror' for left and right alone, got {tta!r}")
-    passes = _Passes(model, _tile_size(tile), overlap, tta, batch_size, progress)
+    tile = _tile_size(tile)
     check_several(images)
-    fast_copy(model, look_closely=True)  # one of weights that have changed since is dropped
+    # Also where it is one already: of weights that have changed since, the copy is dropped.
+    fast = model if isinstance(model, FastUNet) else fast_copy(model, look_closely=True)
+    passes = _Passes(model, fast, tile, overlap, tta, batch_size, progress)
     try:
         waiting = iter(images)
         while chunk := [open_picture(picture, model.config.in_channels) for picture in islice(waiting, batch_size)]:
@@ -96,6 +98,7 @@ class _Passes:
     """How the pictures of one call go through the network."""
 
     model: UNet
+    fast: FastUNet | None  # its copy
     tile: tuple[int, int] | None
     overlap: int | None
     tta: bool | str
@@ -107,36 +110,31 @@ class _Passes:
         sized = [(input_size(self.model, source.size), source) for source in sources]
         for (size, _), group in groupby(sized, key=lambda pair: (pair[0], pair[1].dtype)):
             alike = [source for _, source in group]
-            if window := self.window(size):
+            pixels = self.pixels_in_one_pass()
+            if window := self.window(size, pixels):
+                number = 1 if self.tile is None else self.at_a_time(window, pixels)
                 for source in alike:
-                    yield source.size, self.in_tiles(source, size, window)
+                    yield source.size, self.in_tiles(source, size, window, number)
                 continue
+            number = self.at_a_time(size, pixels)
             while alike:
-                number = self.pictures(size)
                 batch, alike = alike[:number], alike[number:]
                 inputs = torch.stack([resize(source.whole(), size) for source in batch])
                 for source, logits in zip(batch, self.forward(inputs)):
                     yield source.size, _one_piece(logits, source.size)
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """Logits of a batch of pictures or tiles."""
-        if not self.tta:
-            return _forward(self.model, batch)
-        size, multilabel = self.model.preprocessing.size, self.model.preprocessing.multilabel
-        turns = self.tta is True and (size is None or size[0] == size[1])
-        return average_symmetries(partial(_forward, self.model), batch, flips=self._flips, turns=turns, multilabel=multilabel)
+    def pixels_in_one_pass(self) -> int:
+        """How many pixels, at the network's input, fit into memory with all views of them that go together."""
+        weight = next(self.model.parameters())
+        held, kept = (self.fast.held_bytes, self.fast.kept_bytes) if self.fast else (0, 0)
+        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=held, kept=kept)
+        return pixels // (len(self.flips) if self.tta else 1)
 
-    def pictures(self, size: tuple[int, int]) -> int:
-        """How many of this size, at the network's input, go through it at a time."""
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        most = min(self._pixels(), _MOST_ON_CPU) if on_cpu else self._pixels()
-        return max(1, min(self.batch_size, most // (size[0] * size[1])))
-
-    def window(self, size: tuple[int, int]) -> tuple[int, int] | None:
+    def window(self, size: tuple[int, int], pixels: int) -> tuple[int, int] | None:
         """Height and width of a tile of a picture that has this size at the network's input; None keeps it whole."""
         if self.tile is not None:
             return self.tile if size[0] > self.tile[0] or size[1] > self.tile[1] else None
-        window = choose_tile(self.model.config, size, self._pixels(), mirrored=bool(self.tta))
+        window = choose_tile(self.model.config, size, pixels, mirrored=bool(self.tta))
         if window is not None and self.overlap is None and (reason := why_whole(self.model.config)):
             raise ValueError(
                 f"a picture of {size[0]}x{size[1]} pixels does not fit into half of the free memory, and tiles cannot give its "
@@ -144,33 +142,38 @@ class _Passes:
             )
         return window
 
-    def in_tiles(self, source: Source, size: tuple[int, int], window: tuple[int, int]) -> Iterable[Piece]:
-        """Logits of a picture, at its own size."""
+    def at_a_time(self, size: tuple[int, int], pixels: int) -> int:
+        """How many pictures or tiles of this size go through the network together."""
+        if next(self.model.parameters()).device.type == "cpu":
+            pixels = min(pixels, _MOST_ON_CPU)
+        return max(1, min(self.batch_size, pixels // (size[0] * size[1])))
+
+    def in_tiles(self, source: Source, size: tuple[int, int], window: tuple[int, int], number: int) -> Iterable[Piece]:
+        """Logits of a picture, at its own size, by so many tiles at a time."""
         seen = source if size == source.size else in_memory(resize(source.whole(), size))
         plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
-        if plan.exact and not isinstance(self.model, FastUNet) and (otherwise := difference(self.model)):
+        if plan.exact and self.fast is None and (otherwise := difference(self.model)):
             warnings.warn(
                 f"tiles give the whole picture's result for a UNet of the model's config, but {otherwise}; where a pixel then "
                 f"depends on more than the {plan.overlap} around its tile, the result is approximate",
                 stacklevel=2,
             )
         forward = _with_bar(self.forward, len(plan)) if self.progress else self.forward
-        pieces = run_tiles(forward, seen.read, plan, batch_size=1 if self.tile is None else self.pictures(window))
+        pieces = run_tiles(forward, seen.read, plan, batch_size=number)
         return pieces if size == source.size else _one_piece(join(pieces, size), source.size)
 
+    def forward(self, batch: Tensor) -> Tensor:
+        """Logits of a batch of pictures or tiles."""
+        if not self.tta:
+            return _forward(self.model, batch)
+        size, multilabel = self.model.preprocessing.size, self.model.preprocessing.multilabel
+        turns = self.tta is True and (size is None or size[0] == size[1])
+        return average_symmetries(partial(_forward, self.model), batch, flips=self.flips, turns=turns, multilabel=multilabel)
+
     @property
-    def _flips(self) -> Flips:
+    def flips(self) -> Flips:
+        """Those of which the mean is taken."""
         return MIRROR if self.tta == "mirror" else FLIPS
-
-    @cached_property
-    def _fast(self) -> FastUNet | None:
-        return self.model if isinstance(self.model, FastUNet) else fast_copy(self.model)
-
-    def _pixels(self) -> int:
-        weight, fast = next(self.model.parameters()), self._fast
-        held, kept = (fast.held_bytes, fast.kept_bytes) if fast else (0, 0)
-        pixels = pixels_in_one_pass(self.model.config, dtype=weight.dtype, device=weight.device, held=held, kept=kept)
-        return pixels // (len(self._flips) if self.tta else 1)
 
 
 def _tile_size(tile: int | tuple[int, int] | None) -> tuple[int, int] | None:
