@@ -109,3 +109,10 @@ def test_compiled_networks_do_the_same():
     again = after_two_batches(torch.compile(twin, fullgraph=True, backend="aot_eager"), None)
     for (name, value), other in zip(kept.items(), again.values()):
         torch.testing.assert_close(value, other, msg=name)
+
+
+def test_a_trace_is_that_of_the_plain_network():
+    model, x = UNet(features=(4, 8)).eval(), torch.rand(1, 3, 13, 10)
+    expected = model(x)
+    model.checkpoint_gradients = True
+    assert torch.equal(torch.jit.trace(model, torch.rand(1, 3, 8, 8))(x), expected)

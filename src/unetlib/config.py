@@ -65,6 +65,7 @@ class UNetConfig(_JSONConfig):
 
     The options of `PeerOptions` are there for networks of other projects (`unetlib.convert`); each names those that need it.
     Tuples hold one number for each level, the full-size level first. Numbers and arrays of NumPy and PyTorch are taken too.
+    What None takes is filled in, and stays in `dataclasses.replace`: to follow other `features` it must be None there again.
 
     Args:
         in_channels: channels of the input picture, 3 for RGB.
@@ -106,6 +107,8 @@ class UNetConfig(_JSONConfig):
         True
         >>> UNetConfig(features=(16, 32), upsample="bilinear").up_features
         (32, 64)
+        >>> dataclasses.replace(UNetConfig(features=(16, 32)), features=(8, 16), bottleneck=None).bottleneck
+        32
     """
 
     in_channels: int = 3
