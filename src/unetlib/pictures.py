@@ -60,7 +60,7 @@ def in_memory(picture: Tensor) -> Source:
 
 
 def check_several(images: Iterable[Picture]) -> None:
-    """Refuse one picture, which would be taken for several by its rows or letters, and one that stands for all of its frames."""
+    """Refuse one picture, which would be taken for several by its rows or letters, or one that stands for all its frames."""
     if isinstance(images, (str, PathLike, Image.Image)) or (isinstance(images, Raster) and len(images.shape) in (2, 3)):
         raise ValueError(f"expected several pictures, got one {type(images).__name__}; give a list, such as [picture]")
     seen: set[int] = set()
