@@ -46,20 +46,21 @@ def average_symmetries(
         True
     """
     # Sums of probabilities as sums of exponentials, so that no probability is rounded to 0 or 1.
-    views = _answers(forward, batch, flips, turns)
-    log_sum: Tensor = reduce(torch.logaddexp, (_log_probabilities(logits, multilabel) for logits in views))
+    log_sum: Tensor = reduce(torch.logaddexp, _opinions(forward, batch, flips, turns, multilabel))
     if log_sum.ndim > batch.ndim:
         return log_sum[0] - log_sum[1]  # foreground and background
     return log_sum - math.log(len(flips) * (2 if turns else 1))
 
 
-def _answers(forward: Callable[[Tensor], Tensor], batch: Tensor, flips: Flips, turns: bool) -> Iterator[Tensor]:
-    """The network's logits for each view, turned back one by one: of many classes they are large."""
+def _opinions(
+    forward: Callable[[Tensor], Tensor], batch: Tensor, flips: Flips, turns: bool, multilabel: bool
+) -> Iterator[Tensor]:
+    """The log-probabilities of each view, turned back; one by one, since those of many classes are large."""
     for turned in (False, True) if turns else (False,):
         seen = batch.mT if turned else batch
         for answer, dims in zip(forward(torch.cat([seen.flip(dims) for dims in flips])).chunk(len(flips)), flips):
-            logits = answer.flip(dims)
-            yield logits.mT if turned else logits
+            upright = _log_probabilities(answer, multilabel).flip(dims)
+            yield upright.mT if turned else upright
         del answer  # the last to hold what `forward` gave
 
 
