@@ -85,14 +85,7 @@ def is_huge_tiff(path: str | PathLike[str]) -> bool:
     if path.suffix.lower() not in _TIFF or not path.is_file():
         return False
     try:
-        try:
-            import tifffile
-        except ImportError:
-            with Image.open(path) as image:
-                return math.prod(image.size) > _READ_WHOLE
-        with tifffile.TiffFile(path) as file:
-            page = file.pages.first
-            return bool(page.imagelength * page.imagewidth > _READ_WHOLE)
+        return _pixels_of_tiff(path) > _READ_WHOLE
     except Image.DecompressionBombError:  # of Pillow's own limit, which is above this one
         return True
     except Exception:  # whatever a broken file raises: that it cannot be read is for read_image to say
@@ -216,6 +209,17 @@ class _TiffRaster:
             alpha = np.maximum(pixels[..., self._alpha, None], 1)
             kept[..., : self._colours] = np.minimum(255 * kept[..., : self._colours].astype(np.uint16) // alpha, 255)
         return kept
+
+
+def _pixels_of_tiff(path: Path) -> int:
+    try:
+        import tifffile
+    except ImportError:
+        with Image.open(path) as image:
+            return math.prod(image.size)
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        return int(page.imagelength * page.imagewidth)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
