@@ -61,6 +61,7 @@ def test_devices_are_there_or_named(monkeypatch):
     ("check", "error", "message"),
     [
         (lambda: whole("seed", 1.0, 0), TypeError, "seed=1.0 must be an integer, such as seed=0"),
+        (lambda: whole("seed", True, 0), TypeError, "seed=True must be an integer, such as seed=0"),
         (lambda: whole("seed", -1, 0), ValueError, "seed=-1 must be 0 or more"),
         (lambda: whole("view", 17, 1, 16), ValueError, "view=17 must be from 1 to 16"),
         (lambda: height_and_width(64), TypeError, r"size=64 must be a pair \(height, width\)"),

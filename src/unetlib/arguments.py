@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def whole(name: str, value: Any, low: int, high: int | None = None, *, hint: str | None = None) -> int:
     """Read an integer, Python's or NumPy's, from `low` to `high`; the hint says what to give where `low` is no good example."""
     try:
+        if isinstance(value, bool):  # to Python 1 and 0
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}={value!r} must be an integer, {hint or f'such as {name}={low}'}") from None
