@@ -398,7 +398,7 @@ def test_infinity_is_a_sigmoid_s_number_but_no_softmax_s(picture):
 
 def test_what_comes_as_an_open_file_is_told(model, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with open(tmp_path / "a.png", "rb") as file, pytest.raises(TypeError, match=r"give its path, or PIL\.Image\.open"):
+    with open(tmp_path / "a.png", "rb") as file, pytest.raises(TypeError, match=r"or unetlib\.imaging\.read_image"):
         model.predict(file)
 
 
@@ -413,6 +413,7 @@ def test_the_picture_whose_logits_are_nan_is_named(model, picture):
     [
         ("nowhere.jpg", FileNotFoundError, "nowhere.jpg"),
         (3.5, TypeError, "got float$"),
+        (b"GIF89a", TypeError, r"got bytes; give unetlib\.imaging\.read_image\(io\.BytesIO\(data\)\)$"),
         (iter(["a.jpg"]), TypeError, r"got list_iterator; give list\(pictures\), or take iter_logits"),
         (np.zeros((4, 4, 3), np.float32), ValueError, r"float32 \(4, 4, 3\)"),
         (np.zeros((4, 4, 5), np.uint8), ValueError, "5 channels"),

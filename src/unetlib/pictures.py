@@ -50,7 +50,8 @@ def open_picture(picture: Picture, channels: int) -> Source:
     if isinstance(picture, Raster):
         return _by_region(picture, channels, name)
     hint = "; give list(pictures), or take iter_logits" if isinstance(picture, Iterator) else ""
-    hint = "; give its path, or PIL.Image.open(file)" if hasattr(picture, "read") else hint
+    hint = "; give its path, or unetlib.imaging.read_image(file)" if hasattr(picture, "read") else hint
+    hint = "; give unetlib.imaging.read_image(io.BytesIO(data))" if isinstance(picture, (bytes, bytearray)) else hint
     raise TypeError(f"expected a path, PIL picture, array or tensor, or a list of them, got {type(picture).__name__}{hint}")
 
 
