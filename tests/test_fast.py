@@ -385,16 +385,26 @@ def test_a_graph_would_lack_native_code_and_is_refused():
     assert fast(x).shape == (2, 1, 40, 56)
 
 
+class Around(torch.Tensor):
+    """A tensor around another, as one of `torch.distributed` is."""
+
+    @staticmethod
+    def __new__(cls, x: torch.Tensor) -> Around:
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+
+    __torch_dispatch__ = None  # is never asked
+
+
 @needs_native
 def test_tensors_without_memory_are_refused(monkeypatch):
-    """The address of a fake one is 0, which ended the process."""
+    """The address of a fake one is 0, and that of one around another, which ended the process."""
     monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
     fast, x = optimize_for_inference(trained(features=(16, 32))), pictures(trained(), 40, 56)
     for _ in range(2):
         fast(x)
     with FakeTensorMode() as mode:
         others = [mode.from_tensor(x)]
-    for other in (*others, x.to_sparse()):
+    for other in (*others, Around(x), torch._efficientzerotensor(x.shape), x.to_sparse()):
         with pytest.raises(TypeError, match=r"takes tensors that lie in memory, .*; take the UNet"):
             fast(other)
     with pytest.raises(TypeError, match="takes tensors that lie in memory"):
@@ -725,6 +735,19 @@ def test_weights_that_are_there_are_not_to_come_any_more(monkeypatch, way, a_ker
         fast(pictures(model, size, size))
     kernels = 3 * 32 + 32 * 32 + 64 * 32 + 3 * 32 * 32
     assert before - fast.held_bytes == pytest.approx(4 * a_kernel * kernels, rel=0.01)
+
+
+def test_levels_may_come_while_another_thread_asks_what_they_hold(monkeypatch):
+    fast = optimize_for_inference(trained())
+    fast(pictures(trained(), 40, 56))
+    before, transformed_bytes = fast.held_bytes, network._transformed_bytes
+
+    def meanwhile(level):
+        fast._levels.setdefault((0, PlainLevel), level)
+        return transformed_bytes(level)
+
+    monkeypatch.setattr(network, "_transformed_bytes", meanwhile)
+    assert fast.held_bytes == before
 
 
 # --- CUDA

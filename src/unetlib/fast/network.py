@@ -190,7 +190,9 @@ class FastUNet(nn.Module):
         if x.device != self.device:
             raise ValueError(f"expected pictures on {self.device}, where this copy is, got {x.device}; pass x.to(fast.device)")
         if not _lies_in_memory(x):
-            raise TypeError("a fast copy takes tensors that lie in memory, no sparse, fake or vmapped ones; take the UNet")
+            raise TypeError(
+                "a fast copy takes tensors that lie in memory, no sparse, fake, vmapped or distributed ones; take the UNet"
+            )
         if not hasattr(self._memory, "replays"):  # the last to be there, where an interrupt came between
             self._take_memory()
         if x.shape != getattr(self._memory, "shape", None):
@@ -245,7 +247,7 @@ class FastUNet(nn.Module):
         if self._run:  # another engine, or a GPU
             return 0
         most = planner.winograd_bytes(self._parts, self.device, self.dtype)
-        return max(0, most - sum(_transformed_bytes(level) for level in self._levels.values()))
+        return max(0, most - sum(map(_transformed_bytes, tuple(self._levels.values()))))  # other threads may add some
 
     @property
     def kept_bytes(self) -> int:
@@ -305,8 +307,8 @@ def _compiled(function: Callable[[Tensor], Tensor], device: torch.device) -> Cal
 
 def _lies_in_memory(x: Tensor) -> bool:
     """Whether native code finds numbers at a tensor's address."""
-    try:
-        return x.untyped_storage().device == x.device  # of a fake one it is meta
+    try:  # the storage of a fake one is on meta, that of one around others at no address, as a distributed one's
+        return x.untyped_storage().device == x.device and (x.data_ptr() != 0 or not x.numel())
     except RuntimeError:  # there is no storage
         return False
 
