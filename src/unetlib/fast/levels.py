@@ -23,7 +23,8 @@ class Level(Protocol):
     """A level of the network: an encoder block with the decoder's at the same size, or the bottleneck.
 
     Attributes:
-        hides_nan: NaN that comes in may not come out, as where a ReLU inside a convolution makes 0 of it.
+        hides_nan: NaN that comes in may not come out, as where a ReLU inside a convolution makes 0 of it; so it is looked for
+            before. On CUDA it is not, though cuDNN may make 0 of it too: looking waits for the device.
     """
 
     hides_nan: bool
@@ -129,7 +130,9 @@ def check_finite(x: Tensor) -> None:
         >>> check_finite(torch.ones(1, 3, 4, 4))
     """
     if x.numel() and not all(map(math.isfinite, x.float().aminmax())):
-        raise ValueError("the pictures hold NaN or infinity, of which this copy would make logits that look right")
+        raise ValueError(
+            "the pictures hold NaN or infinity, of which this copy makes logits that look right; mend them, or take the UNet"
+        )
 
 
 def places(both: Tensor, width: int, skip_first: bool) -> tuple[Tensor, Tensor]:

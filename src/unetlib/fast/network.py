@@ -182,7 +182,7 @@ class FastUNet(nn.Module):
 
         Raises:
             TypeError: within a trace or an export; for a tensor that lies nowhere in memory.
-            ValueError: as `UNet.forward`; for pictures on another device, and for NaN or infinity that would not be seen.
+            ValueError: as `UNet.forward`; for pictures on another device, and on a CPU for NaN or infinity that it hides.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise TypeError("a fast copy cannot be traced or exported, as most of its work is in no graph; take the UNet")
