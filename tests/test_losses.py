@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
@@ -1056,6 +1056,45 @@ def test_a_subclass_may_have_options_of_its_own() -> None:
     logits, target, _ = case("binary", (5, 6))
     assert torch.equal(Half(batch=True)(logits, target), 0.5 * dice_loss(logits, target, batch=True))
     assert "factor" in inspect.signature(Half).parameters
+
+
+Side = Literal["inside", "outside"]
+
+
+def side_loss(logits: Tensor, target: Tensor, *, side: Side = "inside") -> Tensor:
+    return (logits if side == "inside" else -logits).mean()
+
+
+class SideLoss(Loss):
+    function = side_loss
+
+
+class ScaledSideLoss(Loss):
+    function = side_loss
+
+    def __init__(self, factor: float, *, side: Side) -> None:
+        super().__init__(side=side)
+        self.factor = factor
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.factor * super().forward(logits, target)
+
+
+def test_a_loss_of_another_module_keeps_its_types_and_its_own_constructor() -> None:
+    logits, target, _ = case("binary", (5, 6))
+    assert torch.equal(SideLoss(side="outside")(logits, target), -logits.mean())
+    assert get_type_hints(SideLoss.__init__)["side"] == Side
+    assert vars(importlib.import_module(SideLoss.__init__.__module__))["Side"] == Side  # where jsonargparse looks
+    for loss in (scaled := ScaledSideLoss(3.0, side="outside"), pickle.loads(pickle.dumps(scaled))):
+        assert torch.equal(loss(logits, target), -3 * logits.mean())
+    assert [*inspect.signature(ScaledSideLoss).parameters] == ["factor", "side"]
+
+    class ScaledOtherLoss(ScaledSideLoss):
+        function = functools.partial(side_loss)
+
+    assert torch.equal(ScaledOtherLoss(3.0, side="inside")(logits, target), 3 * logits.mean())
+    with pytest.raises(TypeError, match=r"SideLoss has no option smooth; it has side$"):
+        SideLoss(smooth=1.0)
 
 
 def test_every_loss_function_has_its_module() -> None:

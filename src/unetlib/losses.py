@@ -539,19 +539,24 @@ class Loss(nn.Module):
 
     def __init_subclass__(cls) -> None:
         """Show the function's keywords as the constructor's, where programs that build objects from files look for them."""
-        if "function" in vars(cls):
+        if "function" not in vars(cls):
+            return
+        _logits, _target, *keywords = inspect.signature(cls.function).parameters.values()
+        keywords = [word.replace(annotation=_KEPT.get(word.name, word.annotation)) for word in keywords]
+        cls._keywords = {word.name: word for word in keywords}
+        if cls.__init__.__qualname__ != Loss.__init__.__qualname__:  # one with options of its own
+            return
 
-            @functools.wraps(Loss.__init__)
-            def init(self: Loss, *unnamed: Any, **options: Any) -> None:
-                Loss.__init__(self, *unnamed, **options)
+        @functools.wraps(Loss.__init__)
+        def init(self: Loss, *unnamed: Any, **options: Any) -> None:
+            Loss.__init__(self, *unnamed, **options)
 
-            own, *_ = inspect.signature(init).parameters.values()
-            _logits, _target, *keywords = inspect.signature(cls.function).parameters.values()
-            keywords = [word.replace(annotation=_KEPT.get(word.name, word.annotation)) for word in keywords]
-            cls._keywords = {word.name: word for word in keywords}
-            init.__signature__ = inspect.Signature([own, *keywords])  # type: ignore[attr-defined]
-            init.__annotations__ = {word.name: word.annotation for word in keywords} | {"return": None}
-            cls.__init__ = init  # type: ignore[method-assign]
+        own, *_ = inspect.signature(init).parameters.values()
+        init.__signature__ = inspect.Signature([own, *keywords])  # type: ignore[attr-defined]
+        init.__annotations__ = {word.name: word.annotation for word in keywords} | {"return": None}
+        # Where the names of types are looked up.
+        init.__wrapped__, init.__module__ = cls.function, cls.function.__module__  # type: ignore[assignment]
+        cls.__init__ = init  # type: ignore[method-assign]
 
     def __init__(self, *unnamed: Any, **options: Any) -> None:
         """Keep the options.
