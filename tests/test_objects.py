@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +235,8 @@ def test_what_cannot_be_merged_is_named():
         (np.zeros((4, 4), np.float32), TypeError, "float32; pass mask > 0.5"),
         (np.array([[0, 1, 2]], np.uint8), ValueError, r"one value besides 0, got \[0, 1, 2\].*mask == k"),
         (np.array([[-1, 1]]), ValueError, "numbered from 1, got -1"),
+        ("mask.png", TypeError, r"array of shape \(H, W\), got 'mask\.png'; read it with unetlib\.imaging\.read_labels$"),
+        (Path("mask.png"), TypeError, r"got \w+Path\('mask\.png'\); read it"),
     ],
 )
 def test_masks_that_could_be_misread_are_refused(mask, error, message):

@@ -13,6 +13,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +44,15 @@ def label_objects(mask: ArrayLike) -> NDArray[np.int32]:
 
     Raises:
         ValueError: for another shape, uint8 of several values besides 0, or negative numbers.
-        TypeError: for an array that is neither bool nor integer.
+        TypeError: for an array that is neither bool nor integer, and for a path.
         ImportError: without scipy.
 
     Example:
         >>> label_objects(np.array([[1, 0, 1], [1, 0, 1]], np.uint8)).tolist()
         [[1, 0, 2], [1, 0, 2]]
     """
+    if isinstance(mask, (str, PathLike)):
+        raise TypeError(f"mask must be an array of shape (H, W), got {mask!r}; read it with unetlib.imaging.read_labels")
     pixels = np.asarray(mask)
     if pixels.ndim != 2:
         raise ValueError(f"mask must be one picture's, of shape (H, W), got {pixels.shape}")
