@@ -156,6 +156,10 @@ def test_the_names_of_a_list_are_taken_and_others_may_lack_a_mask(tmp_path):
     ]
     with pytest.raises(TypeError, match=r"names must be a list of names, such as Path\('train\.txt'\)\.read_text\(\)"):
         names("train.txt")
+    with pytest.raises(TypeError, match=r"names must hold strings, such as 'cat' or 'cat\.jpg', not 1$"):
+        names(["a", 1])
+    with pytest.raises(ValueError, match=r"names is empty; give None to take all pictures"):
+        names(iter([]))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,8 @@ def test_the_names_of_a_list_are_taken_and_others_may_lack_a_mask(tmp_path):
         ("{}.png", "{}_segmentation.png", ("i", "m/*_segmentation"), ""),
         ("{}_sat.jpg", "{}_mask.png", ("i/*_sat.jpg", "i/*_mask.png"), ""),
         ("{}_sat.jpg", "{}_mask.png", ("i/*_sat", "i"), "_mask"),
+        ("{}.jpg", "{}.png", ("i/*.jpg", "i"), ""),
+        ("{}.jpg", "{}.png", ("i/*.jpg", "i/../i"), ""),
         ("{}.png", "{}_mask.png", ("i/*.png", "i/*_mask.png"), ""),
         ("cafe\u0301 {} a.png", "caf\u00e9 {} b.png", ("i/caf\u00e9 * a", "m/cafe\u0301 * b"), ""),
     ],
@@ -179,7 +185,7 @@ def test_patterns_say_how_names_pair(tmp_path, images, masks, where, mask_suffix
         Image.fromarray(picture(seed)).save(tmp_path / "i" / images.format(seed))
         Image.fromarray(shape(seed) * 255).save(mask_dir / masks.format(seed))
     dataset = ImageMaskDataset(tmp_path / where[0], str(tmp_path / where[1]), mask_suffix=mask_suffix)
-    assert (dataset.image_dir, dataset.mask_dir) == (tmp_path / "i", mask_dir)
+    assert (dataset.image_dir, dataset.mask_dir.resolve()) == (tmp_path / "i", mask_dir)
     assert sorted(zip(dataset.images, dataset.masks, strict=True)) == sorted(
         (images.format(seed), masks.format(seed)) for seed in range(12)
     )

@@ -69,10 +69,10 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
     Raises:
         FileNotFoundError: A folder does not exist.
         ValueError: The folders do not pair up: one error that counts missing masks, stray files and names that clash, and
-            names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a pattern of several `*`, a wrong `mode`,
-            or value in `mask_values`.
-        TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_suffix` or `mask_values` is of
-            another type.
+            names the first of each kind. Hidden files (`.DS_Store`) are ignored. Or a pattern of several `*`, empty `names`, a
+            wrong `mode`, or value in `mask_values`.
+        TypeError: `transform` is not callable, or does not take a picture and its mask; or `mask_suffix`, `names` or
+            `mask_values` is of another type.
 
     Example:
         >>> import tempfile
@@ -101,8 +101,6 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             raise ValueError(f'mode must be "RGB" or "L", not {mode!r}')
         if not isinstance(mask_suffix, str):
             raise TypeError(f'mask_suffix must be a string, such as "_mask", or "" for none, not {mask_suffix!r}')
-        if isinstance(names, (str, PathLike)):
-            raise TypeError(f"names must be a list of names, such as Path({str(names)!r}).read_text().split(), not {names!r}")
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
         self.image_dir, self.mask_dir = (_folder_and_pattern(Path(where))[0] for where in (image_dir, mask_dir))
         self.transform = transform
@@ -460,12 +458,14 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str
             raise ValueError(
                 f"pictures and masks are both in {image_folder}; tell them apart by mask_suffix='_mask' or similar"
             )
-        mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
-        taken = {path.name for path in mask_files}
-        image_files = {path: key for path, key in image_files.items() if path.name not in taken}
+        if mask_suffix or mask_pattern != "*":
+            mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
+            image_files = _without(image_files, mask_files)
+        else:  # the pattern of the pictures tells
+            mask_files = _without(mask_files, image_files)
     missing: set[str] = set()
     if names is not None:
-        wanted = {unicodedata.normalize("NFC", name) for name in names}
+        wanted = _listed(names)
         found = {path: {key, unicodedata.normalize("NFC", path.name)} for path, key in image_files.items()}
         image_files = {path: key for path, key in image_files.items() if found[path] & wanted}
         missing = wanted.difference(*(found[path] for path in image_files))
@@ -496,6 +496,23 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str
         raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_dir}")
     keys = sorted(images, key=lambda key: images[key][0].name)
     return [images[key][0].name for key in keys], [masks[key + mask_suffix][0].name for key in keys]
+
+
+def _listed(names: Iterable[str]) -> set[str]:
+    if isinstance(names, (str, PathLike)):
+        raise TypeError(f"names must be a list of names, such as Path({str(names)!r}).read_text().split(), not {names!r}")
+    listed = [*names]
+    if not listed:
+        raise ValueError("names is empty; give None to take all pictures")
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(f"names must hold strings, such as 'cat' or 'cat.jpg', not {name!r}")
+    return {unicodedata.normalize("NFC", name) for name in listed}
+
+
+def _without(files: Mapping[Path, str], others: Iterable[Path]) -> dict[Path, str]:
+    taken = {path.name for path in others}  # the folder may be written in two ways
+    return {path: key for path, key in files.items() if path.name not in taken}
 
 
 def _folder_and_pattern(path: Path) -> tuple[Path, str]:
