@@ -77,6 +77,17 @@ def test_own_sizes_are_exact_and_need_no_files_the_second_time(folders):
         cached[4]
 
 
+@pytest.mark.parametrize("size", [None, SMALL])
+@pytest.mark.parametrize("transform", [None, eval_transform(SMALL)])
+def test_items_are_on_the_cpu_whatever_the_default_device(folders, size, transform):
+    plain = CarvanaDataset(*folders, transform)
+    expected = plain[0], CachedDataset(CarvanaDataset(*folders), size, transform=transform)[0]
+    with torch.device("meta"):
+        found = plain[0], CachedDataset(CarvanaDataset(*folders), size, transform=transform)[0]
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other)
+
+
 def test_reduced_pairs_are_what_resize_gives_to_rounding(folders):
     size = (21, 31)  # more than half of each picture, so that all of each is decoded
     plain = CarvanaDataset(*folders, Resize(size))

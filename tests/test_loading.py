@@ -30,6 +30,12 @@ def test_each_picture_comes_once_a_pass_in_an_order_of_its_own():
     assert passes[0] != [[draw.item for draw in batch] for batch in ShuffledBatches(range(10), batch_size=3, seed=6)]
 
 
+def test_the_order_is_the_same_on_any_default_device():
+    order = list(ShuffledBatches(range(10), batch_size=3, seed=5))
+    with torch.device("meta"):
+        assert list(ShuffledBatches(range(10), batch_size=3, seed=5)) == order
+
+
 def test_seeds_differ_between_pictures_epochs_and_runs():
     batches = [ShuffledBatches(range(50), batch_size=50, seed=seed) for seed in range(4)]
     seeds = []

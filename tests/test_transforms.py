@@ -48,6 +48,20 @@ def pair(height: int = 90, width: int = 135) -> tuple[tv_tensors.Image, tv_tenso
     return tv_tensors.Image((mask * 255).to(torch.uint8).expand(3, -1, -1)), tv_tensors.Mask(mask)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [RandomCrop((20, 30), (0.25, 0.5)), RandomElastic(5.0), RandomQuarterTurn(), RandomLowResolution(1.0)],
+)
+def test_chance_is_drawn_on_the_cpu_whatever_the_default_device(transform):
+    images, masks = (part.as_subclass(torch.Tensor)[None] for part in pair())
+    steps = PerPicture(v2.Compose([eval_transform(size=None), transform]))
+    expected = steps(images, masks, seeds=[3])
+    with torch.device("meta"):
+        found = steps(images, masks, seeds=[3])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 # --- Resize
 
 

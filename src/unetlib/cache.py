@@ -127,7 +127,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         mask = kept.float().div_(255) if self._binary and self._resize else kept
         image = self._keep(len(self) + index, np.dtype(np.uint8), self._read_image)
         if self.transform is None:
-            return tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(mask)
+            return tv_tensors.Image(to_tensor(image), device="cpu"), tv_tensors.Mask(mask, device="cpu")
         return apply_transform(self.transform, image, mask.numpy())
 
     def __repr__(self) -> str:
@@ -151,7 +151,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         if self._resize is None:
             return read_image(path, mode)
         height, width = self._resize.size
-        image = tv_tensors.Image(to_tensor(read_image(path, mode, min_size=(height, width))))
+        image = tv_tensors.Image(to_tensor(read_image(path, mode, min_size=(height, width))), device="cpu")
         return np.ascontiguousarray(self._resize(image).permute(1, 2, 0).numpy())
 
     def _read_mask(self, index: int) -> NDArray[Any]:
@@ -161,7 +161,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         if size != labels.shape:
             raise ValueError(size_clash(image_path, size, mask_path, labels.shape))
         if self._resize is not None:
-            mask = self._resize(tv_tensors.Mask(torch.from_numpy(labels))).as_subclass(torch.Tensor)
+            mask = self._resize(tv_tensors.Mask(torch.from_numpy(labels), device="cpu")).as_subclass(torch.Tensor)
             labels = (mask.mul(255).round_() if self._binary else mask).numpy()
         return labels.astype(self._mask_dtype, copy=False)[..., None]
 

@@ -398,13 +398,15 @@ def apply_transform(transform: Callable[..., Any], image: NDArray[np.uint8], mas
         # albumentations' own state is the program's in every worker, and in every epoch: all would augment alike. MONAI has a
         # method of that name too, which takes seeds.
         if get_worker_info() is not None and hasattr(transform, "py_random") and hasattr(transform, "set_random_state"):
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
             transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = transform(image=image, mask=_for_opencv(mask))
     else:
         from torchvision import tv_tensors  # here, so that albumentations needs no torchvision
 
-        result = transform(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask)))
+        # Without a device they would go to the default one.
+        parts = tv_tensors.Image(to_tensor(image), device="cpu"), tv_tensors.Mask(torch.from_numpy(mask), device="cpu")
+        result = transform(*parts)
     if isinstance(result, Mapping) and {"image", "mask"} <= result.keys():
         result = result["image"], result["mask"]
     if not isinstance(result, (tuple, list)) or len(result) != 2:

@@ -159,7 +159,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         """The batches from `first` on."""
         base = self.seed * 1_000_003 + self.epoch
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(base % 2**63)).tolist()
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(base % 2**63), device="cpu").tolist()
         for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             batch = order[start + self.rank : start + self.batch_size : self.world_size]
             yield [Draw(index, (base * self.length + index) % 2**63) for index in batch]
@@ -259,7 +259,7 @@ def padded(samples: Sequence[tuple[Tensor, Tensor]], *, ignore_index: int = 255)
             raise ValueError(f"a picture has the size {(*image.shape[-2:],)} and its mask {(*mask.shape[-2:],)}; give both one")
     images = [image for image, _ in samples]
     masks = [mask.byte() if mask.dtype == torch.bool else mask for _, mask in samples]
-    if torch.tensor(ignore_index).to(masks[0].dtype).item() != ignore_index:
+    if torch.tensor(ignore_index, device="cpu").to(masks[0].dtype).item() != ignore_index:
         raise ValueError(
             f"masks of {masks[0].dtype} cannot hold ignore_index={ignore_index}; give one that they can, such as 127"
         )

@@ -200,7 +200,7 @@ class _PictureAndMask(torch.nn.Module):
                     f"a preset takes a picture (C, H, W) and a mask (H, W) of one size, not {tuple(image.shape)} and "
                     f"{tuple(mask.shape)}; put channels first, or resize the mask"
                 )
-        typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part) for part in masks)
+        typed = (part if isinstance(part, tv_tensors.TVTensor) else tv_tensors.Mask(part, device=part.device) for part in masks)
         return (image, *typed) if masks else image
 
 
@@ -297,11 +297,11 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
         """Draw the part."""
         height, width = F.get_size(flat_inputs[0])
         ratio = self.resize.size[1] / self.resize.size[0]
-        tall = math.sqrt(torch.empty(()).uniform_(*self.area).item() * height * width / ratio)
+        tall = math.sqrt(torch.empty((), device="cpu").uniform_(*self.area).item() * height * width / ratio)
         tall = min(tall, height, width / ratio)
         part = {"height": max(1, round(tall)), "width": max(1, round(tall * ratio))}
         free = {"top": height - part["height"], "left": width - part["width"]}
-        return part | {name: int(torch.randint(pixels + 1, ())) for name, pixels in free.items()}
+        return part | {name: int(torch.randint(pixels + 1, (), device="cpu")) for name, pixels in free.items()}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Cut and resize one picture or mask."""
@@ -336,11 +336,11 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw factor and quality."""
-        skip = torch.rand(()) >= self.p
+        skip = torch.rand((), device="cpu") >= self.p
         least, largest = map(math.log, self.factor)
-        factor = 1.0 if skip else math.exp(torch.empty(()).uniform_(least, largest).item())
-        stored = self.jpeg and not skip and torch.rand(()) < self.jpeg
-        return {"factor": factor, "quality": int(torch.randint(50, 96, ())) if stored else None}
+        factor = 1.0 if skip else math.exp(torch.empty((), device="cpu").uniform_(least, largest).item())
+        stored = self.jpeg and not skip and torch.rand((), device="cpu") < self.jpeg
+        return {"factor": factor, "quality": int(torch.randint(50, 96, (), device="cpu")) if stored else None}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Reduce and enlarge a picture."""
@@ -447,7 +447,7 @@ class RandomElastic(v2.Transform):  # type: ignore[misc]
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the displacements."""
         grid = _pixel_grid(flat_inputs[0])
-        points = self.sigma * torch.randn(1, 2, self.grid, self.grid)  # x and y, in pixels
+        points = self.sigma * torch.randn(1, 2, self.grid, self.grid, device="cpu")  # x and y, in pixels
         size = grid.shape[1:3]
         pixels = torch.nn.functional.interpolate(points.to(grid.device), size, mode="bicubic", align_corners=True)
         return {"grid": grid + pixels.permute(0, 2, 3, 1) * grid.new_tensor([2 / size[1], 2 / size[0]])}  # a side counts 2
@@ -513,7 +513,7 @@ class RandomQuarterTurn(v2.Transform):  # type: ignore[misc]
         """Draw the turn."""
         height, width = F.get_size(flat_inputs[0])
         step = 90 if height == width else 180
-        return {"angle": float(step * torch.randint(360 // step, ()).item())}
+        return {"angle": float(step * torch.randint(360 // step, (), device="cpu").item())}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Turn one picture or mask."""
@@ -611,7 +611,8 @@ class PerPicture(torch.nn.Module):
         pairs = []
         for number, (image, mask) in enumerate(zip(images, masks)):
             with contextlib.nullcontext() if seeds is None else seeded(seeds[number], image.device):
-                pairs.append(self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask)))
+                pair = tv_tensors.Image(image, device=image.device), tv_tensors.Mask(mask, device=mask.device)
+                pairs.append(self.transform(*pair))
         new_images, new_masks = zip(*pairs)
         check_one_size(new_images)
         return torch.stack(new_images), torch.stack(new_masks)
