@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_the_names_of_a_list_are_taken_and_others_may_lack_a_mask(tmp_path):
     dataset = names(iter(["d.e", "a", "cafe\u0301", "a"]))
     assert [name.split(".jpg")[0] for name in dataset.images] == ["a", "caf\u00e9", "d.e"]
     assert dataset.masks == ["a_mask.png", "cafe\u0301_mask.png", "d.e_mask.png"]
-    assert names(["d.e.jpg"]).images == ["d.e.jpg"]
+    assert names(["d.e.jpg", "cafe\u0301.jpg"]).images == ["caf\u00e9.jpg", "d.e.jpg"]
     with pytest.raises(ValueError) as error:
         names(["a", "f", "z"])
     assert str(error.value).splitlines() == [
@@ -172,6 +173,7 @@ def test_the_names_of_a_list_are_taken_and_others_may_lack_a_mask(tmp_path):
         ("{}_sat.jpg", "{}_mask.png", ("i/*_sat.jpg", "i/*_mask.png"), ""),
         ("{}_sat.jpg", "{}_mask.png", ("i/*_sat", "i"), "_mask"),
         ("{}.jpg", "{}.png", ("i/*.jpg", "i"), ""),
+        ("{} (a) [1]+.JPG", "{}.a.png", ("i/* (a) [1]+.JPG", "m/*.a"), ""),
         ("{}.jpg", "{}.png", ("i/*.jpg", "i/../i"), ""),
         ("{}.png", "{}_mask.png", ("i/*.png", "i/*_mask.png"), ""),
         ("cafe\u0301 {} a.png", "caf\u00e9 {} b.png", ("i/caf\u00e9 * a", "m/cafe\u0301 * b"), ""),
@@ -191,6 +193,15 @@ def test_patterns_say_how_names_pair(tmp_path, images, masks, where, mask_suffix
     )
     for seed in range(12):
         np.testing.assert_array_equal(dataset[dataset.images.index(images.format(seed))][1], shape(seed))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_a_folder_may_have_a_star_in_its_name(tmp_path):
+    for folder in ("i*", "m*"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "a.png")
+    dataset = ImageMaskDataset(tmp_path / "i*", tmp_path / "m*" / "*.png")
+    assert (dataset.image_dir, dataset.images, dataset.masks) == (tmp_path / "i*", ["a.png"], ["a.png"])
 
 
 def test_a_pattern_leaves_out_what_does_not_fit_and_reports_what_does_not_pair(tmp_path):
