@@ -92,9 +92,10 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
         with only_writer(tmp_path):
             pass
         assert names(folder) == [".unetlib-lock"]
-    assert not folder.exists()
+    assert names(tmp_path) == []  # the folder above it was not there before, either
     with only_writer(folder):
-        pass
+        (tmp_path / "new" / "kept").touch()
+    assert names(tmp_path / "new") == ["kept"]
 
 
 @locks

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from uuid import uuid4
 
@@ -42,7 +43,7 @@ def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
 def only_writer(folder: Path) -> Iterator[None]:
     """Keep other runs from writing to `folder`; where there are no locks, as on Windows, nothing.
 
-    The folder is made where it is missing, and then removed if nothing was written to it.
+    The folder is made where it is missing, with those above it, and then removed with them if nothing was written to it.
 
     The lock is the system's, on a hidden file: a killed run leaves none.
 
@@ -57,8 +58,19 @@ def only_writer(folder: Path) -> Iterator[None]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['a.txt']
     """
-    made = not folder.exists()
+    made = [*takewhile(lambda path: not path.exists(), (folder, *folder.parents))]
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        with suppress(OSError):  # something was written
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
@@ -80,6 +92,3 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):  # something was written
-                    folder.rmdir()
