@@ -148,6 +148,15 @@ def test_a_fresh_download_then_the_cache(server, repository, cache, model):
     assert server.requests == ["HEAD /owner/name/resolve/main/model.safetensors"]  # where does main point?
 
 
+def test_files_in_folders_of_a_repository_lie_in_the_folder_of_its_commit(server, repository, cache):
+    commit = repository.commit({"deep/er/a.txt": b"a", "b.txt": b"b"})
+    for revision in (None, None, commit):
+        folder = hub.fetch("owner/name", ("deep/er/a.txt", "b.txt"), revision=revision, cache_dir=cache)
+        assert (folder.name, (folder / "deep/er/a.txt").read_text(), (folder / "b.txt").read_text()) == (commit, "a", "b")
+    assert sum(request.startswith("GET /owner") for request in server.requests) == 2  # each file once
+    assert hub.fetch("owner/name", ("deep/er/a.txt",), local_files_only=True, cache_dir=cache) == folder
+
+
 def test_a_pinned_revision_that_is_cached_makes_no_call(server, repository, cache, model, tmp_path):
     first = repository.branches["main"]
     repository.commit(files(UNet(features=(5,)), tmp_path / "other"))

@@ -73,7 +73,7 @@ def fetch(
 
     Args:
         repo: `owner/name`.
-        files: names of the files.
+        files: names of the files, perhaps in folders of it, as `folder/name`.
         revision: branch, tag or commit of 40 hexadecimal digits; None is "main".
         cache_dir: folder of the Hub's cache.
         token: Hub token; None takes the one that is logged in.
@@ -100,7 +100,7 @@ def fetch(
     folder = None if force_download else _cached(repo, files, commit, cache_dir)
     if folder is None:
         paths = [_download(repo, name, commit, cache_dir, token, force_download) for name in files]
-        folder = paths[0].parent
+        folder = _snapshot(paths[0], files[0])
     if commit != revision:
         _point(folder, revision)
     return folder
@@ -183,8 +183,13 @@ def _cached(repo: str, files: Sequence[str], revision: str, cache_dir: Path | No
     from huggingface_hub import try_to_load_from_cache
 
     first = try_to_load_from_cache(repo, files[0], cache_dir, revision)
-    folder = Path(first).parent if isinstance(first, str) else None
+    folder = _snapshot(Path(first), files[0]) if isinstance(first, str) else None
     return folder if folder and all((folder / name).is_file() for name in files) else None
+
+
+def _snapshot(path: Path, name: str) -> Path:
+    """The folder of a commit, in which a file of this name, perhaps `folder/name`, lies at this path."""
+    return path.parents[name.count("/")]
 
 
 def _ask_commit(repo: str, name: str, revision: str, token: str | bool | None, cached: str | None) -> str:
