@@ -179,6 +179,27 @@ def test_curves_of_numbers_are_told_what_scores_are(tmp_path):
         learning_curves([0.9, 0.5], [0.7, 0.8], tmp_path / "curves.png")
 
 
+@pytest.mark.parametrize("dice", [0.001, 0.5, 0.999])
+def test_the_legend_of_curves_covers_none(tmp_path, monkeypatch, dice):
+    figure_type, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    save = figure_type.savefig
+    monkeypatch.setattr(figure_type, "savefig", lambda figure, *to, **how: figures.append(figure) or save(figure, *to, **how))
+    wild = [{"dice": dice, "iou": k % 2, "accuracy": 1 - k % 2} for k in range(40)]
+    learning_curves([0.9, 0.5], wild, tmp_path / "curves.png")
+    _, scores = figures[0].axes
+    plot, legend = scores.get_window_extent(), scores.get_legend().get_window_extent()
+    assert plot.y1 <= legend.y0 < legend.y1 <= 400
+    assert 500 <= legend.x0 < legend.x1 <= 1000
+
+
+def test_epochs_are_whole_numbers(tmp_path, monkeypatch):
+    figure_type, ticks = pytest.importorskip("matplotlib.figure").Figure, []
+    monkeypatch.setattr(figure_type, "savefig", lambda figure, *to, **how: ticks.extend(figure.axes[1].get_xticks()))
+    learning_curves([0.9, 0.5], [{"dice": 0.5}] * 4, tmp_path / "curves.png")
+    assert len(ticks) > 2
+    assert all(tick == int(tick) for tick in ticks)
+
+
 def test_curves_are_a_png_by_any_name_and_need_no_scores(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -203,8 +203,9 @@ def learning_curves(loss: Sequence[float], scores: Sequence[Mapping[str, float]]
         if known := [(epoch, entry[key]) for epoch, entry in enumerate(scores, 1) if key in entry]:
             epochs.plot(*zip(*known), marker="o", label=f"{key} {known[-1][1]:.4f}")
     epochs.set(xlabel="epoch", ylabel="validation score")
-    if epochs.lines:
-        epochs.legend()
+    epochs.xaxis.get_major_locator().set_params(integer=True)
+    if epochs.lines:  # the legend stands above the axes, where no curve is
+        epochs.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     figure.savefig(path, dpi=100, format="png")
 
 
