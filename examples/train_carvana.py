@@ -210,14 +210,15 @@ def train(
                     truth = truth.round().long() if truth.is_floating_point() else truth
                     dice = dice_score(logits, truth, ignore_index=ignored(args)).item()
                     bar.set_postfix(loss=f"{losses.read[-1]:.4f}", dice=f"{dice:.4f}")
-                if args.checkpoint_every and step % args.checkpoint_every == 0:
+                if args.checkpoint_every and step % args.checkpoint_every == 0 and step < len(batches):
                     losses.share(last=step)
                     check_weights(model, len(losses), args.out)
                     save()
         losses.share(last=step)
         check_weights(model, len(losses), args.out)
+        seconds, pictures = time.perf_counter() - started, (len(batches) - batches.first) * args.batch_size
         judge = (epoch + 1) % args.validate_every == 0 or epoch + 1 == args.epochs
-        if judge:  # which may take as long as the epoch, and be stopped on the way
+        if judge and pictures:  # it may take as long as the epoch, and be stopped on the way
             save()
         epoch, step = epoch + 1, 0
 
@@ -225,8 +226,9 @@ def train(
             "epoch": epoch,
             "loss": sum(losses.read[-len(batches) :]) / len(batches),
             "lr": optimizer.param_groups[0]["lr"],
-            "pictures_per_second": (len(batches) - batches.first) * args.batch_size / (time.perf_counter() - started),
         }
+        if pictures:  # none where a run goes on with the validation
+            entry["pictures_per_second"] = pictures / seconds
         if judge:
             judged = average or model
             with autocast:
@@ -236,8 +238,8 @@ def train(
             if math.isnan(entry["dice"]) or entry["dice"] > best["dice"]:  # nan: nothing to find, and nothing found
                 best = entry
                 if rank == 0:
-                    pictures, scored_at = (len(names), len(val_set)), args.size if args.validate_at == "size" else None
-                    card = training_card(judged, name, description, best, command_typed(world), pictures, scored_at)
+                    counts, scored_at = (len(names), len(val_set)), args.size if args.validate_at == "size" else None
+                    card = training_card(judged, name, description, best, command_typed(world), counts, scored_at)
                     with room_asked_for(args.out):
                         judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)

@@ -264,9 +264,9 @@ def test_a_run_goes_on_with_another_number_of_processes(script, data, tmp_path, 
 def test_checkpoints_are_written_after_so_many_steps_and_each_epoch(script, data, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(script, "save_checkpoint", lambda state, path: written.append((state["epoch"], state["step"])))
-    options = ["--epochs", "3", "--batch-size", "1", "--checkpoint-every", "3", "--validate-every", "2"]
+    options = ["--epochs", "3", "--batch-size", "1", "--checkpoint-every", "4", "--validate-every", "2"]
     script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
-    epochs = [(0, 3), (0, 6), (1, 0)], [(1, 3), (1, 6), (1, 8), (2, 0)], [(2, 3), (2, 6), (2, 8), (3, 0)]
+    epochs = [(0, 4), (1, 0)], [(1, 4), (1, 8), (2, 0)], [(2, 4), (2, 8), (3, 0)]  # and none twice
     assert written == [*itertools.chain(*epochs)]
 
 
@@ -280,6 +280,22 @@ def test_a_run_that_is_stopped_in_its_validation_has_trained_the_epoch_for_good(
     whole, stopped = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "stopped"))
     assert stopped["history"]["loss"] == whole["history"]["loss"]
     assert stopped["best"]["dice"] == whole["best"]["dice"]
+    assert whole["best"].keys() - stopped["best"].keys() == {"pictures_per_second"}  # it trained on none since it went on
+
+
+def test_pictures_a_second_are_those_of_training_alone(script, data, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    take, save = script.follow, script.save_checkpoint
+
+    def slowly(work, seconds):
+        return lambda *given, **options: (now.append(now.pop() + seconds), work(*given, **options))[1]
+
+    monkeypatch.setattr(script, "follow", slowly(take, 1.0))  # once a step
+    monkeypatch.setattr(script, "save_checkpoint", slowly(save, 100.0))
+    script.main(["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1"])
+    (entry,) = load_checkpoint(tmp_path / "checkpoint.pt")["history"]["epochs"]
+    assert entry["pictures_per_second"] == 4  # two steps of four
 
 
 def test_an_interrupt_ends_a_run_in_one_line(script, data, tmp_path, monkeypatch, capsys):
