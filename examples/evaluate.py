@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     if model.config.out_channels > 1:
         scores["dice of each class"] = dict(zip(names, metrics.per_class()["dice"]))
     seconds = (time.perf_counter() - start) / len(dataset)
-    print(as_json({"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}, indent=2))
+    told = {"pictures": len(dataset), **scores, "seconds a picture with reading and scoring": seconds}
+    print(as_json(told, indent=2, digits=5))
 
 
 def load_data(

@@ -53,6 +53,8 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
     """The names of the classes, and the pictures to train and to validate on, every file of which can be read."""
     own_val = (args.data / "val").is_dir()
     sets = []
+    if not args.data.is_dir():
+        raise FileNotFoundError("there is no such folder")
     for split in ["train", "val"] if own_val else ["train"]:
         folders = args.data / split, args.data / f"{split}_masks"
         if missing := [folder.name for folder in folders if not folder.is_dir()]:

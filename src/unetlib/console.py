@@ -55,19 +55,23 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def as_json(value: Any, indent: int) -> str:
-    """JSON of scores; it has no NaN, for which null stands.
+def as_json(value: Any, indent: int, digits: int | None = None) -> str:
+    """JSON of scores, rounded to so many `digits` after the point; it has no NaN, for which null stands.
 
     Example:
         >>> as_json([0.5, math.nan], indent=0).split()
         ['[', '0.5,', 'null', ']']
+        >>> as_json({"dice": 2 / 3}, indent=0, digits=5).split()
+        ['{', '"dice":', '0.66667', '}']
     """
 
-    def nulled(part: Any) -> Any:
+    def readable(part: Any) -> Any:
         if isinstance(part, dict):
-            return {key: nulled(inner) for key, inner in part.items()}
+            return {key: readable(inner) for key, inner in part.items()}
         if isinstance(part, list):
-            return [nulled(inner) for inner in part]
-        return None if isinstance(part, float) and math.isnan(part) else part
+            return [readable(inner) for inner in part]
+        if not isinstance(part, float):
+            return part
+        return None if math.isnan(part) else part if digits is None else round(part, digits)
 
-    return json.dumps(nulled(value), indent=indent, allow_nan=False)
+    return json.dumps(readable(value), indent=indent, allow_nan=False)
