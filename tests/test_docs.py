@@ -166,6 +166,14 @@ def test_the_site_has_every_public_name(site: Path) -> None:
     assert not private
 
 
+def test_the_search_finds_descriptions_and_no_source_code(site: Path) -> None:
+    code = "_checked_revision"  # which `fetch` calls
+    assert code in (site / "reference" / "hub" / "index.html").read_text(encoding="utf-8")
+    index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "A commit that is cached needs no network" in index
+    assert code not in index
+
+
 def test_the_site_has_the_cards_and_the_changelog(site: Path) -> None:
     for model in unetlib.list_pretrained():
         page = (site / "zoo" / model / "index.html").read_text(encoding="utf-8")
