@@ -148,6 +148,19 @@ def test_a_fresh_download_then_the_cache(server, repository, cache, model):
     assert server.requests == ["HEAD /owner/name/resolve/main/model.safetensors"]  # where does main point?
 
 
+def test_what_a_broken_off_download_left_out_is_fetched(server, repository, cache, model):
+    hub.fetch("owner/name", (WEIGHTS,), cache_dir=cache)
+    with pytest.raises(FileNotFoundError, match="is not in the cache"):
+        UNet.from_pretrained("owner/name", local_files_only=True, cache_dir=cache)
+    assert_same(model, UNet.from_pretrained("owner/name", cache_dir=cache))
+
+
+def test_cached_weights_are_not_hashed_each_time(server, repository, cache, model, monkeypatch):
+    UNet.from_pretrained("owner/name", cache_dir=cache)
+    monkeypatch.setattr(hub, "_hashes", lambda *_: pytest.fail("hashes take as long as reading the file"))
+    assert_same(model, UNet.from_pretrained("owner/name", cache_dir=cache))
+
+
 def test_files_in_folders_of_a_repository_lie_in_the_folder_of_its_commit(server, repository, cache):
     commit = repository.commit({"deep/er/a.txt": b"a", "b.txt": b"b"})
     for revision in (None, None, commit):
