@@ -86,7 +86,7 @@ def training_card(
         size: (H, W) at which these were scored; None: at their own size.
 
     Returns:
-        Markdown: what `model_card` gives, then description, recipe and a table of the scores.
+        What `model_card` gives, then description, recipe and a table of the scores.
 
     Example:
         >>> from unetlib import UNet

@@ -134,7 +134,7 @@ def comparison(
         height: of each tile in pixels; all have the shape of the first picture.
 
     Returns:
-        uint8 (H, W, 3): a `grid` of three tiles for each picture, and white ones that fill the last of several rows.
+        uint8 (H, W, 3), a `grid` of three tiles for each picture, and white ones that fill the last of several rows.
 
     Raises:
         TypeError: for a picture or mask that is no array, or `classes`, `columns` or `height` that is no integer.
