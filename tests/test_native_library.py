@@ -29,7 +29,7 @@ def unloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(native_library, "library", functools.cache(native_library.library.__wrapped__))
+    monkeypatch.setattr(native_library, "load", functools.cache(native_library.load.__wrapped__))
     yield tmp_path / "unetlib"
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -40,7 +40,7 @@ def compiled(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(cache))
-        native_library.library.__wrapped__()
+        native_library.load.__wrapped__()
     (kept,) = (cache / "unetlib").iterdir()  # and nothing beside it
     return kept
 
@@ -71,7 +71,7 @@ def no_room(monkeypatch):
 
 def available_anew() -> bool:
     """As in another process."""
-    native_library.library.cache_clear()
+    native_library.load.cache_clear()
     return available.__wrapped__()
 
 
@@ -181,7 +181,7 @@ def test_a_compiler_that_does_not_know_bfloat16_is_enough(unloaded, tmp_path, mo
     monkeypatch.setenv("CXX", str(compiler))
     assert not has_halves.__wrapped__()
     compiler.unlink()
-    native_library.library.cache_clear()
+    native_library.load.cache_clear()
     assert not has_halves.__wrapped__()  # from the cache
 
 

@@ -106,7 +106,7 @@ class NativeConv:
         a_tile = _PLACES * (self.in_channels + self.out_channels)
         if 2 * tiles * a_tile < (threads - 1) * _PLACES * self.in_channels * self.out_channels:  # written and read, or weights
             return "convolve_in_stages", tiles * a_tile
-        return "convolve", threads * native_library.library().tiles() * a_tile
+        return "convolve", threads * native_library.load().tiles() * a_tile
 
 
 class NativeDoubling:
@@ -209,13 +209,13 @@ def available() -> bool:
 @functools.cache
 def lanes() -> int:
     """Channels in a vector of this CPU."""
-    return int(native_library.library().lanes())
+    return int(native_library.load().lanes())
 
 
 @functools.cache
 def has_halves() -> bool:
     """Whether this CPU multiplies numbers of bfloat16."""
-    return bool(native_library.library().has_halves())
+    return bool(native_library.load().has_halves())
 
 
 @torch.inference_mode()
@@ -281,7 +281,7 @@ _Call = _structure("operation arguments")
 
 def _run(operation: str, arguments: Structure, *weights: Tensor) -> None:
     call = _Call(_address_of(operation), ctypes.addressof(arguments))
-    native_library.library().run(byref(call), 1, byref(_threads()))
+    native_library.load().run(byref(call), 1, byref(_threads()))
     if (recording := getattr(_local, "recording", None)) is not None:
         recording.append(call, arguments, weights)
 
@@ -305,7 +305,7 @@ class Recording:
 
     def play(self) -> None:
         """Make all operations, in one call of the compiled code, by as many threads as the first time."""
-        native_library.library().run(self._calls, len(self._calls), byref(self._threads))
+        native_library.load().run(self._calls, len(self._calls), byref(self._threads))
 
     @functools.cached_property
     def _calls(self) -> Any:
@@ -329,4 +329,4 @@ def _threads() -> Structure:
 
 @functools.cache
 def _address_of(operation: str) -> int | None:
-    return ctypes.cast(getattr(native_library.library(), operation), c_void_p).value
+    return ctypes.cast(getattr(native_library.load(), operation), c_void_p).value

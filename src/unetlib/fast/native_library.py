@@ -42,8 +42,8 @@ if sys.platform != "win32":  # a process forked meanwhile would wait for ever
 
 
 @functools.cache
-def library() -> Any:
-    """The code for this CPU, or an error that says why there is none."""
+def load() -> Any:
+    """The code for this CPU, once for the process, or an error that says why there is none."""
     if sys.platform != "linux":
         raise OSError(f"not tried on {sys.platform}")
     flags = _FLAGS[torch.backends.cpu.get_cpu_capability()]
