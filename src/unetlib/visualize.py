@@ -231,7 +231,7 @@ def _check_picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return image
 
 
-def _check_pair(image: NDArray[np.uint8], mask: NDArray[Any]) -> NDArray[np.int64]:
+def _check_pair(image: NDArray[np.uint8], mask: NDArray[Any]) -> NDArray[Any]:
     _check_picture(image)
     mask = _check_mask(mask)
     if image.shape[:2] != mask.shape:
