@@ -47,7 +47,7 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
     What is kept of a binary mask: at its own size its bits; reduced, the covered share of each pixel in steps of 1/255,
     which is within 1/510 of what `Resize` gives. Class masks keep their classes, reduced by the middle pixel. A JPEG
     picture is decoded at 1/2, 1/4 or 1/8 of its size where `size` is that small, which changes a photograph by less
-    than half a level of 255 on average against decoding all of it.
+    than a level of 255 on average against decoding all of it.
 
     Args:
         dataset: Where the pairs are; without a transform.

@@ -491,7 +491,8 @@ def _foreground_of_bytes(image: Image.Image, source: Source, any_values: bool) -
     if not any_values and len(set(looks) - {0}) > 1:
         raise _several_values(looks, are_colors, source)
     found = used[looks != 0]
-    return pixels == found[0] if len(found) == 1 else np.isin(pixels, found.astype(np.uint8))
+    # A Python int, since NumPy compares bytes with an int64 of its own as int64, which takes seven times as long.
+    return pixels == int(found[0]) if len(found) == 1 else np.isin(pixels, found.astype(np.uint8))
 
 
 def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> ValueError:
