@@ -181,6 +181,25 @@ def test_without_objects_there_is_nothing_to_score():
     assert set(metrics.compute().values()) == {1.0}
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64])
+def test_nothing_to_score_is_no_warning_and_a_mask_may_be_empty(dtype):
+    for nothing in (EMPTY.astype(dtype), np.zeros((0, 4), dtype)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert label_objects(nothing).shape == nothing.shape
+            assert object_counts(nothing, nothing, thresholds=(0.5,)) == ([0], [0], [0])
+            assert math.isnan(object_average_precision(nothing, nothing))
+            assert math.isnan(rand_f_score(nothing, nothing))
+
+
+def test_precision_is_the_mean_over_the_thresholds_asked_for():
+    true = np.ones((1, 20), bool)
+    predicted = true.copy()
+    predicted[0, 13:] = False  # an IoU of 0.65
+    assert object_average_precision(predicted, true, thresholds=(0.6,)) == 1
+    assert object_average_precision(predicted, true, thresholds=(0.6, 0.7)) == 0.5
+
+
 # ---- the accumulator ----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +269,7 @@ def test_masks_of_different_shape_are_refused(score):
         score(~EMPTY, np.ones((4, 5), bool))
 
 
-@pytest.mark.parametrize("thresholds", [(), (0.4,), (0.5, 1.0)])
+@pytest.mark.parametrize("thresholds", [(), (0.4,), (0.5, 1.0), 0.5, [[0.5]]])
 def test_thresholds_that_allow_two_matches_are_refused(thresholds):
     with pytest.raises(ValueError, match=r"IoUs in \[0.5, 1\)"):
         object_counts(EMPTY, EMPTY, thresholds=thresholds)
