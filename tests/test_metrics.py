@@ -129,7 +129,7 @@ def test_scores_equal_loops(kind: str, shape: tuple[int, ...], ignore: bool) -> 
     assert pixel_accuracy(logits, target, **options).item() == pytest.approx(right)
 
 
-@pytest.mark.parametrize("shape", [(1000,), (64, 128), (7, 37, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(1000,), (64, 128), (200, 300), (7, 37, 41)], ids=str)
 def test_pixels_beyond_what_a_byte_counts_are_counted(shape: tuple[int, ...]) -> None:
     logits, target, _ = case("binary", shape)
     logits += 1  # most are set
