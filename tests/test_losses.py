@@ -49,7 +49,7 @@ KINDS = ("binary", "multiclass", "multilabel")
 SHAPES = ((24,), (5, 6), (3, 4, 5))
 ALL = {
     "cross_entropy": (cross_entropy_loss, {}),
-    "focal": (focal_loss, {}),
+    "focal": (focal_loss, {"gamma": 1.5}),
     "dice": (dice_loss, {}),
     "dice log": (dice_loss, {"log": True}),
     "dice squared": (dice_loss, {"squared": True}),
@@ -279,11 +279,13 @@ def test_border_weights_equal_loops(kind: str, shape: tuple[int, ...], ignore_in
     border = loops.border(size)
     assert border.any()
     assert not border.all()
-    w = np.broadcast_to(np.where(border, 4.0, 1.0)[:, None], loops.valid.shape) * loops.valid
-    tp, p, t = ((w * v).sum(2) for v in (loops.p * loops.t, loops.p, loops.t))
-    w = w[:, 0][loops.valid[:, 0]] if kind == "multiclass" else w[loops.valid]
-    reference = (w * loops.cross_entropy()).sum() / w.sum() + (1 - (2 * tp + 1) / (p + t + 1)).mean()
-    assert bce_dice_loss(logits, target, border_weight=4, border_size=size, **options).item() == pytest.approx(reference)
+    for weight in (4.0, 0.0):
+        w = np.broadcast_to(np.where(border, weight, 1.0)[:, None], loops.valid.shape) * loops.valid
+        tp, p, t = ((w * v).sum(2) for v in (loops.p * loops.t, loops.p, loops.t))
+        w = w[:, 0][loops.valid[:, 0]] if kind == "multiclass" else w[loops.valid]
+        reference = (w * loops.cross_entropy()).sum() / w.sum() + (1 - (2 * tp + 1) / (p + t + 1)).mean()
+        value = bce_dice_loss(logits, target, border_weight=weight, border_size=size, **options)
+        assert value.item() == pytest.approx(reference)
     plain = cross_entropy_loss(logits, target, **options) + dice_loss(logits, target, **options)
     assert bce_dice_loss(logits, target, **options).item() == pytest.approx(plain.item())
 
@@ -617,6 +619,9 @@ def test_gradients_are_the_derivatives(name: str, kind: str) -> None:
 def test_second_derivatives_are_right(name: str, kind: str) -> None:
     for of_logits, logits in of_whole_and_ignored(name, kind, (2, 2)):
         assert torch.autograd.gradgradcheck(of_logits, logits.clone().requires_grad_())
+        x = logits.clone().requires_grad_()
+        of_a_graph, plain = (torch.autograd.grad(of_logits(x), x, create_graph=kept)[0] for kept in (True, False))
+        torch.testing.assert_close(of_a_graph, plain)  # gradgradcheck compares the former with itself
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")  # where vmap falls back to a loop
@@ -811,6 +816,12 @@ def test_an_absent_class_costs_its_false_positives(smooth: float) -> None:
         assert loss(torch.full((1, 1, 4, 5), -30.0), empty) < 1e-6
 
 
+def test_generalized_dice_weighs_an_absent_class_as_the_rarest() -> None:
+    value = generalized_dice_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 0, 0, 1]]), smooth=0)  # p is 1/3 everywhere
+    score = 2 * (1 / 9 + 1 / 3) / ((4 / 3 + 3) / 9 + (4 / 3 + 1) + 4 / 3)
+    assert value.item() == pytest.approx(1 - score)
+
+
 @pytest.mark.parametrize("loss", [dice_loss, jaccard_loss])
 def test_the_log_of_no_overlap_is_finite(loss: Any) -> None:
     logits = torch.full((1, 1, 4, 5), 3.0, requires_grad=True)
@@ -902,7 +913,7 @@ def test_hard_predictions_give_the_index_itself(seed: int) -> None:
         (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), 255), {}, r"values from 0 to 1, found 255.*mask > 0"),
         (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), math.nan), {}, r"found nan"),
         (torch.zeros(2, 1, 4, 4), torch.full((2, 4, 4), -0.5), {}, r"found -0\.5"),
-        (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 3), {}, r"class indices from 0 to 2, found 3.*ignore_index"),
+        (torch.zeros(1, 3, 2, 2), torch.arange(4).view(1, 2, 2), {}, r"class indices from 0 to 2, found 3.*ignore_index"),
         (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), -1), {}, r"found -1"),
         (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 0.5), {}, r"whole class indices, found 0\.5"),
         (torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4), {}, r"sum to 1.*found 3; .*multilabel=True"),
@@ -972,8 +983,9 @@ def test_bad_types_and_options_are_named() -> None:
         focal_loss(torch.zeros(1, 2, 4, 4), target, alpha=0.25)
     with pytest.raises(ValueError, match="pos_weight belongs to sigmoids"):
         cross_entropy_loss(torch.zeros(1, 2, 4, 4), target, pos_weight=torch.ones(2))
-    with pytest.raises(ValueError, match=r"whole class indices, found 1\.00000095"):
-        dice_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 1 + 1e-6))
+    for almost, found in ((1 + 1e-6, r"1\.00000095"), (-1e-6, r"-9\.99"), (2 + 1e-6, r"2\.00000095")):
+        with pytest.raises(ValueError, match=f"whole class indices, found {found}"):
+            dice_loss(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), almost))
     with pytest.raises(ValueError, match="target on meta"):
         dice_loss(logits, target.to("meta"))
     for value in ("255", 0.5, True):

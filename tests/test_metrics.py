@@ -263,6 +263,8 @@ def test_threshold_is_a_probability() -> None:
     target = torch.tensor([[0, 1, 1, 1]])
     assert recall_score(logits, target, threshold=0.3) == 1
     assert recall_score(logits, target, threshold=0.7).item() == pytest.approx(1 / 3)
+    assert pixel_accuracy(logits, target, threshold=0.3) == 1
+    assert pixel_accuracy(logits, target, threshold=0.7) == 0.5
     with pytest.raises(ValueError, match=r"between 0 and 1, got 0\.0; for logits > 0 it is 0\.5"):
         recall_score(logits, target, threshold=0.0)
 
@@ -397,8 +399,11 @@ def test_boundary_scores_of_many_classes() -> None:
         for c in range(3):
             alone = score(as_logits(logits.argmax(1, keepdim=True) == c), target == c, reduction="none")
             assert torch.equal(table[:, c], alone[:, 0])
+        assert score(logits, target).item() == pytest.approx(table.mean().item())
         means = score(logits, target, include_background=False)
         assert means.item() == pytest.approx(table[:, 1:].mean().item())
+        binary = logits[:, :1], target == 0  # whose one channel is no background
+        assert torch.equal(score(*binary, include_background=False), score(*binary))
 
 
 # Calibration
@@ -597,6 +602,7 @@ def test_two_masks_are_scored_as_logits() -> None:
 def test_reset_and_empty_accumulators() -> None:
     metrics = SegmentationMetrics(3)
     assert all(math.isnan(value) for value in metrics.compute().values())
+    assert SegmentationMetrics(keep_pictures=True).per_picture() == {name: [] for name in SCORES}
     logits, target, _ = case("multiclass", (5, 6))
     first = metrics(logits, target)  # torchmetrics' style: counts, and returns the batch's own scores
     assert first == metrics.compute()
@@ -722,6 +728,8 @@ def test_plot_draws_the_confusion_and_the_pictures() -> None:
         assert [label.get_text() for label in matrix.get_yticklabels()] == names
         shares = matrix.images[0].get_array()
         np.testing.assert_allclose(shares.sum(1), 1)
+        for text, share in zip(matrix.texts, shares.flat, strict=True):
+            assert (text.get_text(), text.get_color()) == (f"{share:.3f}", "white" if share > 0.5 else "black")
         table = metrics.confusion.double()
         table = table.flatten(1) if kind == "multilabel" else table
         np.testing.assert_allclose(shares, table / table.sum(1, keepdim=True), rtol=1e-6)
@@ -730,6 +738,8 @@ def test_plot_draws_the_confusion_and_the_pictures() -> None:
         with pytest.raises(ValueError, match="class_names must name"):
             metrics.plot(["a"])
     assert len(SegmentationMetrics().plot().axes) == 1
+    for classes, written in ((12, 144), (13, 0)):
+        assert len(SegmentationMetrics(classes).plot().axes[0].texts) == written
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

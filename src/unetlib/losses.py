@@ -402,7 +402,7 @@ def lovasz_loss(
         >>> lovasz_loss(torch.tensor([[[2.0, -2.0, 0.0]]]), torch.tensor([[1, 0, 1]]))
         tensor(0.5000)
     """
-    reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index, soft=True)
+    reading = read(logits, target, multilabel=multilabel, ignore_index=ignore_index)
 
     def rows(value: Tensor) -> Tensor:
         """Pixels of each picture and class in a row; with ``batch``, of each class."""

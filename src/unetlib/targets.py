@@ -245,12 +245,11 @@ def _check_values(target: Tensor, valid: Tensor | None, highest: int, *, indices
     if target.dtype != torch.bool:
         # One NaN makes both NaN. Not in the mask's own type, in which the highest of 300 classes would wrap round.
         low, high = (value.float() if _waits(value) else value.item() for value in target.aminmax())
-        slack = 0 if indices else _ROUNDING
-        require(
+        require(  # class indices that are a rounding off are refused below
             "target",
-            (low >= -slack) & (high <= highest + slack),
+            (low >= -_ROUNDING) & (high <= highest + _ROUNDING),
             f"{'class indices' if indices else 'values'} from 0 to {highest}",
-            lambda: high if low >= -slack else low,
+            lambda: high if low >= -_ROUNDING else low,
             "map the mask's values first (0 and 255: mask > 0), or leave a value out with ignore_index=",
         )
     if indices and target.is_floating_point():
