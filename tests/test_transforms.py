@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -21,6 +22,7 @@ from unetlib.transforms import (
     RandomLowResolution,
     RandomQuarterTurn,
     Resize,
+    _as_jpeg,
     eval_transform,
     seeded,
     train_transform,
@@ -184,6 +186,14 @@ def test_a_crop_of_another_shape_than_the_picture_sees_all_of_it(shape):
     assert crop(picture).shape == (1, 50, 50)
 
 
+def test_a_part_of_another_shape_lies_within_the_picture_and_is_a_pixel_or_more():
+    tall, dot = torch.zeros(1, 48, 32), (1e-9, 1e-9)
+    part = RandomCrop((16, 24), (1.0, 1.0)).make_params([tall])
+    assert (part["height"], part["width"], part["left"]) == (21, 32, 0)  # half as wide again as it is high
+    part = RandomCrop((16, 24), dot).make_params([tall])
+    assert (part["height"], part["width"]) == (1, 1)
+
+
 @pytest.mark.parametrize("area", [0.5, (0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1)])
 def test_areas_that_cannot_be(area):
     with pytest.raises(ValueError, match="area must be"):
@@ -210,6 +220,33 @@ def test_low_resolution_takes_detail_and_leaves_the_mask():
     assert 40 < changed < 80
     with pytest.raises(ValueError, match=r"p must be from 0 to 1, not 1\.1"):
         RandomLowResolution(p=1.1)
+    with pytest.raises(ValueError, match=r"jpeg must be from 0 to 1, not 1\.1"):
+        RandomLowResolution(p=1.0, jpeg=1.1)
+
+
+def test_a_pixel_is_left_of_the_smallest_picture():
+    image = tv_tensors.Image(torch.rand(3, 2, 1))
+    for jpeg in (0.0, 1.0):
+        assert RandomLowResolution(p=1.0, factor=(0.2, 0.2), jpeg=jpeg)(image).shape == image.shape
+
+
+def test_small_jpegs_of_hard_edges_stay_within_black_and_white():
+    edge = torch.zeros(1, 64, 64)
+    edge[..., 32:] = 1
+    for image in (edge, (255 * edge).to(torch.uint8)):
+        stored = RandomLowResolution(p=1.0, factor=(0.5, 0.5), jpeg=1.0)(tv_tensors.Image(image))
+        assert (v2.functional.to_dtype(stored, torch.float32, scale=True) - edge).abs().mean() < 0.02
+
+
+def test_a_jpeg_of_one_grey_is_that_grey_rounded():
+    for grey, expected in ((0.0, 0), (99.6 / 255, 100), (1.0, 255)):
+        assert (_as_jpeg(torch.full((1, 16, 16), grey), 95) == expected).all()
+
+
+def test_a_jpeg_has_its_share_at_any_probability():
+    torch.manual_seed(0)
+    drawn = [RandomLowResolution(p=1.0, jpeg=0.9).make_params([])["quality"] for _ in range(200)]
+    assert 160 < sum(quality is not None for quality in drawn) < 196
 
 
 def test_low_resolution_halves_as_often_at_any_scale():
@@ -333,6 +370,21 @@ def test_bends_are_those_of_torchvision():
     assert (bent_mask != v2.functional.elastic(mask, displacement)).sum() <= 2
 
 
+@pytest.mark.parametrize("points", [2, 3])
+def test_bends_are_those_of_their_grid_from_corner_to_corner(points):
+    image, seed = torch.zeros(1, 41, 61), 5
+    torch.manual_seed(seed)
+    params = RandomElastic(2.0, points).make_params([image])
+    torch.manual_seed(seed)
+    drawn = 2 * torch.randn(2, points, points)
+    moved = params["grid"] - RandomElastic(0.0).make_params([image])["grid"]
+    x, y = (moved[0] * torch.tensor([61, 41]) / 2).movedim(-1, 0)  # in pixels
+    for found, expected in ((x, drawn[0]), (y, drawn[1])):
+        torch.testing.assert_close(found[:: 40 // (points - 1), :: 60 // (points - 1)], expected)
+    with pytest.raises(ValueError, match="grid=1 must be 2 or more"):
+        RandomElastic(grid=1)
+
+
 def test_no_strength_bends_nothing_and_labels_stay_labels():
     image, mask = pair()
     same_image, same_mask = RandomElastic(sigma=0.0)(image, mask)
@@ -443,11 +495,39 @@ def test_shares_of_pixels_are_background_outside():
         assert new_image.min() == 0
 
 
-@pytest.mark.parametrize("transform", [lambda **options: RandomAffine(9, **options), RandomElastic, train_transform])
+@pytest.mark.parametrize("transform", [partial(RandomAffine, 9), RandomElastic, partial(train_transform, **PLAIN)])
 @pytest.mark.parametrize(("outside", "error"), [(-1, ValueError), (256, ValueError), (0.5, TypeError)])
 def test_classes_outside_that_cannot_be(transform, outside, error):
     with pytest.raises(error, match=rf"outside={outside} must be"):
         transform(outside=outside)
+
+
+def test_outside_is_background_unless_another_class_is_asked_for_and_of_a_picture_always_black():
+    white = torch.full((1, 20, 20), 255, dtype=torch.uint8)
+    for outside in ({}, {"outside": 255}):
+        for turn in (RandomAffine(45, (0.5, 0.5), **outside), RandomElastic(1.0, **outside)):
+            image, mask = turn(tv_tensors.Image(white), tv_tensors.Mask(torch.full_like(white[0], 7)))
+            assert image.min() == 0 or isinstance(turn, RandomElastic)
+            assert set(mask.unique().tolist()) <= {7, outside.get("outside", 0)}
+    with pytest.raises(ValueError, match="rotation must be 0 or more, not -1"):
+        RandomAffine(-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "other", "margin"),
+    [
+        ({"rotation": 45}, 100, 100, 21),  # the diagonal is 141.4
+        ({"rotation": 90}, 4, 400, 3),  # all that there is
+        ({"rotation": 180}, 100, 0, 0),
+        ({"zoom": 0.5}, 100, 60, 50),
+        ({"zoom": 0.5, "shift": 3}, 100, 60, 56),
+        ({"shift": 3}, 100, 60, 3),
+        ({"zoom": 2.0}, 100, 60, 0),
+        ({}, 100, 60, 0),
+    ],
+)
+def test_no_more_of_the_mirror_image_is_made_than_is_seen(options, side, other, margin):
+    assert Mirrored(torch.nn.Identity(), **options)._margin(side, other) == margin
 
 
 # --- PerPicture
@@ -481,6 +561,10 @@ def test_a_batch_of_masks_with_a_channel():
         PerPicture(train_transform())(images, masks, [1])
     with pytest.raises(ValueError, match="not 2 in a list and 1 in a list"):
         PerPicture(train_transform())([*images], [*masks[:1]])
+    with pytest.raises(ValueError, match=r"pictures \(N, C, H, W\).*not \(2, 20, 30\) and \(2, 20, 30\)"):
+        PerPicture(train_transform())(images[:, 0], masks[:, 0])
+    with pytest.raises(ValueError, match=r"of one size, and their transform gives \(20, 30\) and \(20, 31\); give it a size"):
+        PerPicture(train_transform(None))([images[0], torch.zeros(3, 20, 31)], [masks[0], torch.zeros(20, 31)])
     for none in (([], []), (images[:0], masks[:0])):
         with pytest.raises(ValueError, match="a batch must hold one picture or more, not none"):
             PerPicture(train_transform())(*none)
@@ -638,6 +722,52 @@ def test_mean_and_std():
         eval_transform(mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
 
 
+def test_what_is_and_what_is_no_scale_of_0_to_1():
+    eval_transform(mean=(0, 1), std=(1, 1))
+    for mean in ((0.5, 128), (0.5, 1.5)):
+        with pytest.raises(ValueError, match=r"on the scale of 0 to 1, but mean=\(0\.5, 1"):
+            eval_transform(mean=mean, std=(1, 1))
+
+
+def test_the_steps_of_the_study():
+    _, resize, left_right, upside_down, _, turn, _ = train_transform().transforms
+    assert (resize.size, left_right.p, upside_down.p, turn.degrees) == ([160, 240], 0.5, 0.1, [-35, 35])
+    assert (type(left_right), type(upside_down)) == (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [
+        ({"rotation": 9}, RandomAffine),
+        ({"scale": (0.5, 2)}, RandomAffine),
+        ({"horizontal_flip": 0.5}, v2.RandomHorizontalFlip),
+        ({"vertical_flip": 0.5}, v2.RandomVerticalFlip),
+        ({"color_jitter": 0.2}, v2.ColorJitter),
+        ({"grayscale": 0.2}, v2.RandomGrayscale),
+        ({"invert": 0.2}, v2.RandomInvert),
+        ({"elastic": 9.0}, RandomElastic),
+        ({"elastic": 9.0, "reflect": True}, Mirrored),
+        ({"quarter_turns": True}, RandomQuarterTurn),
+        ({"low_resolution": 0.2}, RandomLowResolution),
+        ({"low_resolution": 0.2, "least_resolution": 1}, RandomLowResolution),
+        ({"noise": 0.1}, v2.RandomApply),
+        ({"reflect": True}, None),
+    ],
+    ids=str,
+)
+def test_an_option_is_a_step_and_no_other(options, step):
+    plain = [type(part) for part in train_transform(None, **PLAIN).transforms]
+    steps = [type(part) for part in train_transform(None, **PLAIN | options).transforms]
+    if step is not None:
+        steps.remove(step)
+    assert steps == plain
+
+
+def test_the_mirror_image_reaches_as_far_as_three_standard_deviations_of_bends():
+    mirrored = train_transform(None, **PLAIN, elastic=10, scale=(0.5, 2), reflect=True).transforms[2]
+    assert (mirrored.rotation, mirrored.zoom, mirrored.shift) == (0, 0.5, 30)
+
+
 def test_without_options_train_is_eval():
     plain = train_transform((30, 45), rotation=0, horizontal_flip=0, vertical_flip=0)
     for left, right in zip(plain(*pair()), eval_transform((30, 45))(*pair()), strict=True):
@@ -749,6 +879,7 @@ def test_scales_that_cannot_be(scale):
         {"low_resolution": 2},
         {"low_resolution": 1, "least_resolution": 0},
         {"least_resolution": 7},
+        {"least_resolution": 1.5},
         {"least_resolution": "0.2"},
         {"low_resolution": 1, "jpeg": 1.5},
         {"rotation": -1},

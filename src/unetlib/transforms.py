@@ -344,7 +344,7 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Reduce and enlarge a picture."""
-        if isinstance(inpt, tv_tensors.Mask) or (params["factor"] == 1.0 and not params["quality"]):
+        if isinstance(inpt, tv_tensors.Mask):
             return inpt
         height, width = inpt.shape[-2:]
         reduced = [max(1, round(params["factor"] * side)) for side in (height, width)]
