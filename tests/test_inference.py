@@ -132,6 +132,8 @@ def test_metrics_of_the_other_kind_are_refused(overlapping, picture):
         evaluate(overlapping, pairs, metrics=SegmentationMetrics(3))
     with pytest.raises(ValueError, match=r"give SegmentationMetrics\(3, multilabel=False\)"):
         evaluate(UNet(out_channels=3, features=(8, 16)), pairs, metrics=SegmentationMetrics(3, multilabel=True))
+    with pytest.raises(ValueError, match=r"give SegmentationMetrics\(2, multilabel=False\)"):
+        evaluate(UNet(out_channels=2, features=(8, 16)), pairs, metrics=SegmentationMetrics(2, multilabel=True))
 
 
 def test_classes_that_overlap_in_tiles_files_and_all_symmetries(overlapping, wide, tmp_path):
@@ -388,7 +390,7 @@ def test_logits_that_are_nan_are_no_mask(model, wide, options, tmp_path, monkeyp
 def test_infinity_is_a_sigmoid_s_number_but_no_softmax_s(picture):
     for channels, refused in ((1, False), (3, True)):
         model = UNet(out_channels=channels, features=(8, 16))
-        model.head.bias.data.fill_(torch.inf)
+        model.head.bias.data[-1] = torch.inf  # of one class
         if refused:
             with pytest.raises(ValueError, match=r"the picture \[0\] hold infinity: .* predict in float32"):
                 model.predict(picture)
@@ -823,6 +825,7 @@ def test_evaluate_leaves_pixels_out(model, picture):
         lambda picture, mask: [(picture, None)],
         lambda picture, mask: [(picture, mask, 3)],
         lambda picture, mask: [picture],
+        lambda picture, mask: [picture[:2]],
         lambda picture, mask: picture,
         lambda picture, mask: "pictures",
     ],
@@ -837,6 +840,7 @@ def test_evaluate_takes_no_batches(model, picture):
     with pytest.raises(TypeError, match="got a batch; give the data set, not its DataLoader"):
         evaluate(model, torch.utils.data.DataLoader(pairs))
     assert evaluate(model, torch.utils.data.DataLoader(pairs, batch_size=None)) == evaluate(model, pairs)
+    assert evaluate(model, iter(pairs)) == evaluate(model, pairs)
 
 
 def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):
@@ -901,6 +905,13 @@ def test_files_in_a_list_are_named(model, picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "colour.png")
 
 
+def test_a_grey_tensor_is_a_grey_array_and_an_empty_one_is_refused(model, picture):
+    grey = picture[..., 0]
+    np.testing.assert_array_equal(model.predict(torch.from_numpy(grey.copy())[None]), model.predict(grey))
+    with pytest.raises(ValueError, match=r"the picture is empty: its shape is \(3, 0, 4\)"):
+        model.predict(torch.zeros(3, 0, 4))
+
+
 def test_files_and_pil_pictures_are_for_networks_of_grey_or_colour(picture, tmp_path, monkeypatch):
     four = np.concatenate([picture, picture[..., :1]], axis=-1)
     network = UNet(in_channels=4, features=(4,))
@@ -912,6 +923,8 @@ def test_files_and_pil_pictures_are_for_networks_of_grey_or_colour(picture, tmp_
             network.predict(tmp_path / name)
     with pytest.raises(ValueError, match=rf"the picture {reason} numpy\.asarray\(picture\), uint8"):
         network.predict(Image.fromarray(four))
+    with pytest.raises(ValueError, match="the picture has 1 channels, but the network takes 4"):
+        network.predict(picture[..., 0])
     expected = network.predict(four)
     for array in (tifffile.imread(tmp_path / "four.tif"), np.asarray(Image.open(tmp_path / "four.png"))):
         np.testing.assert_array_equal(network.predict(array), expected)

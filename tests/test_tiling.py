@@ -208,6 +208,13 @@ def test_no_warning_where_tiles_are_exact_or_the_picture_is_whole(size, match, r
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("size", [(64, 47), (65, 48), (31, 70), (70, 31)])
+def test_one_side_that_is_no_multiple_is_warned_of_with_resize(size):
+    config = UNetConfig(features=(8, 16), match="resize")
+    with pytest.warns(UserWarning, match="whose sides are no multiples of 4"):
+        plan_tiles(config, size, (60, 60))
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "gelu", "silu"])
 def test_activations_and_float32(activation):
     model = small(2, activation=activation)
@@ -408,6 +415,7 @@ def test_the_tile_is_the_whole_picture_then_what_fits_then_what_is_useful():
     assert choose_tile(config, (1000, 1000), 10) == (208, 208)  # the least that works
     plan_tiles(config, (1000, 1000), (208, 208))
     odd, size = UNetConfig(match="zeros"), (1000, 1007)
+    assert choose_tile(odd, size, 10) == choose_tile(config, (1008, 1008), 10, mirrored=True) == (208, 208)
     tile = choose_tile(odd, size, 10, mirrored=True)
     assert tile == (256, 256)
     assert plan_tiles(odd, size, tile, mirrored=True).exact
