@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 
@@ -49,7 +48,7 @@ def average_symmetries(
     log_sum: Tensor = reduce(torch.logaddexp, _opinions(forward, batch, flips, turns, multilabel))
     if log_sum.ndim > batch.ndim:
         return log_sum[0] - log_sum[1]  # foreground and background
-    return log_sum - math.log(len(flips) * (2 if turns else 1))
+    return log_sum  # a softmax takes the sum for the mean
 
 
 def _opinions(
