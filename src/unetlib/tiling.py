@@ -90,20 +90,18 @@ def exact_halo(config: UNetConfig) -> int:
         raise TypeError(f"expected the config of a network, such as model.config, got a {type(config).__name__}")
     if reason := why_whole(config):
         raise ValueError(f"tiles cannot give the whole picture's result, because {reason}")
-    side = config.stride // config.patch_size
-    first, last = 0, side - 1  # pixels of the first level's map in the smallest tile
-    skips: list[tuple[int, int]] = []
+    reach = 0  # pixels of the map beyond the tile, the same at each side
+    skips: list[int] = []
     for _ in range(config.depth):  # the decoder, the full-size level first
-        first, last = first - 2, last + 2  # the two convolutions
-        skips.append((first, last))
+        reach += 2  # the two convolutions
+        skips.append(reach)
         if config.upsample in ("bilinear", "nearest_conv"):  # the other neighbour; the convolution
-            first, last = first - 1, last + 1
-        first, last = first // 2, last // 2
-    first, last = first - 2, last + 2  # the bottleneck
-    for skip_first, skip_last in reversed(skips):  # the encoder, the deepest level first
-        first, last = min(2 * first, skip_first), max(2 * last + 1, skip_last)
-        first, last = first - 2, last + 2
-    return config.patch_size * max(-first, last - (side - 1))
+            reach += 1
+        reach = _round_up(reach, 2) // 2
+    reach += 2  # the bottleneck
+    for skip in reversed(skips):  # the encoder, the deepest level first
+        reach = max(2 * reach, skip) + 2
+    return config.patch_size * reach
 
 
 def why_whole(config: UNetConfig) -> str | None:
