@@ -573,6 +573,25 @@ def test_classes_by_palette_index_or_by_colour(tmp_path):
     )
 
 
+@pytest.mark.parametrize("areas", [1, 7])
+def test_classes_of_areas_and_of_single_pixels_in_every_form(areas):
+    index = np.kron(np.random.default_rng(5).integers(0, 3, (6, 5)), np.ones((areas, areas), int))
+    numbers, colors = (7, 0, 200), [(9, 0, 0), (0, 0, 9), (9, 0, 9)]
+    grey = np.array(numbers, np.uint8)[index]
+    palette, rgb = palette_mask(index, *colors), Image.fromarray(np.array(colors, np.uint8)[index])
+    forms = [(Image.fromarray(grey), numbers), (Image.fromarray(np.repeat(grey[..., None], 3, axis=2)), numbers)]
+    forms += [(Image.fromarray(grey), [(number,) * 3 for number in numbers]), (Image.fromarray(grey.astype(float)), numbers)]
+    forms += [(Image.fromarray(grey * np.uint16(300)), [300 * number for number in numbers]), (palette, range(3))]
+    forms += [(image, colors) for image in (palette, palette.convert("PA"), rgb, rgb.convert("RGBA"))]
+    for image, values in forms:
+        np.testing.assert_array_equal(read_labels(image, values), index, image.mode)
+
+
+def test_what_a_palette_leaves_out_is_black_among_colours_of_classes():
+    mask = palette_mask(np.array([[0, 1]]), (255, 255, 255))
+    assert read_labels(mask, [(0, 0, 0), (255, 255, 255)]).tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize(("aside", "dtype"), [(255, np.uint8), (256, np.int64)])
 def test_labels_are_as_narrow_as_their_classes(aside, dtype):
     image = Image.fromarray(np.array([[0, 1, 255]], np.uint8))

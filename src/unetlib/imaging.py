@@ -187,7 +187,12 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     by_color = isinstance(next(iter(classes)), tuple)
     if by_color and image.mode.startswith(("I", "F")):
         raise ValueError(f"{_name(source)} holds numbers, but mask_values names colours. Name the numbers instead.")
-    values = _color_codes(_convert(image, "RGB", source)) if by_color else _stored_values(image, source)
+    in_palette = by_color and image.mode == "P"
+    pixels = _colors(image, source) if by_color and not in_palette else _stored_values(image, source)
+    # Masks are areas of one value, so that it is looked up once for each run of pixels, which is far quicker.
+    flat = pixels.reshape(-1)
+    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    values = _palette(image)[flat[starts]] if in_palette else flat[starts]
     keys = _color_codes(np.array([*classes])) if by_color else np.array([*classes])
     labels, named = _look_up(values, keys, np.array([*classes.values()], label_dtype(classes)))
     if not named.all():
@@ -195,7 +200,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
             f"{_name(source)} holds {_describe(values[~named], by_color)}, which mask_values={mask_values!r} "
             "does not name. Name it too, or mend the mask."
         )
-    return labels
+    return np.repeat(labels, np.diff(starts, append=flat.size)).reshape(pixels.shape)
 
 
 def to_bytes(levels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -450,13 +455,17 @@ def _check_alpha(image: Image.Image, source: Source) -> None:
     """Refuse a mask that would be lost with its transparency."""
     if image.mode not in ("LA", "PA", "RGBA"):
         return
-    ranges: Any = image.getextrema()
-    *flat, alpha_flat = (low == high for low, high in ranges)
-    if all(flat) and not alpha_flat:
+    *colors, alpha = image.split()
+    if not _is_flat(alpha) and all(map(_is_flat, colors)):
         raise ValueError(
             f"{_name(source)} has its shape in its transparency alone, which is dropped, and one colour under it. Save its "
             "alpha channel as the mask: Image.open(path).getchannel('A')"
         )
+
+
+def _is_flat(band: Image.Image) -> bool:
+    low, high = band.getextrema()
+    return bool(low == high)
 
 
 def _is_grey(image: Image.Image) -> bool:
@@ -468,7 +477,7 @@ def _foreground(image: Image.Image, source: Source, any_values: bool) -> NDArray
     if image.mode in ("L", "P"):
         return _foreground_of_bytes(image, source, any_values)
     are_colors = not _is_grey(image)
-    values = _color_codes(_convert(image, "RGB", source)) if are_colors else _stored_values(image, source)
+    values = _colors(image, source) if are_colors else _stored_values(image, source)
     foreground: NDArray[np.bool_] = values != 0
     if not any_values and (foreground & (values != values.flat[foreground.argmax()])).any():
         raise _several_values(values, are_colors, source)
@@ -484,8 +493,7 @@ def _foreground_of_bytes(image: Image.Image, source: Source, any_values: bool) -
     used = np.unique([low, high]) if two else np.flatnonzero(image.histogram())
     looks, are_colors = used, False
     if image.mode == "P":
-        palette = (image.getpalette("RGB") or []) + [0] * 768  # colours that the file leaves out are black
-        colors = _color_codes(np.array(palette).reshape(-1, 3))[used]
+        colors = _palette(image)[used]
         if len(used) == 1 or len(set(colors)) > 1:
             looks, are_colors = colors, True
     if not any_values and len(set(looks) - {0}) > 1:
@@ -510,18 +518,18 @@ def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
         return np.asarray(image.getchannel(0))
     if _is_grey(image) or image.mode == "P":
         return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
-    rgb = np.asarray(_convert(image, "RGB", source))
-    if (rgb != rgb[..., :1]).any():
+    red, green, blue = map(np.asarray, _convert(image, "RGB", source).split())
+    if (red != green).any() or (red != blue).any():
         raise ValueError(
-            f"{_name(source)} holds {_describe(_color_codes(rgb), are_colors=True)}, but mask_values names integers. "
+            f"{_name(source)} holds {_describe(_colors(image, source), are_colors=True)}, but mask_values names integers. "
             "Name the colours: mask_values=((0, 0, 0), ...)."
         )
-    return rgb[..., 0]
+    return red
 
 
 def _look_up(values: NDArray[Any], keys: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """The label of each value, and whether it is one of the keys."""
-    if values.dtype == np.uint8:  # each byte once, and not each pixel
+    if values.dtype == np.uint8:  # each byte once, for masks without areas
         of_byte, is_key = _look_up(np.arange(256), keys, labels)
         return of_byte[values], is_key[values]
     order = np.argsort(keys)
@@ -530,9 +538,21 @@ def _look_up(values: NDArray[Any], keys: NDArray[Any], labels: NDArray[Any]) -> 
     return labels[nearest], keys[nearest] == values
 
 
-def _color_codes(rgb: Image.Image | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+def _colors(image: Image.Image, source: Source) -> NDArray[np.int32]:
+    """The `_color_codes` of a picture."""
+    blue_first = _convert(image, "RGB", source).tobytes("raw", "BGRX")  # X is 0
+    return np.frombuffer(blue_first, "<i4").reshape(image.height, image.width)
+
+
+def _palette(image: Image.Image) -> NDArray[np.int32]:
+    """The `_color_codes` of a palette."""
+    colors = (image.getpalette("RGB") or []) + [0] * 768  # those that the file leaves out are black
+    return _color_codes(np.array(colors).reshape(-1, 3))
+
+
+def _color_codes(rgb: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     """0xRRGGBB for each colour, (..., 3) to (...)."""
-    channels = np.asarray(rgb).astype(np.int32)
+    channels = rgb.astype(np.int32)
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
 
 
