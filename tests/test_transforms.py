@@ -109,9 +109,20 @@ def test_a_float_mask_is_the_covered_part_of_each_pixel():
     assert 0 < resized[0, 0] < resized[1, 0] < 1
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 700), (97, 131), (299, 211), (300, 200), (301, 200), (640, 90)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_large_mask_is_reduced_as_pytorch_does(size, soft):
+    torch.manual_seed(0)
+    mask = torch.rand(601, 443) if soft else torch.rand(601, 443) > 0.5
+    resized = Resize(size)(tv_tensors.Mask(mask)).as_subclass(torch.Tensor)
+    expected = torch.nn.functional.interpolate(mask[None, None].float(), size, mode="bilinear", antialias=True)[0, 0]
+    torch.testing.assert_close(resized, expected, rtol=0, atol=1e-6)
+
+
 def test_the_range_of_a_float_mask_is_kept():
-    full = Resize((53, 79))(tv_tensors.Mask(torch.ones(430, 643)))
-    assert (full == 1).all()
+    for size in ((53, 79), (230, 79)):
+        full = Resize(size)(tv_tensors.Mask(torch.ones(430, 643)))
+        assert (full == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
