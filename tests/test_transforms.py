@@ -80,14 +80,20 @@ def test_the_mask_stays_where_the_picture_is(size):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_bytes_become_one_column_as_floats_do(channels):
+@pytest.mark.parametrize("last", [False, True])
+def test_a_single_column_keeps_its_rows_in_order(channels, last):
     torch.manual_seed(0)
     pixels = torch.randint(256, (channels, 40, 5), dtype=torch.uint8)
-    for height in (1, 7):
+    pixels = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else pixels
+    for height in (1, 7, 60):
         column = Resize((height, 1))(tv_tensors.Image(pixels))
         assert (type(column), column.dtype) == (tv_tensors.Image, torch.uint8)
-        expected = torch.nn.functional.interpolate(pixels[None].float(), (height, 1), mode="bilinear", antialias=True)[0]
+        bands = [Image.fromarray(band.float().numpy()).resize((1, height), Image.Resampling.BILINEAR) for band in pixels]
+        expected = torch.from_numpy(np.stack(bands))
         torch.testing.assert_close(column.float().as_subclass(torch.Tensor), expected, rtol=0, atol=0.51)
+        for kind in (tv_tensors.Image, tv_tensors.Mask):
+            floats = Resize((height, 1))(kind(pixels / 255)).as_subclass(torch.Tensor)
+            torch.testing.assert_close(floats, expected / 255, rtol=0, atol=1e-6)
     narrow = RandomLowResolution(1.0, (0.2, 0.2))(tv_tensors.Image(pixels))
     floats = RandomLowResolution(1.0, (0.2, 0.2))(tv_tensors.Image(pixels.float() / 255))
     torch.testing.assert_close(narrow.float() / 255, floats.as_subclass(torch.Tensor), rtol=0, atol=1.1 / 255)

@@ -262,7 +262,7 @@ class Resize(v2.Transform):  # type: ignore[misc]
         if bits:
             mask = mask.view(torch.uint8).float()  # a third of the time of mask.float()
         if mask.is_floating_point():
-            resized = F.resize_image(_with_fewer_rows(mask, self.size[0]), self.size, antialias=True)
+            resized = _resize_picture(_with_fewer_rows(mask, self.size[0]), self.size)
             resized = resized.clamp(0, 1) if bits else resized.clamp(*mask.aminmax())  # rounding leaves the range by 1e-7
         else:
             resized = F.resize_image(mask, self.size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
@@ -379,8 +379,10 @@ class RandomLowResolution(v2.Transform):  # type: ignore[misc]
 def _resize_picture(
     picture: torch.Tensor, size: list[int], rule: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
 ) -> torch.Tensor:
-    if picture.dtype == torch.uint8 and size[1] == 1:  # PyTorch's kernel for bytes mixes up the rows of a single column
-        resized = _resize_picture(picture.float(), size, rule).round().to(torch.uint8)
+    if size[1] == 1:  # PyTorch's kernels mix up the rows of a single column, but no columns of a single row
+        floats = picture if picture.is_floating_point() else picture.float()
+        column = F.resize(floats.mT, size[::-1], rule, antialias=True).mT
+        resized = column if picture.is_floating_point() else column.round().to(picture.dtype)
     else:
         resized = F.resize(picture, size, rule, antialias=True)
     same_kind: torch.Tensor = tv_tensors.wrap(resized, like=picture)
