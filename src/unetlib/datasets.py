@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from .arguments import height_and_width
-from .imaging import MaskValues, class_of_value, read_image, read_mask, to_tensor
+from .imaging import MaskValues, class_of_value, read_image, read_labels, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".webp")
@@ -183,7 +183,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
             except (ValueError, FileNotFoundError) as error:
                 problems["unreadable picture"].append(str(error))
             try:
-                mask = read_mask(mask_path, self.mask_values)
+                mask = read_labels(mask_path, self.mask_values)
             except (ValueError, FileNotFoundError) as error:
                 problems["unreadable mask or unexpected value"].append(str(error))
             if image is not None and mask is not None and image.shape[:2] != mask.shape:
@@ -319,7 +319,8 @@ def rle_encode(mask: ArrayLike) -> str:
     pixels = np.asarray(mask)
     if pixels.ndim != 2:
         raise ValueError(f"mask must have two dimensions (H, W), not the shape {pixels.shape}")
-    padded = np.concatenate(([False], pixels.reshape(-1) != 0, [False]))
+    foreground = pixels.reshape(-1).astype(np.bool_, copy=False)  # NumPy compares bools with 0 as int64
+    padded = np.concatenate(([False], foreground, [False]))
     runs = np.flatnonzero(padded[1:] != padded[:-1]) + 1
     runs[1::2] -= runs[::2]
     return " ".join(map(str, runs.tolist()))
