@@ -116,6 +116,7 @@ def test_numbered_objects_keep_apart_where_they_touch():
     numbered = np.array([[7, 7, 3, 3]])
     assert label_objects(numbered).tolist() == [[2, 2, 1, 1]]
     assert label_objects(np.array([[0, 9, 9, 4]], np.uint16)).tolist() == [[0, 2, 2, 1]]
+    assert label_objects(np.array([[2**40, 5], [5, 0]])).tolist() == [[2, 1], [1, 0]]
     assert object_counts(numbered, numbered, thresholds=(0.9,)).tp.tolist() == [2]
     assert object_counts(numbered > 0, numbered, thresholds=(0.5,)) == ([0], [1], [2])  # an IoU of 0.5 is not above 0.5
 
@@ -208,13 +209,20 @@ def test_a_picture_that_cannot_be_scored_is_not_counted_half(monkeypatch):
         raise ImportError("scipy")
 
     metrics = ObjectMetrics()
-    monkeypatch.setattr(objects, "rand_f_score", without_scipy)
+    monkeypatch.setattr(objects, "_rand", without_scipy)
     with pytest.raises(ImportError, match="scipy"):
         metrics.update(blobs(1), blobs(1))
     monkeypatch.undo()
     metrics.update(~blobs(1), blobs(1))
     assert metrics.pictures == 1
     assert metrics.compute()["ap"] == metrics.compute()["ap_pooled"] < 1
+
+
+def test_the_objects_of_a_picture_are_numbered_once():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ObjectMetrics().update(np.array([[1, 1, 0, 1]], np.int64), np.array([[1, 1, 0, 2]], np.int64))
+    assert len(said) == 1
 
 
 def test_a_data_sets_scores_are_means_over_pictures_and_pooled_counts():
