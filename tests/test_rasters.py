@@ -311,6 +311,13 @@ def test_nothing_is_written_half_and_what_was_there_stays(tmp_path, name, bands,
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "before")]
 
 
+@pytest.mark.parametrize("name", ["mask.npy", "mask.tif"])
+def test_a_band_too_many_is_an_error_where_tiles_are_whole_before_it(tmp_path, name):
+    with pytest.raises(ValueError, match="does not fit into the rest of 512x30"):
+        write_raster(tmp_path / name, (512, 30), [np.zeros((512, 30), np.uint8)] * 2)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_where_nothing_can_be_written_is_said_first(tmp_path, monkeypatch):
     assert check_output("mask.npy") == Path("mask.npy")
     with pytest.raises(ValueError, match=r"expected a \.npy, \.tif or \.tiff file to write, got 'mask\.png'"):

@@ -147,8 +147,11 @@ def write_raster(path: str | PathLike[str], size: tuple[int, int], bands: Iterab
     first = next(waiting, None)
     if first is None:
         raise ValueError("there are no bands to write")
+    counted = _counted(chain([first], waiting), first, size)
     with whole_file(path) as partial:
-        write(partial, first, (*first.shape[:-2], *size), _counted(chain([first], waiting), first, size))
+        write(partial, first, (*first.shape[:-2], *size), counted)
+        for _ in counted:  # tifffile asks for no tile beyond the last one, and so not for a band too many
+            pass
     return path
 
 
