@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 import operator
 import sys
 import threading
@@ -22,8 +23,6 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2**21  # bytes
-_MADV_HUGEPAGE = 14
-_ALIGNMENT = 64  # bytes: what NNPACK needs
 _MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would occupy what the next large map needs
 _numbers = operator.itemgetter(0)  # of a block and the numbers in it
 _local = threading.local()
@@ -99,12 +98,11 @@ def _shaped(block: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 
 def _fresh(numbers: int) -> Tensor:
-    block = torch.empty(numbers + _ALIGNMENT // 4, dtype=torch.float32, device="cpu")
-    block = block[-block.data_ptr() % _ALIGNMENT // 4 :][:numbers]
+    block = torch.empty(numbers, dtype=torch.float32, device="cpu")  # at a multiple of 64 bytes, as NNPACK needs it
     start = -(-block.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     whole = (block.data_ptr() + block.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
     if whole > 0 and sys.platform == "linux":
-        _madvise()(start, whole, _MADV_HUGEPAGE)
+        _madvise()(start, whole, mmap.MADV_HUGEPAGE)
     return block
 
 
