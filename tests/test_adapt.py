@@ -218,10 +218,12 @@ def test_patches_of_the_size_that_there_is_change_nothing():
 
 
 def test_a_larger_network_keeps_preprocessing_and_type():
-    model = UNet(features=(4, 8)).double().eval()
-    model.preprocessing = Preprocessing(size=(16, 24), mean=(0.5,), threshold=0.4)
+    model = UNet(features=(4, 8)).double()
+    model(torch.rand(2, 3, 16, 16, dtype=torch.float64))
+    model.eval().preprocessing = Preprocessing(size=(16, 24), mean=(0.5,), threshold=0.4)
     grown, x = grow(model, features=(6, 9)), torch.rand(1, 3, 16, 16, dtype=torch.float64)
     assert grown.preprocessing == model.preprocessing
+    assert grown.encoder[0].norm1.num_batches_tracked == 1
     torch.testing.assert_close(grown(x), model(x))
 
 

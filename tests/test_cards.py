@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from unetlib import Preprocessing, UNet
-from unetlib.cards import model_card, read_card, training_card
+from unetlib.cards import FRONT_MATTER_LIMIT, model_card, read_card, training_card
 from unetlib.trust import TEXT_LIMIT
 
 
@@ -23,6 +23,7 @@ def test_our_own_card_is_read(tmp_path):
     }
     for part in ("# streets\n", '"someone/streets"', "widths (4, 6), bottleneck 12", "2 channels in, 3 out", "sky, road, car"):
         assert part in card
+    assert "Its classes: not named." in model_card(UNet(features=(2,)), "cars", "someone/cars")
 
 
 def test_the_card_of_a_run_says_what_was_run_and_what_it_scores(tmp_path):
@@ -62,6 +63,13 @@ def test_a_card_without_front_matter_has_no_data(tmp_path, text):
 @pytest.mark.parametrize("text", ["---\r\na: 1\r\n---\r\n", "\ufeff---\na: 1\n---\n", "---\na: 1\n---"])
 def test_line_ends_and_marks_do_not_matter(tmp_path, text):
     assert read(tmp_path, text) == {"a": 1}
+
+
+@pytest.mark.parametrize("most", ["x" * (FRONT_MATTER_LIMIT - len('a: ""\n')), "[" + 999 * "{", "{" + 999 * "["])
+def test_front_matter_as_large_as_may_be_is_read(tmp_path, most):
+    assert read(tmp_path, f'---\na: "{most}"\n---\n') == {"a": most}
+    with pytest.raises(ValueError, match="more than 65,536 characters, or too many brackets"):
+        read(tmp_path, f'---\na: "{most + most[-1]}"\n---\n')
 
 
 @pytest.mark.parametrize(

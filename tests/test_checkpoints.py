@@ -131,6 +131,7 @@ class Spy:
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"step": Spy()}, tmp_path / "checkpoint.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # with which torch.load runs code unless told not to
     with pytest.raises(ValueError, match=r"no checkpoint can be read \(.*checkpoint\.pt asks for the code posix\.mkdir\)"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "ran").exists()
@@ -243,6 +244,19 @@ def test_random_states_come_back_through_a_file(tmp_path):
     assert drawn() != expected
     set_random_state(load_checkpoint(tmp_path / "random.pt"))
     assert drawn() == expected
+
+
+def test_the_random_state_of_a_gpu_that_is_not_here_is_passed_over(monkeypatch):
+    given, state = [], torch.arange(5, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given.append((device, *state.tolist())))
+    set_random_state(random_state() | {"cuda": [state, state + 1, state + 2]})
+    assert given == [(0, 0, 1, 2, 3, 4), (1, 1, 2, 3, 4, 5)]
+
+
+def test_tensors_go_to_the_device_that_is_named(tmp_path):
+    save_checkpoint({"weight": torch.ones(2)}, tmp_path / "checkpoint.pt")
+    assert load_checkpoint(tmp_path / "checkpoint.pt", map_location="meta")["weight"].is_meta
 
 
 def test_the_random_state_of_mps_comes_back_where_it_is(monkeypatch):

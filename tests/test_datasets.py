@@ -489,6 +489,8 @@ def test_only_albumentations_random_state_is_set_in_workers(monkeypatch):
     picture = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.bool_)
     found = apply_transform(AsInMONAI(), *picture)[0]
     np.testing.assert_array_equal(found, np.random.RandomState(0).randint(200, size=(4, 6, 3), dtype=np.uint8))
+    drawing = type("Drawing", (), {"py_random": random.Random(0), "__call__": lambda self, image, mask: (image, mask)})
+    assert apply_transform(drawing(), *picture)[0] is picture[0]
 
 
 @pytest.mark.parametrize(
@@ -532,8 +534,10 @@ def test_class_indices_by_keyword_come_back_as_int64(classes, form):
 
 
 def test_by_keyword_other_masks_stay_as_the_transform_gives_them(folders, classes):
-    classes.transform = lambda image, mask: (image, mask.astype(np.float32))
-    assert classes[0][1].dtype == np.float32
+    for form in (np.float32, np.bool_):
+        for as_form in (np.asarray, torch.from_numpy):
+            classes.transform = lambda image, mask, form=form, as_form=as_form: (image, as_form(mask.astype(form)))
+            assert classes[0][1].dtype == as_form(np.zeros(1, form)).dtype
     binary = CarvanaDataset(*folders, lambda image, mask: (image, mask.astype(np.uint8)))
     assert binary[0][1].dtype == np.uint8
     many = np.full((2, 2), 40_000)
@@ -584,6 +588,18 @@ def test_plain_callables(folders):
     assert kinds == [arrays_, tensors, arrays_]
 
 
+def test_what_has_no_signature_is_called_by_position(folders):
+    class AsInC:
+        @property
+        def __signature__(self):
+            raise ValueError("no signature found")
+
+        def __call__(self, picture, target):
+            return picture, target
+
+    assert type(CarvanaDataset(*folders, AsInC())[0][0]) is tv_tensors.Image
+
+
 @pytest.mark.parametrize("result", [None, {"image": 1}, (1, 2, 3)])
 def test_a_transform_that_gives_something_else(folders, result):
     with pytest.raises(TypeError, match=rf"must give \(image, mask\).*gave a {type(result).__name__}"):
@@ -624,6 +640,7 @@ def test_the_split_depends_on_names_and_seed_alone():
     assert (sorted(train), sorted(val)) == split_by_car(NAMES, 0.2)
     assert val == [name for name in shuffled if name in set(val)]
     assert split_by_car(NAMES, 0.2, seed=1) != split_by_car(NAMES, 0.2)
+    assert split_by_car(NAMES) == split_by_car(NAMES, 0.1, seed=0)
     # Held for good: another choice would mix training and validation pictures of released models.
     assert sorted({name[:12] for name in val}) == ["000000000001", "000000000003", "000000000009", "00000000000e"]
 

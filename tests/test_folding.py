@@ -37,6 +37,8 @@ def test_what_cannot_be_folded_is_left():
     assert [type(module) for module in first.after] == [nn.GroupNorm, nn.SiLU]
     assert not second.relu
     assert layers(DoubleConv(3, 8))[0].relu
+    assert not layers(DoubleConv(3, 8, activation="silu"))[0].relu
+    assert layers(nn.Sequential(nn.Conv2d(1, 8, 3)))[0].after == ()
 
 
 def test_parts_are_a_copy():

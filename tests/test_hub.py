@@ -300,10 +300,12 @@ def test_a_fault_is_one_clear_error_and_leaves_no_model(server, repository, cach
     ("pattern", "answers"),
     [("HEAD", [status(500), status(503)]), ("GET /storage", [status(500)]), ("GET /owner", [status(502)])],
 )
-def test_500_then_success(server, repository, cache, model, pattern, answers):
-    server.faults[pattern] = [*answers]
+def test_500_then_success(server, repository, cache, model, pattern, answers, monkeypatch):
+    server.faults[pattern], waits = [*answers], []
+    monkeypatch.setattr(time, "sleep", waits.append)
     assert_same(model, UNet.from_pretrained("owner/name", cache_dir=cache))
     assert server.faults == {pattern: []}  # all of them have happened
+    assert waits == [0.5, 2.0][: len(answers)]
 
 
 @pytest.mark.parametrize("etag", [hub_server.git_hash, lambda data: hashlib.sha1(data).hexdigest(), lambda data: "1" * 32])

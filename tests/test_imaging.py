@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from unetlib import UNet
-from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask
+from unetlib.imaging import class_of_value, image_size, read_image, read_labels, read_mask, to_tensor
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -265,6 +265,18 @@ def test_an_open_picture_is_read_like_its_file_and_left_alone(tmp_path):
 
 def test_the_array_is_writable():
     read_image(Image.fromarray(RGB))[0, 0] = 0
+
+
+def test_a_tensor_may_be_written_to_and_shares_memory_that_may_be():
+    fixed = RGB.copy()
+    assert to_tensor(fixed)[0, 0, 0].data_ptr() == fixed.ctypes.data
+    fixed.flags.writeable = False
+    for array in (fixed, RGB[::-1], RGB[..., 0]):
+        tensor = to_tensor(array)
+        np.testing.assert_array_equal(tensor, array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
+        assert tensor.permute(1, 2, 0).is_contiguous()
+    to_tensor(fixed).zero_()
+    np.testing.assert_array_equal(fixed, RGB)
 
 
 def test_several_frames_are_refused(tmp_path):

@@ -313,9 +313,10 @@ def test_all_sets_together_keep_what_the_budget_holds_at_the_size_asked_for(scen
 
 def test_pictures_stay_on_the_device_where_they_fit_into_half_of_its_free_memory(scenes, monkeypatch):
     needed = Resident.nbytes(Augmented([CachedDataset(part, (32, 48))[i] for part in scenes for i in range(len(part))], None))
-    for free, stay in ((2 * needed, True), (2 * needed - 1, False)):
+    enough, gib = 2 * needed, needed / 2**30
+    for free, cache_gib, stay in ((enough, gib, True), (enough - 1, gib, False), (enough, gib - 2**-30, False)):
         monkeypatch.setattr("unetlib.loading.available_memory", lambda device, free=free: free)
-        assert isinstance(batches_of(scenes, augment_on="device").loader, Resident) is stay
+        assert isinstance(batches_of(scenes, augment_on="device", cache_gib=cache_gib).loader, Resident) is stay
 
 
 @pytest.mark.parametrize("place", ["workers", "device"])

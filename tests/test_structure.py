@@ -20,6 +20,8 @@ def test_a_network_differs_from_none_of_its_config(model):
     assert difference(model) is None
     assert difference(nn.SyncBatchNorm.convert_sync_batchnorm(model).double()) is None
     assert changed_module(copy.deepcopy(model), parts_of(model)) is None
+    model.encoder[0].norm1.momentum, model.encoder[0].act1.inplace = 0.5, False
+    assert difference(model.eval()) is None
 
 
 def test_networks_of_other_configs_differ_where_they_are_built_otherwise(model):

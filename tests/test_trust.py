@@ -76,6 +76,21 @@ def test_pictures_enlarged_to_terabytes_are_refused(folder, preprocessing):
         UNet.from_pretrained(rewrite(folder, preprocessing=preprocessing))
 
 
+def test_what_is_as_large_as_may_be_is_read():
+    assert trust.read_json("{" + " " * (trust.TEXT_LIMIT - 2) + "}") == {}
+    for preprocessing in ({"size": (2**14, 2**14)}, {"scale": 16.0}):
+        config, _ = trust.read_config({"model": {"features": [1] * 30}, "preprocessing": preprocessing})
+        assert config.depth == 30
+    for model, preprocessing in (([1] * 31, {}), ([1], {"size": (2**14, 2**14 + 1)}), ([1], {"scale": 16.1})):
+        with pytest.raises(ValueError, match=r"more than 30 fit no picture|are enlarged too far"):
+            trust.read_config({"model": {"features": model}, "preprocessing": preprocessing})
+
+
+def test_a_number_beyond_floats_is_no_value():
+    with pytest.raises(ValueError, match="a value is not possible"):
+        trust.read_config({"model": {}, "preprocessing": {"threshold": 10**400}})
+
+
 def test_a_number_seen_as_a_terabyte_is_refused(tmp_path):
     state = StudyUNet(features=(4, 8)).state_dict()
     state["downs.0.conv.0.weight"] = torch.zeros(1).expand(4, 10**9, 3, 3)
@@ -111,7 +126,8 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
 
 def test_tensors_that_are_not_plain_are_refused(tmp_path):
     state = StudyUNet(features=(4, 8)).state_dict()
-    for odd in (torch.zeros(1, 4, 1, 1, device="meta"), torch.zeros(1, 4, 1, 1).to_sparse(), torch.zeros(1, 4, 1, 1) * 1j):
+    zeros = torch.zeros(1, 4, 1, 1)
+    for odd in (zeros.to("meta"), zeros.to_sparse(), zeros * 1j, torch.nested.as_nested_tensor(zeros)):
         torch.save({"state_dict": {**state, "final_conv.weight": odd}}, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=r"odd\.pth: 'final_conv\.weight' is not a plain tensor of real numbers"):
             UNet.from_pretrained(tmp_path / "odd.pth")
@@ -161,6 +177,9 @@ def test_other_code_is_refused_and_the_way_out_works(tmp_path, value, code, monk
     path = tmp_path / "last.pth"
     torch.save({"state_dict": StudyUNet(features=(4, 8)).state_dict(), "args": value}, path)
     with pytest.raises(ValueError, match=rf"asks for the code {code}, .* if you trust the file: torch\.save") as error:
+        UNet.from_pretrained(path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # with which torch.load runs code unless told not to
+    with pytest.raises(ValueError, match=f"asks for the code {code}"):
         UNet.from_pretrained(path)
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"torch\.save\(.*'weights\.pth'\)", str(error.value))[0], {"torch": torch})
