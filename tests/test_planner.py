@@ -10,6 +10,7 @@ import torch
 from test_fast import fast_bfloat16
 
 from unetlib.fast import native_kernels, nnpack_kernels, planner
+from unetlib.fast.cuda import CudaLevel
 from unetlib.fast.levels import PlainLevel
 from unetlib.fast.native import NativeLevel
 from unetlib.fast.nnpack import NnpackLevel
@@ -36,6 +37,21 @@ def test_each_level_takes_the_fastest_way_that_suits_its_map(monkeypatch):
     }.items():
         assert way(channels, height, width) is expected
     assert set(asked) == {16, 64, 128, 256}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "only"),
+    [
+        ("cuda", torch.float16, CudaLevel),
+        ("cuda", torch.bfloat16, CudaLevel),
+        ("cuda", torch.float32, PlainLevel),
+        ("cpu", torch.float16, PlainLevel),
+        ("cpu", torch.float64, PlainLevel),
+    ],
+)
+def test_without_a_choice_there_is_one_way(device, dtype, only):
+    assert planner.plan(torch.device(device), dtype)(16, 640, 960) is only
+    assert planner.winograd_bytes([], torch.device(device), dtype) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
