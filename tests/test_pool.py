@@ -14,8 +14,10 @@ def test_a_block_is_handed_out_again_when_its_tensor_is_gone_and_not_before():
     place = first.data_ptr()
     second = pool.empty(30)
     assert second.data_ptr() != place
+    assert pool.free_bytes == 0
     del first
     gc.collect()
+    assert pool.free_bytes == 4 * 30
     assert pool.empty(4, 7).data_ptr() == place  # 28 numbers fit into 30
 
 
