@@ -51,7 +51,8 @@ def test_devices_are_there_or_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_device("cuda")
     check_device("cuda:1")
-    check_device("cuda:5", here=False)
+    for name in ("cuda:5", "mps"):
+        check_device(name, here=False)
     for name in ("cuda:2", "gpu", "cuda:x"):
         with pytest.raises(ValueError, match=f"device {name} is not to be had here; give cpu"):
             check_device(name)

@@ -884,6 +884,11 @@ def test_what_a_constructor_leaves_open_exports(norm):
     assert convert(state, norm=norm, activation="silu").config == model.config
 
 
+def test_a_family_that_takes_no_odd_sizes_leaves_their_match_open():
+    model = UNet.from_config(replace(convert(leejunhyun().state_dict()).config, match="zeros"))
+    leejunhyun().load_state_dict(export_state_dict(model, "leejunhyun"))
+
+
 def test_an_exports_widths_may_be_any():
     config = UNetConfig(
         features=(4, 6, 8), bottleneck=10, decoder_features=(2, 4, 6), mid_features=(3, 5, 7), up_features=(9, 8, 7)
