@@ -263,6 +263,7 @@ def test_one_error_counts_and_names_all_that_does_not_pair(folders):
     Image.new("L", (2, 2)).save(masks / "bbbbbbbbbbbb_02_mask.gif")
     Image.new("L", (2, 2)).save(masks / "aaaaaaaaaaaa_01_mask.jpg")
     (images / "notes.txt").touch()
+    (masks / "notes.txt").touch()
     (masks / "old.png").mkdir()
     for hidden in (images / ".DS_Store", masks / "Thumbs.db", masks / ".cache"):
         hidden.touch()
@@ -281,8 +282,9 @@ def test_one_error_counts_and_names_all_that_does_not_pair(folders):
         f"  {masks}/bbbbbbbbbbbb_02_mask.gif and {masks}/bbbbbbbbbbbb_02_mask.png",
         "1 x mask in a lossy format (draw or save it as PNG):",
         f"  {masks}/aaaaaaaaaaaa_01_mask.jpg",
-        "2 x stray file or folder:",
+        "3 x stray file or folder:",
         f"  {images}/notes.txt",
+        f"  {masks}/notes.txt",
         f"  {masks}/old.png",
     ]
 
