@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -46,6 +47,9 @@ def segment(args: argparse.Namespace) -> None:
     model = UNet.from_pretrained(args.model, device=args.device)
     if model.preprocessing.multilabel:
         raise ValueError(f"{args.model} is multilabel, and one file cannot hold masks that overlap; use model.predict(picture)")
+    count = max(2, model.config.out_channels)
+    unnamed = [f"class {k}" for k in range(count)] if count > 2 else ["background", "foreground"]
+    names = model.preprocessing.class_names or unnamed
     args.out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         start = time.perf_counter()
@@ -53,9 +57,10 @@ def segment(args: argparse.Namespace) -> None:
         mask = model.predict(image)
         seconds = time.perf_counter() - start
         mask_path, overlay_path = (args.out / f"{picture.stem}_{kind}.png" for kind in ("mask", "overlay"))
-        Image.fromarray(mask_to_image(mask, classes=max(2, model.config.out_channels))).save(mask_path)
+        Image.fromarray(mask_to_image(mask, classes=count)).save(mask_path)
         Image.fromarray(overlay(image, mask)).save(overlay_path)
-        print(f"{picture}: {(mask > 0).mean():.1%} foreground, {seconds:.2f} s -> {mask_path}, {overlay_path}")
+        shares = [f"{n / mask.size:.1%} {name}" for name, n in zip(names, np.bincount(mask.ravel())) if n]
+        print(f"{picture}: {', '.join(shares)}, {seconds:.2f} s -> {mask_path}, {overlay_path}")
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:

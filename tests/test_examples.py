@@ -159,6 +159,27 @@ def test_segmenting_several_classes(tmp_path):
     assert (np.asarray(Image.open(out / "a_mask.png")) == 255).all()
 
 
+@pytest.mark.parametrize(
+    ("channels", "class_names", "said"),
+    [
+        (1, None, "25.0% background, 75.0% foreground, "),
+        (2, ("sky", "tree"), "25.0% sky, 75.0% tree, "),
+        (4, None, "25.0% class 0, 50.0% class 1, 25.0% class 3, "),
+        (4, ("sky", "tree", "car", "road"), "25.0% sky, 50.0% tree, 25.0% road, "),
+    ],
+)
+def test_segmenting_says_the_share_of_each_class(tmp_path, monkeypatch, capsys, channels, class_names, said):
+    model = UNet(features=(8,), out_channels=channels)
+    model.preprocessing = Preprocessing(class_names=class_names)
+    model.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
+    mask = np.array([[0, 0, 1, 1], [1, 1, 3, 3]], np.uint8).clip(0, max(1, channels - 1))
+    monkeypatch.setattr(UNet, "predict", lambda *_: mask)
+    options = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    example("segment").main([str(tmp_path / "a.png"), *options])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'a.png'}: {said}")
+
+
 def test_what_cannot_be_segmented_is_one_clear_error(tmp_path):
     UNet(features=(8,)).save_pretrained(tmp_path / "model")
     (tmp_path / "file").write_text("no folder")
