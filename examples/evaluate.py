@@ -4,7 +4,7 @@ python examples/evaluate.py --images carvana/val --masks carvana/val_masks
 python examples/evaluate.py --images carvana/val --masks carvana/val_masks --tta mirror
 python examples/evaluate.py --synthetic 50                  # freshly rendered scenes; no data needed
 python examples/evaluate.py --model runs/carvana/model --synthetic 50
-python examples/evaluate.py --model nuclei --images nuclei/val --masks nuclei/val_masks --mask-suffix "" --objects
+python examples/evaluate.py --model nuclei --images nuclei/val --masks nuclei/val_masks --objects
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_options import ignored, set_aside
+from training_options import ignored, mask_suffix, set_aside
 from training_runs import without_traceback
 
 from unetlib import ImageMaskDataset, SegmentationMetrics, UNet, boundary_f_score
@@ -112,7 +112,8 @@ def load_data(
     values: Any = "nonzero" if args.nonzero else args.mask_values
     if args.ignore is not None:
         values = set_aside(values, args.ignore)
-    return ImageMaskDataset(args.images, args.masks, mask_suffix=args.mask_suffix, mode=mode, mask_values=values)
+    suffix = mask_suffix(args.mask_suffix, args.masks)
+    return ImageMaskDataset(args.images, args.masks, mask_suffix=suffix, mode=mode, mask_values=values)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,9 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="carvana", help="zoo name, folder, file or Hub repository (carvana)")
     parser.add_argument("--images", type=Path, help="folder of pictures")
     parser.add_argument("--masks", type=Path, help="folder of their masks")
-    parser.add_argument(
-        "--mask-suffix", default="_mask", help="what a mask's name has after its picture's (_mask); \"\" where names are equal"
-    )
+    parser.add_argument("--mask-suffix", help="what a mask's name has after its picture's (_mask if a mask has it, or nothing)")
     parser.add_argument("--nonzero", action="store_true", help="masks: 0 is background, all else foreground")
     parser.add_argument("--mask-values", type=int, nargs="+", help="one for each class, in their order")
     parser.add_argument("--ignore", type=int, metavar="VALUE", help="beside --mask-values: pixels of it do not count")

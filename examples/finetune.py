@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from train_carvana import train
-from training_options import IGNORED, parse_options, set_aside, starting_model, typed
+from training_options import IGNORED, mask_suffix, parse_options, set_aside, starting_model, typed
 from training_runs import only_run, without_traceback
 
 from unetlib import ImageMaskDataset, UNet, model_info
@@ -230,12 +230,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder as above")
     add("--val-last", type=int, default=0, metavar="N", help="hold out the last N pictures by name: slices, frames")
     add("--val-share", type=float, metavar="SHARE", help="hold out such a part at random (0.1)")
-    add("--mask-suffix", default="", help="what a mask's name has after its picture's, such as _mask (nothing)")
+    add("--mask-suffix", help="what a mask's name has after its picture's (_mask if a mask has it, or nothing)")
     add("--nonzero", action="store_true", help="two classes: 0 is background, all else is foreground")
     add("--ignore", type=int, metavar="VALUE", help="a mask's value whose pixels do not count, such as 255")
     add("--grey", action="store_true", help="read pictures as grey: one input channel")
     add("--own-size", action="store_true", help="predict at each picture's own size, as with --window, instead of --size")
     args = parse_options(parser, argv, out=Path("runs/finetuned"), epochs=100, batch_size=8)
+    args.mask_suffix = mask_suffix(args.mask_suffix, args.data / "train_masks")
     if args.val_share is not None and args.val_last:
         parser.error(f"--val-last {args.val_last} and --val-share {args.val_share} both hold out pictures; give one of the two")
     if args.val_share is not None and not 0 < args.val_share < 1:

@@ -246,6 +246,13 @@ def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
     return {**class_of_value([*values]), ignore: IGNORED}
 
 
+def mask_suffix(given: str | None, masks: Path) -> str:
+    """What a mask's name has after its picture's: as given, or else Carvana's where a file in the folder of masks has it."""
+    if given is not None:
+        return given
+    return "_mask" if masks.is_dir() and any(path.stem.endswith("_mask") for path in masks.iterdir()) else ""
+
+
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
     if args.schedule == "constant":
         return ConstantLR(optimizer, factor=1.0)

@@ -210,7 +210,7 @@ def test_each_picture_is_read_and_predicted_once_whatever_is_scored(example, tmp
     UNet(features=(8,), out_channels=3).save_pretrained(tmp_path / "model")
     read, get = [], ImageMaskDataset.__getitem__
     monkeypatch.setattr(ImageMaskDataset, "__getitem__", lambda part, k: read.append(k) or get(part, k))
-    folders = ["--images", str(data / "train"), "--masks", str(data / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(data / "train"), "--masks", str(data / "train_masks")]
     options = [*folders, "--mask-values", "0", "1", "2", "--objects", "--device", "cpu"]
     example("evaluate").main(["--model", str(tmp_path / "model"), *options])
     assert read == [0, 1, 2, 3]
@@ -221,7 +221,7 @@ def test_scores_of_each_class_and_without_what_does_not_count(example, tmp_path,
     model = UNet(out_channels=3, features=(8, 16))
     model.preprocessing = Preprocessing(class_names=("sky", "house", "road"))
     model.save_pretrained(tmp_path / "model")
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     options = ["--model", str(tmp_path / "model"), *folders, "--device", "cpu", "--ignore", "255"]
     example("evaluate").main([*options, "--mask-values", "0", "1", "2"])
     scores = json.loads(capsys.readouterr().out)
@@ -249,7 +249,7 @@ def test_a_value_among_the_classes_that_does_not_count_shifts_no_class(example, 
     assert (model.preprocessing.class_names, model.config.out_channels) == (("ground", "road", "car"), 3)
     assert np.unique(loaded(example, "--data", data, "--ignore", "2")[1][0][1]).tolist() == [0, 1, 2, 255]
     (entry,) = json.loads((tmp_path / "out" / "history.json").read_text())["epochs"]
-    folders = ["--images", str(data / "val"), "--masks", str(data / "val_masks"), "--mask-suffix", "", "--device", "cpu"]
+    folders = ["--images", str(data / "val"), "--masks", str(data / "val_masks"), "--device", "cpu"]
     options = [*folders, "--ignore", "2", "--mask-values", "0", "1", "3"]
     capsys.readouterr()
     example("evaluate").main(["--model", str(tmp_path / "out" / "model"), *options])
@@ -271,7 +271,7 @@ def test_a_class_that_does_not_count_in_scores_leaves_the_others_their_numbers(e
     model = UNet(features=(8,), out_channels=3)
     torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
     torch.nn.init.constant_(model.head.bias[-1:], 1.0)  # all of it is the last class
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     options = ["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu"]
     example("evaluate").main([*options, "--mask-values", "0", "1", "2", "--ignore", "0"])
     scores = json.loads(capsys.readouterr().out)
@@ -291,7 +291,7 @@ def test_no_class_to_score_is_left_out(example, capsys):
 def test_scores_of_several_classes_need_the_masks_values(example, tmp_path, capsys):
     write(tmp_path, values=(0, 2))  # each of which would be read as 0 and 1
     UNet(out_channels=3, features=(8,)).save_pretrained(tmp_path / "model")
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     for option, message in (
         ([], "the model has 3 classes (0, 1, 2); name the masks' values in their order, such as --mask-values 0 1 2; where"),
         (["--nonzero", "--mask-values", "0", "1", "2"], "give one, not both"),
@@ -316,7 +316,7 @@ def test_a_class_that_is_nowhere_has_no_score(example, tmp_path, capsys):
     model = UNet(features=(8,), out_channels=3)
     torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
     write(tmp_path, count=1, values=(0, 1))
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     options = ["--model", str(model.save_pretrained(tmp_path / "model")), "--device", "cpu", "--mask-values", "0", "1", "2"]
     example("evaluate").main([*options, *folders])
     printed = capsys.readouterr().out
@@ -331,7 +331,7 @@ def test_where_nothing_is_to_be_found_and_nothing_is_found_the_scores_are_null(e
     write(tmp_path, count=1, values=(0,))
     model = UNet(features=(8,))
     torch.nn.init.zeros_(model.head.weight), torch.nn.init.constant_(model.head.bias, -1.0)
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     options = ["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu", "--objects"]
     example("evaluate").main(options)
     scores = json.loads(capsys.readouterr().out, parse_constant=no_number)
@@ -348,7 +348,7 @@ def test_evaluation_takes_the_models_threshold(example, tmp_path, capsys, thresh
     model = UNet(features=(8,))
     torch.nn.init.zeros_(model.head.weight), torch.nn.init.zeros_(model.head.bias)
     model.preprocessing = Preprocessing(threshold=threshold)
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     example("evaluate").main(["--model", str(model.save_pretrained(tmp_path / "model")), *folders, "--device", "cpu"])
     assert json.loads(capsys.readouterr().out)["recall"] == recall
 
@@ -658,6 +658,36 @@ def test_a_bad_folder_is_one_clear_error(example, tmp_path, spoil, message):
         example("finetune").main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *TINY])
 
 
+def renamed(masks: Path, suffix: str) -> Path:
+    for mask in list(masks.iterdir()):
+        mask.rename(mask.with_stem(mask.stem + suffix))
+    return masks
+
+
+@pytest.mark.parametrize("suffix", ["", "_mask", "_seg"])
+def test_the_suffix_of_masks_is_found_where_it_is_carvanas_or_none(example, tmp_path, capsys, suffix):
+    data = write(tmp_path / "mine")
+    masks = renamed(data / "train_masks", suffix)
+    given = ["--mask-suffix", suffix] if suffix == "_seg" else []
+    names, train, val, _ = loaded(example, "--data", data, *given)
+    assert (names, len(train) + len(val)) == (["background", "foreground"], 4)
+    model = UNet(features=(8,)).save_pretrained(tmp_path / "model")
+    options = ["--model", str(model), "--images", str(data / "train"), "--device", "cpu", *given]
+    example("evaluate").main([*options, "--masks", str(masks)])
+    assert json.loads(capsys.readouterr().out)["pictures"] == 4
+    example("evaluate").main([*options[: -len(given) or None], "--masks", f"{masks}/*{suffix}"])  # a pattern says it all
+    assert json.loads(capsys.readouterr().out)["pictures"] == 4
+
+
+def test_a_picture_of_a_mask_is_told_by_its_users_word(example, tmp_path):
+    data = write(tmp_path / "mine")
+    for folder in ("train", "train_masks"):
+        (data / folder / "3.png").rename(data / folder / "gas_mask.png")
+    with pytest.raises(ValueError, match=r"give mask_suffix='' \(--mask-suffix\)"):
+        loaded(example, "--data", data)
+    assert len(loaded(example, "--data", data, "--mask-suffix", "")[1]) == 3
+
+
 def test_no_folder_is_told_from_one_of_another_layout(example, tmp_path):
     with pytest.raises(SystemExit, match=r"^--data nowhere: there is no such folder$"):
         example("finetune").main(["--data", "nowhere", "--out", str(tmp_path / "out"), *TINY])
@@ -724,7 +754,7 @@ def test_evaluation_scores_objects_and_edges(example, tmp_path, capsys, given, t
     with torch.no_grad():  # half of the pixels are found
         model.head.bias -= next(iter_logits(model, [tmp_path / "train" / "0.png"])).median()
     model.save_pretrained(tmp_path / "model")
-    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks"), "--mask-suffix", ""]
+    folders = ["--images", str(tmp_path / "train"), "--masks", str(tmp_path / "train_masks")]
     options = ["--objects", "--device", "cpu", *given]
     example("evaluate").main(["--model", str(tmp_path / "model"), *folders, *options])
     scores = json.loads(capsys.readouterr().out)
@@ -758,8 +788,6 @@ def test_evaluation_of_masks_with_more_values(example, tmp_path, capsys):
         str(tmp_path / "train"),
         "--masks",
         str(tmp_path / "train_masks"),
-        "--mask-suffix",
-        "",
         "--device",
         "cpu",
     ]
