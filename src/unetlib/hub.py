@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import whole_file
-from .trust import Weights, on_meta
+from .trust import Weights, is_weights_name, on_meta
 from .version import installed_version
 
 logger = logging.getLogger("unetlib")
@@ -29,13 +29,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_repository(name: str) -> bool:
-    """Whether a string has the form `owner/name`.
+    """Whether a string has the form `owner/name`, and no weights file's ending, by which `from_pretrained` takes it for one.
 
     Example:
-        >>> is_repository("someone/cars"), is_repository("./cars"), is_repository("../cars"), is_repository("a/b/c")
+        >>> is_repository("someone/cars"), is_repository("./cars"), is_repository("a/b/c"), is_repository("runs/best.pth")
         (True, False, False, False)
     """
-    return _REPOSITORY.fullmatch(name) is not None and ".." not in name
+    return _REPOSITORY.fullmatch(name) is not None and ".." not in name and not is_weights_name(name)
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
@@ -172,7 +172,8 @@ def push(
 
 def _checked_revision(repo: str, revision: str | None) -> str:
     if not is_repository(repo):
-        raise ValueError(f"expected a repository 'owner/name' on the Hugging Face Hub, got {repo!r}")
+        ending = ", of another ending than a weights file's" if is_weights_name(repo) else ""
+        raise ValueError(f"expected a repository 'owner/name' on the Hugging Face Hub{ending}, got {repo!r}")
     if revision is not None and not (_REVISION.fullmatch(revision) and ".." not in revision):
         raise ValueError(f"revision must be a branch, a tag or a commit, such as 'main', got {revision!r}")
     return revision or "main"

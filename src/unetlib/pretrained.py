@@ -41,7 +41,6 @@ logger = logging.getLogger("unetlib")
 
 ZOO = Path(__file__).parent / "zoo"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin")
 
 
 class Pretrained(NamedTuple):
@@ -299,11 +298,11 @@ def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
                 f"{name!r} is an address, which is not downloaded: fetch the file and give its path, or type 'owner/name' for "
                 "a Hugging Face Hub repository"
             )
-        if hub.is_repository(name) and not _is_file_name(name):
+        if hub.is_repository(name):
             return name
     if revision is not None:
         raise ValueError(f"revision= is for a Hub repository 'owner/name'; {str(name)!r} is none")
-    if not isinstance(name, str) or "/" in name or os.sep in name or name.startswith("~") or _is_file_name(name):
+    if not isinstance(name, str) or "/" in name or os.sep in name or name.startswith("~") or trust.is_weights_name(name):
         return hub.local_path(name)
     if name in list_pretrained():
         return ZOO / name
@@ -313,10 +312,6 @@ def _locate(name: str | os.PathLike[str], revision: str | None) -> Path | str:
         + (f" Did you mean {near[0]!r}?" if near else "")
         + f" For a folder of yours type './{name}', for a Hugging Face Hub repository 'owner/name'."
     )
-
-
-def _is_file_name(name: str) -> bool:
-    return name.endswith((".safetensors", *CHECKPOINT_SUFFIXES))
 
 
 def _zoo_names() -> str:
@@ -347,12 +342,12 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
         raise ValueError(f"{path} is a pointer of Git LFS, and the file itself is not here: type `git lfs pull` in its folder")
     if path.suffix == ".safetensors":
         found = _interpret(trust.read_safetensors(path, header_only=header_only), path, config)
-    elif path.suffix in CHECKPOINT_SUFFIXES:
+    elif path.suffix in trust.CHECKPOINT_SUFFIXES:
         found = _convert(trust.read_checkpoint(path, header_only=header_only), path)
     else:
         raise ValueError(
             f"{path} is no weights file by its name; expected .safetensors, or a checkpoint ending in "
-            + ", ".join(CHECKPOINT_SUFFIXES)
+            + ", ".join(trust.CHECKPOINT_SUFFIXES)
         )
     trust.check_size(found.state_dict, path)
     return found, path.stat().st_size

@@ -26,6 +26,8 @@ from torch import Tensor
 from .config import Preprocessing, UNetConfig
 from .version import installed_version
 
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin")
+
 TEXT_LIMIT = 2**20  # bytes of a config, a card or a safetensors header; those of a U-Net have some thousands
 DEPTH_LIMIT = 30  # levels: such a network needs pictures of 2**30 pixels a side
 PIXEL_LIMIT = 2**28  # of a picture after resizing: 16384 x 16384
@@ -52,6 +54,16 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a string ends like the name of a weights file.
+
+    Example:
+        >>> is_weights_name("model.safetensors"), is_weights_name("runs/my_checkpoint.pth.tar"), is_weights_name("carvana")
+        (True, True, False)
+    """
+    return name.endswith((".safetensors", *CHECKPOINT_SUFFIXES))
 
 
 def read_small(path: Path) -> bytes:
