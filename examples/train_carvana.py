@@ -239,7 +239,7 @@ def train(
                 best = entry
                 if rank == 0:
                     counts, scored_at = (len(names), len(val_set)), args.size if args.validate_at == "size" else None
-                    card = training_card(judged, name, description, best, command_typed(world), counts, scored_at)
+                    card = training_card(judged, name, description, best, command_typed(world), counts, scored_at, args.init)
                     with room_asked_for(args.out):
                         judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)

@@ -44,6 +44,20 @@ def test_the_card_of_a_run_says_at_which_size_it_scores(size, said):
     assert f"| 10 validation pictures {said}, mean of each |" in card
 
 
+@pytest.mark.parametrize(
+    ("start", "base"),
+    [(None, None), ("someone/cars", "someone/cars"), ("carvana", None), ("./runs/model", None), ("runs/unet.pth", None)],
+)
+def test_the_card_of_a_run_names_what_it_began_with(tmp_path, start, base):
+    scores = {"epoch": 3, "dice": 0.98, "iou": 0.961, "accuracy": 0.99}
+    card = training_card(UNet(features=(2,)), "cars", "Finds cars.", scores, "python train.py", (90, 10), start=start)
+    data = read(tmp_path, card)
+    assert (data.get("base_model"), data.get("base_model_relation")) == (base, base and "finetune")
+    assert pytest.importorskip("huggingface_hub").ModelCard(card).data.base_model == base
+    began = f", starting from `UNet.from_pretrained({start!r})`" if start else ""
+    assert f"\n90 pictures to train on{began}; epoch 3 of\n" in card
+
+
 def test_the_hubs_client_reads_it_too(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(model_card(UNet(features=(2,)), "a", "b/a"))

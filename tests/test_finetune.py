@@ -114,6 +114,8 @@ def test_three_classes_from_other_weights_say_what_is_replaced(example, tmp_path
     printed = capsys.readouterr().out
     assert "classes: sky, house, road\n" in printed
     assert "in_channels 3 -> 1, out_channels 1 -> 3" in printed
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f", starting from `UNet.from_pretrained('{tmp_path / 'old'}')`; epoch 1 of" in card
 
 
 @pytest.mark.parametrize("values", [(0, 1, 2, 255), (0, 1, 255), (10, 20, 30, 7)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import printable
+from .hub import is_repository
 from .trust import read_small
 from .version import installed_version
 
@@ -19,13 +20,15 @@ FRONT_MATTER_LIMIT = 2**16  # characters; reading YAML takes its time
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n((?:.*?\r?\n)??)---\r?(?:\n|\Z)", re.DOTALL)
 
 
-def model_card(model: UNet, title: str, source: str) -> str:
+def model_card(model: UNet, title: str, source: str, start: str | None = None) -> str:
     """A short card, filled from the model.
 
     Args:
         model: the network.
         title: the card's heading.
         source: what `from_pretrained` takes for it, in the card's example.
+        start: what `from_pretrained` took for the weights that training began with, of which a repository is the base model;
+            None: random ones, or not known.
 
     Returns:
         Markdown with YAML front matter; what is no text in a file's name is escaped, here and in `training_card`.
@@ -42,10 +45,11 @@ def model_card(model: UNet, title: str, source: str) -> str:
         size = "at its own size" if preprocessing.scale is None else f"at {preprocessing.scale} times its size"
     classes = ", ".join(preprocessing.class_names or ()) or "not named"
     overlap = ", which may overlap" if preprocessing.multilabel else ""
+    base = f"base_model: {start}\nbase_model_relation: finetune\n" if start and is_repository(start) else ""
     return printable(f"""---
 library_name: unetlib
 pipeline_tag: image-segmentation
-tags:
+{base}tags:
 - unet
 - image-segmentation
 ---
@@ -73,6 +77,7 @@ def training_card(
     command: str,
     pictures: tuple[int, int],
     size: Sequence[int] | None = None,
+    start: str | None = None,
 ) -> str:
     """The card of weights that were just trained: what they are, how they came about and what they score.
 
@@ -84,6 +89,7 @@ def training_card(
         command: what was run.
         pictures: how many were trained on, and how many validated on.
         size: (H, W) at which these were scored; None: at their own size.
+        start: as `model_card`; None: random weights.
 
     Returns:
         What `model_card` gives, then description, recipe and a table of the scores.
@@ -96,12 +102,13 @@ def training_card(
         | epoch 3, the best by Dice | 0.9800 | 0.9610 | 99.00% |
     """
     scored_at = "at their own size" if size is None else "at {}x{}".format(*size)
-    return printable(f"""{model_card(model, name, f"path/to/{name}")}
+    began = "" if start is None else f", starting from `UNet.from_pretrained({start!r})`"
+    return printable(f"""{model_card(model, name, f"path/to/{name}", start)}
 {description}
 
 ## Recipe
 
-{pictures[0]} pictures to train on; epoch {scores["epoch"]:.0f} of
+{pictures[0]} pictures to train on{began}; epoch {scores["epoch"]:.0f} of
 
 ```bash
 {command}
