@@ -773,9 +773,9 @@ def test_keys_of_different_depths_are_refused():
 def test_a_state_dict_of_unetlibs_own_is_pointed_to_load_state_dict(wrap):
     model = randomize(UNet(features=(4, 8)))
     checkpoint, twin = wrap(model), UNet(features=(4, 8))
-    with pytest.raises(ValueError, match="looks like a unetlib UNet's: build that UNet, then call load_state_dict") as refused:
+    with pytest.raises(ValueError, match="looks like a unetlib UNet's, without its config: build that network") as refused:
         convert(checkpoint)
-    advice = re.findall(r"load_state_dict\((.*)\) and save_pretrained", str(refused.value))[0]
+    advice = re.findall(r"model\.load_state_dict\((.*)\) and model\.save_pretrained", str(refused.value))[0]
     twin.load_state_dict(eval(advice, {"checkpoint": checkpoint}))  # the advice can be followed
     assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
 

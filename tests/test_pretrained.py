@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import socket
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -434,6 +436,33 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(zoo, no_network
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*; the zoo's models are: carvana, carvana-small"):
         UNet.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["bare.pt", "bare.safetensors"])
+def test_what_to_type_for_a_file_begins_with_the_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    model = UNet(features=(5,))
+    save_file(model.state_dict(), name) if name.endswith("s") else torch.save({"model": model.state_dict()}, name)
+    with pytest.raises(ValueError, match="here checkpoint = ") as error:
+        UNet.from_pretrained(name)
+    checkpoint = eval(str(error.value).partition("here checkpoint = ")[2], {"torch": torch, "safetensors": safetensors})
+    again = re.findall(r"type (model\.load_state_dict\(.*?\)) and ", str(error.value))[0]
+    eval(again, {"model": UNet(features=(5,)), "checkpoint": checkpoint})
+    torch.save({"inc.double_conv.0.weight": torch.ones(2)}, "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: ") as error:
+        UNet.from_pretrained("other.pt")
+    assert "here" not in str(error.value)  # nothing to type
+
+
+def test_a_revision_behind_a_name_is_told_where_it_belongs(zoo, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"owner/name@v1\.0; for a revision .* type 'owner/name', revision='v1\.0'; the zoo"
+    ):
+        UNet.from_pretrained("owner/name@v1.0")
+    (tmp_path / "owner").mkdir()
+    UNet(features=(5,)).save_pretrained("owner/name@v1.0")
+    assert UNet.from_pretrained("owner/name@v1.0").config.features == (5,)
 
 
 @pytest.mark.parametrize("name", ["https://github.com/owner/name/unet.pth", "https://huggingface.co/a/b", "hf-hub:owner/name"])

@@ -459,7 +459,8 @@ def _unknown_message(state: Mapping[str, Any], source: str) -> str:
             return f"{message}{_list(others)} are not under {prefix!r}: call convert on the rest, {_peeled(source, prefix)}"
     if "bottleneck.conv1.weight" in state:  # what stands in its config cannot be told from tensors
         return (
-            f"{message}it looks like a unetlib UNet's: build that UNet, then call load_state_dict({source}) and save_pretrained"
+            f"{message}it looks like a unetlib UNet's, without its config: build that network as model = UNet(...), then type "
+            f"model.load_state_dict({source}) and model.save_pretrained('folder'), which from_pretrained reads"
         )
     if len(unmatched[nearest]) < len(state):
         return message + f"the nearest, {nearest}, has no {_list(keys)}"

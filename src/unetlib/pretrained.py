@@ -337,7 +337,10 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
             raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{inside}")
         path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"no file or folder {path}; the zoo's models are: {_zoo_names()}")
+        repo, _, revision = path.as_posix().partition("@")
+        is_meant = hub.is_repository(repo) and revision
+        typed = f"; for a revision of a repository type {repo!r}, revision={revision!r}" if is_meant else ""
+        raise FileNotFoundError(f"no file or folder {path}{typed}; the zoo's models are: {_zoo_names()}")
     if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a pointer of Git LFS, and the file itself is not here: type `git lfs pull` in its folder")
     if path.suffix == ".safetensors":
@@ -373,7 +376,13 @@ def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
     try:
         converted = convert(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        said = f"{source}: {error}"
+        # In what to type, the word stands for what `convert` was given.
+        if isinstance(source, Path) and re.search(r"\bcheckpoint[\[.,)]", str(error)):
+            safe = source.suffix == ".safetensors"
+            load = "safetensors.torch.load_file({!r})" if safe else "torch.load({!r}, map_location='cpu')"
+            said += f"; here checkpoint = {load.format(str(source))}"
+        raise ValueError(said) from error
     return Pretrained(converted.config, converted.state_dict, converted.preprocessing)
 
 
