@@ -223,12 +223,23 @@ def test_a_pattern_leaves_out_what_does_not_fit_and_reports_what_does_not_pair(t
         ImageMaskDataset(tmp_path / "*_*", tmp_path / "label_*")
 
 
+@pytest.mark.parametrize("pattern", ["img_?.png", "img_[0-9].png", "img_[0-9]*", "{img,photo}_*", "*?.png", "**/img_*"])
+def test_other_wildcards_than_the_star_are_told_of(tmp_path, pattern):
+    for name in ("img_1", "img_2"):
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    for folders in ((pattern, "img_*"), ("img_*", pattern)):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"; only one \* is understood, in the names of files, as in"):
+            ImageMaskDataset(*(tmp_path / folder for folder in folders))
+    with pytest.raises(ValueError, match=r"there are no pictures \(.*\) in .*none_\*$"):
+        ImageMaskDataset(tmp_path / "none_*", tmp_path / "nothing_*")
+
+
 @pytest.mark.parametrize(
     ("mask", "mask_suffix", "advice"),
     [
         ("{}_segmentation", "", "give mask_suffix='_segmentation' (--mask-suffix)."),
         ("{}", "_mask", "give mask_suffix='' (--mask-suffix)."),
-        ("mask_{}", "", "write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*'."),
+        ("mask_{}", "", "write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*' (--images, --masks)."),
     ],
 )
 def test_where_nothing_pairs_the_error_says_what_to_type(tmp_path, mask, mask_suffix, advice):

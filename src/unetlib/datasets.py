@@ -459,7 +459,8 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str
     if image_folder.resolve() == mask_folder.resolve():
         if not mask_suffix and image_pattern == mask_pattern:
             raise ValueError(
-                f"pictures and masks are both in {image_folder}; tell them apart by mask_suffix='_mask' or similar"
+                f"pictures and masks are both in {image_folder}; tell them apart by mask_suffix='_mask' or similar "
+                "(--mask-suffix)"
             )
         if mask_suffix or mask_pattern != "*":
             mask_files = {path: key for path, key in mask_files.items() if key.endswith(mask_suffix)}
@@ -530,14 +531,19 @@ def _folder_and_pattern(path: Path) -> tuple[Path, str]:
 
 def _list_folder(folder: Path, pattern: str) -> dict[Path, str]:
     """What is in a folder and fits a pattern, each with what the `*` stands for, by which pictures and masks pair up."""
+    others = {*folder.name, *pattern.replace("*", "")} & {*"*?[{"}
+    wildcards = "; only one * is understood, in the names of files, as in img_*" if others else ""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(folder)!r}")
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}{wildcards}")
     ending = "" if _names_a_format(pattern) else r"(\.[^.]*)?"
     form = re.compile(re.escape(pattern).replace(r"\*", "(.*?)") + ending, re.DOTALL)
     files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower() not in _SYSTEM_FILES]
     # Names that come from a Mac may have their accents apart.
     matches = ((path, form.fullmatch(unicodedata.normalize("NFC", path.name))) for path in files)
-    return {path: match[1] for path, match in matches if match}
+    found = {path: match[1] for path, match in matches if match}
+    if wildcards and not found:
+        raise ValueError(f"no file in {folder} fits {pattern!r}{wildcards}")
+    return found
 
 
 def _names_a_format(pattern: str) -> bool:
@@ -560,7 +566,10 @@ def _advice(image: str, masks: Iterable[str]) -> str:
     """What to type where no mask has the name of a picture."""
     if longer := [mask for mask in masks if mask.startswith(image)]:
         return f"If they belong together, give mask_suffix={min(longer, key=len).removeprefix(image)!r} (--mask-suffix)."
-    return "If they belong together, write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*'."
+    return (
+        "If they belong together, give them the same names, or write * for what their names share, as in 'pictures/img_*' and "
+        "'masks/mask_*' (--images, --masks)."
+    )
 
 
 def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:

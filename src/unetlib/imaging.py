@@ -507,8 +507,8 @@ def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> V
     zero = "(0, 0, 0)" if are_colors else "0"
     return ValueError(
         f"{_name(source)} holds {_describe(values, are_colors)}, but a binary mask holds {zero} and one other. "
-        f"If these are classes, name them: mask_values=({zero}, ...). If all but {zero} is foreground: "
-        'mask_values="nonzero". If a lossy format (JPEG) made them, draw or save the mask again as PNG.'
+        f"If these are classes, name them: mask_values=({zero}, ...) (--mask-values). If all but {zero} is foreground: "
+        'mask_values="nonzero" (--nonzero). If a lossy format (JPEG) made them, draw or save the mask again as PNG.'
     )
 
 
