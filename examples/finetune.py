@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from train_carvana import train
 from training_options import IGNORED, mask_suffix, parse_options, set_aside, starting_model, typed
 from training_runs import only_run, without_traceback
@@ -29,7 +28,7 @@ from training_runs import only_run, without_traceback
 from unetlib import ImageMaskDataset, UNet, model_info
 from unetlib.console import print_any_letter
 from unetlib.distributed import joined_processes
-from unetlib.imaging import is_binary
+from unetlib.imaging import is_binary, opened
 
 MOST_VALUES = 32  # more in masks without classes.txt are numbered objects or soft edges, hardly classes
 
@@ -121,20 +120,17 @@ def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
     palettes: set[tuple[int, Any]] = set()
     bits: set[Any] = set()  # of masks with one bit a pixel
     for path in masks:
-        try:
-            with Image.open(path) as mask:
-                if mask.mode == "1":
-                    bits |= set(np.unique(np.asarray(mask, np.uint8)).tolist())
-                elif len(mask.getbands()) == 1:
-                    numbers = np.unique(np.asarray(mask)).tolist()
-                    found |= {int(number) if number == number // 1 else number for number in numbers}  # whole ones of floats
-                    if mask.mode == "P":
-                        palette = [*mask.getpalette("RGB"), *[0] * 768]  # entries that the file leaves out are black
-                        palettes |= {(number, tuple(palette[3 * number : 3 * number + 3])) for number in numbers}
-                else:
-                    found |= {colour for _, colour in mask.convert("RGB").getcolors(mask.width * mask.height)}
-        except Exception as error:  # inside a decoder a broken file can raise nearly anything
-            raise ValueError(f"{path} cannot be read as a picture ({error}). Replace or remove it.") from error
+        with opened(path) as mask:
+            if mask.mode == "1":
+                bits |= set(np.unique(np.asarray(mask, np.uint8)).tolist())
+            elif len(mask.getbands()) == 1:
+                numbers = np.unique(np.asarray(mask)).tolist()
+                found |= {int(number) if number == number // 1 else number for number in numbers}  # whole ones of floats
+                if mask.mode == "P":
+                    palette = [*mask.getpalette("RGB"), *[0] * 768]  # entries that the file leaves out are black
+                    palettes |= {(number, tuple(palette[3 * number : 3 * number + 3])) for number in numbers}
+            else:
+                found |= {colour for _, colour in mask.convert("RGB").getcolors(mask.width * mask.height)}
     if found in ({255}, {0, 255}):
         bits.discard(1)  # white, as their 255 is
     found |= bits

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from needs import needs_data
 from PIL import Image
@@ -634,6 +635,11 @@ def no_picture(folder: Path) -> None:
     (folder / "train_masks" / "1.png").write_text("no picture")
 
 
+def wide_integers(folder: Path) -> None:
+    tifffile.imwrite(folder / "train_masks" / "1.tif", np.eye(8, dtype=np.int64))
+    (folder / "train_masks" / "1.png").unlink()
+
+
 def colours_and_numbers(folder: Path) -> None:
     Image.open(folder / "train_masks" / "1.png").convert("RGB").save(folder / "train_masks" / "1.png")
 
@@ -651,6 +657,7 @@ def colours_and_numbers(folder: Path) -> None:
         (one_value, "the masks hold the one value 0"),
         (cut_off, r"train_masks/1\.png cannot be read as a picture \(.*\)\. Replace or remove it"),
         (no_picture, r"train_masks/1\.png cannot be read as a picture \(.*\)\. Replace or remove it"),
+        (wide_integers, r"train_masks/1\.tif cannot be read .*, save array\.astype\(numpy\.uint16\) instead"),
         (colours_and_numbers, "some masks hold numbers and others colours"),
     ],
 )

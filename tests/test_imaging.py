@@ -301,7 +301,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.png"):
         read_image(tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture \(.*\)\. Replace or remove it\.$"):
         read_image(tmp_path / "text.png")
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "half.jpg")
     whole = (tmp_path / "half.jpg").read_bytes()
@@ -310,6 +310,15 @@ def test_unreadable_files(tmp_path):
         read_image(tmp_path / "half.jpg")
     with pytest.raises(ValueError, match="mode must be"):
         read_image(tmp_path / "half.jpg", "RGBA")
+
+
+def test_masks_of_64_bit_integers_are_told_how_to_be_saved(tmp_path):
+    labels, path = np.arange(12).reshape(3, 4), tmp_path / "labels.TIF"
+    tifffile.imwrite(path, labels)
+    with pytest.raises(ValueError, match=r"of 64 bits, .*, save array\.astype\(numpy\.uint16\) instead\.$"):
+        read_mask(path, range(12))
+    tifffile.imwrite(path, labels.astype(np.uint16))
+    np.testing.assert_array_equal(read_mask(path, range(12)), labels)
 
 
 def test_what_is_no_path_is_named_by_its_type():

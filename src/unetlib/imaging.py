@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def image_size(source: Source, *, upright: bool = True) -> tuple[int, int]:
         >>> image_size(Image.new("RGB", (48, 32)))
         (32, 48)
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         width, height = image.size
         return (width, height) if upright and _lies_on_its_side(image) else (height, width)
 
@@ -293,8 +293,23 @@ def _name(source: Source) -> str:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
-    """The picture, not yet decoded, with one error for all that can be wrong with a file while it is in use."""
+def opened(source: Source) -> Iterator[Image.Image]:
+    """The picture, not yet decoded, with one error for all that can be wrong with a file while it is in use.
+
+    Args:
+        source: As `read_image`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read as a picture, or has more pixels than Pillow opens.
+        MemoryError: There is too little memory for it.
+        TypeError: `source` is none of these.
+
+    Example:
+        >>> with opened(Image.new("P", (2, 1))) as image:
+        ...     image.mode
+        'P'
+    """
     if not isinstance(source, (str, PathLike, Image.Image)) and not hasattr(source, "read"):
         is_bytes = isinstance(source, (bytes, bytearray, memoryview))
         advice = "of a file's bytes: io.BytesIO(them)" if is_bytes else "of an array: PIL.Image.fromarray(array)"
@@ -318,8 +333,10 @@ def _opened(source: Source) -> Iterator[Image.Image]:
                     f"{source} is a folder; give a file in it (`predict` takes lists, examples/predict_folder.py folders)"
                 ) from error
             raise ValueError(f"{_name(source)} cannot be opened: {error.strerror}") from error
-        cause = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{_name(source)} cannot be read as a picture ({cause}). Replace or remove it.") from error
+        advice = "Replace or remove it."
+        if isinstance(error, UnidentifiedImageError) and _name(source).lower().endswith((".tif", ".tiff")):
+            advice += " If it holds integers of 64 bits, as NumPy makes them, save array.astype(numpy.uint16) instead."
+        raise ValueError(f"{_name(source)} cannot be read as a picture ({type(error).__name__}: {error}). {advice}") from error
 
 
 def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: bool = False) -> tuple[Image.Image, int]:
@@ -327,7 +344,7 @@ def _load(source: Source, min_size: tuple[int, int] | None = None, *, exact: boo
 
     `exact`: refuse what Pillow rounds.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         bits, refusal = _bits(image), _refusal(image, source, exact)
         if refusal is None:
             return _decoded(image, None if image is source else min_size), bits  # the caller's stays at its size
