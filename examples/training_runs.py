@@ -52,7 +52,8 @@ def only_run(args: argparse.Namespace, process: Process) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            print(f"interrupted; the same command {again(args.out)}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # Ctrl-C reaches all processes of one machine
+                print(f"interrupted; the same command {again(args.out)}", file=sys.stderr)
             raise SystemExit(130) from None  # as the shell has it
         except torch.OutOfMemoryError as error:
             raise SystemExit(

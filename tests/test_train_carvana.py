@@ -316,6 +316,17 @@ def test_an_interrupt_while_pictures_are_looked_for_is_one_line_too(script, data
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_an_interrupt_of_several_processes_is_one_line_on_each_machine(
+    script, data, tmp_path, monkeypatch, capsys, local_rank, lines
+):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(script, "load_data", given_scores())
+    with pytest.raises(SystemExit, match="130"):
+        script.main(["--data", str(data), "--out", str(tmp_path / "out"), *TINY])
+    assert capsys.readouterr().err == lines * "interrupted; the same command starts anew\n"
+
+
 def test_pictures_a_second_of_a_resumed_epoch_are_those_of_its_rest(script, data, tmp_path, monkeypatch):
     options = ["--data", str(data), "--out", str(tmp_path), *TINY, "--epochs", "1", "--checkpoint-every", "1"]
     save = script.save_checkpoint
