@@ -640,7 +640,7 @@ def test_grey_saved_as_rgb_has_numbers_and_colour_has_none():
 
 def test_a_value_that_is_no_class_is_named(tmp_path):
     Image.fromarray(np.array([[0, 1, 3, 9]], np.uint8)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png holds the values 3, 9, which mask_values=\(0, 1, 2\) does not name"):
+    with pytest.raises(ValueError, match=r"x\.png holds .* 3, 9, which mask_values=\(0, 1, 2\) does not name\. .*--ignore"):
         read_mask(tmp_path / "x.png", (0, 1, 2))
     with pytest.raises(ValueError, match=r"the given picture holds the colour \(9, 9, 9\), which"):
         read_mask(Image.new("L", (2, 2), 9), [(0, 0, 0), (1, 1, 1)])

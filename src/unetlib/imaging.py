@@ -198,7 +198,7 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     if not named.all():
         raise ValueError(
             f"{_name(source)} holds {_describe(values[~named], by_color)}, which mask_values={mask_values!r} "
-            "does not name. Name it too, or mend the mask."
+            "does not name. Name it too, or mend the mask (--mask-values; --ignore if it does not count)."
         )
     return np.repeat(labels, np.diff(starts, append=flat.size)).reshape(pixels.shape)
 
