@@ -18,6 +18,7 @@ import torch
 from needs import needs_halves, needs_native, needs_nnpack
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from unetlib import Preprocessing, UNet
 from unetlib.fast import levels, native_kernels, network, nnpack_kernels, optimize_for_inference, planner
@@ -379,7 +380,8 @@ def test_results_may_be_changed_and_derived_from(way, size):
 
 def test_a_graph_would_lack_native_code_and_is_refused():
     fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
-    for graph in (torch.jit.trace, partial(torch.export.export, strict=False)):
+    fast(x)  # so that all is native, of which PyTorch sees nothing
+    for graph in (torch.jit.trace, partial(torch.export.export, strict=False), lambda fast, xs: make_fx(fast)(*xs)):
         with pytest.raises(TypeError, match=r"a fast copy cannot be traced or exported, .*; take the UNet"):
             graph(fast, (x,))
     assert fast(x).shape == (2, 1, 40, 56)

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..arguments import not_a_unet
 from ..memory import available_memory, keep_freed, release_freed
@@ -184,7 +185,7 @@ class FastUNet(nn.Module):
             TypeError: within a trace or an export; for a tensor that lies nowhere in memory.
             ValueError: as `UNet.forward`; for pictures on another device, and on a CPU for NaN or infinity that it hides.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode():  # type: ignore[attr-defined, no-untyped-call]
             raise TypeError("a fast copy cannot be traced or exported, as most of its work is in no graph; take the UNet")
         check_input(x, self.config)
         if x.device != self.device:
