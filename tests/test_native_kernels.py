@@ -59,6 +59,17 @@ def test_the_pooled_map_is_that_of_the_result(size, halves):
     assert torch.equal(pooled, F.max_pool2d(found, 2))
 
 
+@needs_native
+@pytest.mark.parametrize("size", [(9, 9), (20, 20)])  # directly, and by tiles
+@pytest.mark.parametrize("place", [(4, 4), (4, 5), (5, 4), (5, 5)])
+def test_nan_is_pooled_wherever_it_lies_in_a_window(size, place):
+    width = lanes()
+    x, pooled = map_of(width, *size), map_of(width, size[0] // 2, size[1] // 2)
+    x[..., place[0], place[1]] = float("nan")
+    found = NativeConv(random(width, width, 3, 3), random(width), relu=True)(x, pooled=pooled)
+    assert torch.equal(pooled.isnan(), F.max_pool2d(found, 2).isnan())
+
+
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """To the nearest number of bfloat16."""
     return x.bfloat16().double()

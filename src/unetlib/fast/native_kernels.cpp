@@ -120,7 +120,12 @@ INLINE void stream(float *place, Vector vector) {
     _mm256_stream_ps(place, (__m256)vector);
 #endif
 }
-INLINE Vector larger(Vector a, Vector b) { return a < b ? b : a; }
+INLINE Vector larger(Vector a, Vector b) { return a < b ? b : a; }  // NaN where a is
+INLINE Vector larger_or_nan(Vector a, Vector b) { return b == b ? larger(a, b) : b; }
+
+INLINE Vector largest(Vector a, Vector b, Vector c, Vector d) {
+    return larger_or_nan(larger_or_nan(a, b), larger_or_nan(c, d));
+}
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -257,7 +262,7 @@ void write_tile(const Convolution &of, const float *products, int64_t step, int6
     for (int i = 0; i + 1 < rows; i += 2)
         for (int j = 0; j + 1 < columns; j += 2)
             store(pooled + (i / 2 * width + j / 2) * of.out_channels,
-                  larger(larger(y[i][j], y[i][j + 1]), larger(y[i + 1][j], y[i + 1][j + 1])));
+                  largest(y[i][j], y[i][j + 1], y[i + 1][j], y[i + 1][j + 1]));
 }
 
 template <bool halves>
@@ -369,7 +374,7 @@ void by_pixels(const Convolution &of, Member &member) {
                 const int64_t corner = y / (of.height / 2) * area + y % (of.height / 2) * 2 * of.width + 2 * x;
                 const float *from = of.out + corner * of.out_channels + channel, *below = from + of.width * of.out_channels;
                 store(of.pooled + (y * (of.width / 2) + x) * of.out_channels + channel,
-                      larger(larger(load(from), load(from + of.out_channels)), larger(load(below), load(below + of.out_channels))));
+                      largest(load(from), load(from + of.out_channels), load(below), load(below + of.out_channels)));
             }
     });
 }
