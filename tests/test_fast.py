@@ -547,6 +547,20 @@ def test_pictures_that_are_no_numbers_give_no_logits_that_look_right(way, option
             assert not fast(x)[1].isfinite().all()
 
 
+@needs_native
+@pytest.mark.parametrize("size", [(24, 5), (40, 56)])  # the first one's maps are small enough to be convolved directly
+@pytest.mark.parametrize("features", [(16, 32), (16, 8)])  # of the second one a level is oneDNN's
+def test_logits_are_nan_wherever_those_of_the_model_are(monkeypatch, features, size):
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: NativeLevel)
+    model = trained(features=features)
+    fast = optimize_for_inference(model)
+    for place in range(size[0]):
+        x = pictures(model, *size, count=1)
+        x[0, 1, place, 2] = float("nan")
+        with suppress(ValueError):  # or they are refused
+            assert fast(x).isnan()[model(x).isnan()].all()
+
+
 def test_pictures_whose_nan_would_be_hidden_are_refused(monkeypatch):
     monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: OnednnLevel)
     fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)

@@ -213,7 +213,7 @@ class FastUNet(nn.Module):
         """The pass itself, as in `UNet.forward`."""
         size, skips = x.shape[-2:], []
         *levels, bottom = self._levels_for(size)
-        if levels[0].hides_nan:
+        if any(level.hides_nan for level in (*levels, bottom)):
             check_finite(x)
         ends = self._ends_for(levels[0])
         x = ends.split(x)
