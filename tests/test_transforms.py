@@ -125,6 +125,18 @@ def test_a_large_mask_is_reduced_as_pytorch_does(size, soft):
     torch.testing.assert_close(resized, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_a_large_mask_is_reduced_alike_whatever_the_default_type(default):
+    mask = torch.rand(601, 443)
+    expected = Resize((97, 131))(tv_tensors.Mask(mask)).as_subclass(torch.Tensor)
+    torch.set_default_dtype(default)
+    try:
+        resized = Resize((97, 131))(tv_tensors.Mask(mask)).as_subclass(torch.Tensor)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(resized, expected, rtol=0, atol=0)
+
+
 def test_the_range_of_a_float_mask_is_kept():
     for size in ((53, 79), (230, 79)):
         full = Resize(size)(tv_tensors.Mask(torch.ones(430, 643)))

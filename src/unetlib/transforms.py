@@ -280,10 +280,10 @@ def _with_fewer_rows(mask: torch.Tensor, height: int) -> torch.Tensor:
     if not slow or rows < 2 * height:
         return mask
     reach = rows / height  # of a new row, up and down from its middle
-    middle = (torch.arange(height, device="cpu")[:, None] + 0.5) * reach
+    middle = (torch.arange(height, dtype=mask.dtype, device="cpu")[:, None] + 0.5) * reach
     summed = middle.long() + torch.arange(-math.ceil(reach), math.ceil(reach) + 1, device="cpu")
     inside = summed.clamp(0, rows - 1)
-    weights = (1 - (summed + 0.5 - middle).abs() / reach).clamp(min=0) * (summed == inside)
+    weights = (1 - (summed - middle + 0.5).abs() / reach).clamp(min=0) * (summed == inside)
     weights /= weights.sum(1, keepdim=True)
     return torch.nn.functional.embedding_bag(inside, mask[0], mode="sum", per_sample_weights=weights)[None]
 
