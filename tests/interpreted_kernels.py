@@ -14,7 +14,7 @@ from test_fast import error, pictures, trained
 
 from unetlib.blocks import split_patches
 from unetlib.fast import cuda, cuda_kernels, network, optimize_for_inference, planner
-from unetlib.fast.cuda_kernels import Conv3x3, Head, UpConv2x2, place_and_pool
+from unetlib.fast.cuda_kernels import Conv3x3, Conv3x3Head, Head, UpConv2x2, place_and_pool
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -100,6 +100,20 @@ def test_logits_become_pixels(size, channels, classes, side):
     torch.testing.assert_close(found.double(), F.pixel_shuffle(expected, side), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (5, 9)])
+@pytest.mark.parametrize(("in_channels", "out_channels", "classes"), [(8, 8, 1), (16, 24, 3), (64, 64, 1), (3, 5, 2)])
+def test_a_convolution_goes_on_to_the_logits(size, in_channels, out_channels, classes, side):
+    results = classes * side**2
+    weight, bias, x = drawn(out_channels, in_channels, 3, 3), drawn(out_channels), drawn(2, in_channels, *size)
+    head, head_bias = drawn(results, out_channels, 1, 1), drawn(results)
+    expected = F.conv2d(exact(x, weight, bias), head.double(), head_bias.double())
+    found = Conv3x3Head(weight, bias, head, head_bias, side, rows=4, columns=8)(x)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), F.pixel_shuffle(expected, side), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("side", [1, 2, 3])
 @pytest.mark.parametrize("size", [(2, 3), (9, 17), (8, 12)])
@@ -120,6 +134,8 @@ def test_what_is_no_number_is_not_hidden():
     x[0, 3, 3, 1] = float("nan")
     out = buffer(1, 8, 4, 4)
     Conv3x3(weight, torch.zeros(8), rows=4, columns=8)(x, out, pooled)
+    logits = Conv3x3Head(weight, torch.zeros(8), drawn(1, 8, 1, 1), drawn(1), 1, rows=4, columns=8)(x)
+    assert torch.equal(logits.isnan(), out.isnan()[:, :1])
     assert torch.equal(out.isnan(), exact(x, weight, torch.zeros(8)).isnan())  # nor seen where it is not
     for _ in range(2):
         assert torch.equal(pooled.isnan()[0, 0], torch.tensor([[False, False], [True, True]]))
@@ -131,8 +147,9 @@ def test_a_network_all_of_kernels(monkeypatch, size, skip_first, side):
     chosen = []
 
     def milliseconds(function: partial) -> float:
-        chosen.append(type(function.func))
-        return float(chosen[-1] not in (cuda._Kernel, cuda._KernelUp, cuda._KernelHead))
+        route = function.func
+        chosen.extend((type(route.conv), type(route.head)) if isinstance(route, cuda._Last) else [type(route)])
+        return float(chosen[-1] not in (cuda._Kernel, cuda._KernelUp, cuda._KernelLast))
 
     monkeypatch.setattr(cuda, "_milliseconds", milliseconds)
     monkeypatch.setattr(cuda, "_winners", {})
@@ -144,6 +161,7 @@ def test_a_network_all_of_kernels(monkeypatch, size, skip_first, side):
     fast = optimize_for_inference(model, dtype=torch.float16)
     assert error(fast(x), model(x)) <= 5e-3
     assert fast._ends[cuda.CudaLevel]._kernel_is_right == {torch.float32: True}
-    assert chosen.count(cuda._Kernel) == 5  # right on every layer; two are of one shape
+    assert chosen.count(cuda._Kernel) == 7 - side  # right on every layer; of patches two are of one shape
     assert chosen.count(cuda._KernelUp) == 1  # at odd sizes too
-    assert chosen.count(cuda._KernelHead) == 1
+    assert chosen.count(cuda._KernelHead) == 2  # after each of the convolutions that a CPU has
+    assert chosen.count(cuda._KernelLast) == 1

@@ -6,6 +6,7 @@ import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -88,8 +89,8 @@ def test_without_any_of_the_libraries_there_is_the_plain_route(cuda_level, monke
     model = trained()
     x = pictures(model, 40, 56)
     assert error(optimize_for_inference(model)(x), model(x)) <= 1e-5
-    names = {(maker.func if isinstance(maker, partial) else maker).__name__ for maker in cuda._winners.values()}
-    assert names == {"_Plain", "_PlainUp", "_PlainHead"}
+    last = cuda._lasts(1, True, True, 1)
+    assert set(cuda._winners.values()) == {cuda._Plain, cuda._PlainUp, last[0]}
 
 
 def test_compiling_for_cuda_leaves_convolutions_to_cudnn_and_graphs_to_replays(monkeypatch):
@@ -311,6 +312,34 @@ def test_only_narrow_layers_try_kernels_of_triton():
     assert cuda._Kernel not in level.step(layer(128, 136)).routes
 
 
+def test_only_a_narrow_layer_with_a_relu_and_few_results_is_one_kernel_with_the_head():
+    def fused(width: int = 128, results: int = 16, after: tuple[torch.nn.Module, ...] = (torch.nn.ReLU(),)) -> bool:
+        last, head = replace(layer(width, width), after=after), torch.nn.Conv2d(width, results, 1)
+        routes = cuda.CudaEnds(head, 1, torch.bfloat16, 8, last).last.routes
+        return any(route.func is cuda._KernelLast for route in routes)
+
+    assert fused()
+    assert not fused(width=136)
+    assert not fused(results=17)
+    assert not fused(after=(torch.nn.GELU(),))
+
+
+class WrongHead(cuda._PlainHead):
+    def __call__(self, x):
+        return super().__call__(x) + 0.5
+
+
+def test_a_wrong_head_is_left_out(monkeypatch):
+    monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float(type(function.func.head) is not cuda._PlainHead))
+    plain, wrong, right = (
+        partial(cuda._Last, side=1, conv=cuda._Plain, head=head)
+        for head in (cuda._PlainHead, WrongHead, type("Other", (cuda._PlainHead,), {}))
+    )
+    both = cuda._WithHead(*vars(layer()).values(), Layer(torch.full((1, 8, 1, 1), 1e4), torch.zeros(1), ()))
+    assert fastest((plain, wrong), both, a_map(), None) is plain
+    assert fastest((plain, wrong, right), both, a_map(), None) is right
+
+
 @pytest.mark.parametrize("place", [0, 11, 15])
 def test_a_kernel_that_splits_wrongly_is_left_out_for_its_type_of_pictures(monkeypatch, place):
     def split(self, x):
@@ -320,7 +349,7 @@ def test_a_kernel_that_splits_wrongly_is_left_out_for_its_type_of_pictures(monke
         return out
 
     monkeypatch.setattr(cuda.CudaEnds, "_split", split)
-    ends = cuda.CudaEnds(torch.nn.Conv2d(16, 4, 1), 2, torch.float32, 16)
+    ends = cuda.CudaEnds(torch.nn.Conv2d(16, 4, 1), 2, torch.float32, 16, layer(16, 16))
     x = torch.rand(2, 3, 5, 7)
     x[0, 1, 2, 3] = torch.nan  # as in the kernel
     for _ in range(2):
@@ -354,6 +383,7 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
 
     def ptx(kernel, x="bf16", out="bf16", **constants):
         pointers = {"x": f"*{x}", "out": f"*{out}", "pooled": "*bf16", "weight": "*bf16", "bias": "*fp32"}
+        pointers |= {"head": "*fp32", "head_bias": "*fp32"}
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
         aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in pointers}
@@ -370,6 +400,12 @@ def test_kernels_compile_for_hopper_and_move_16_bytes_at_a_time():
         assert "cp.async.cg.shared.global" in text
         assert "st.global.v4" in text
         assert ".local" not in text
+    text = ptx(
+        cuda_kernels._conv3x3_head, out="fp32", UNIT=8, CHANNELS=64, RESULTS=4, SIDE=2, ROWS=8, COLUMNS=16, DEEP=64, WIDE=64
+    )
+    assert "wgmma.mma_async" in text
+    assert "cp.async.cg.shared.global" in text
+    assert ".local" not in text
     text = ptx(cuda_kernels._head, out="fp32", UNIT=8, CHANNELS=64, RESULTS=4, SIDE=2, PIXELS=128, DEEP=64, WIDE=16)
     assert "mma" in text
     assert "ld.global.v4" in text
@@ -396,7 +432,7 @@ def test_every_route_that_wins_is_right_on_cuda(monkeypatch, dtype, size, featur
     for maker in (cuda._Plain, cuda._Cudnn, cuda._CudnnPlaced, cuda._Kernel):  # each where it can, be it slow or fast
         monkeypatch.setattr(cuda, "_winners", {})
         monkeypatch.setattr(cuda, "_leaders", {})
-        prefer(monkeypatch, maker, cuda._KernelUp, cuda._KernelHead)
+        prefer(monkeypatch, maker, cuda._KernelUp, cuda._KernelLast)
         fast = optimize_for_inference(model, dtype=dtype)
         poison = torch.full((64, 1024, 1024), float("nan"), device="cuda")  # freed memory holds what a kernel must not read
         del poison
@@ -413,14 +449,19 @@ def test_the_kernels_are_among_the_right_routes_on_cuda():
     original = cuda._milliseconds
 
     def milliseconds(function):
-        times[type(function.func).__name__] = original(function)
-        return times[type(function.func).__name__]
+        route = function.func
+        name = type(route).__name__
+        if isinstance(route, cuda._Last):
+            name = f"{type(route.conv).__name__} {type(route.head).__name__}"
+        times[name] = original(function)
+        return times[name]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_milliseconds", milliseconds)
         optimize_for_inference(model, dtype=torch.bfloat16)(pictures(model, 160, 240).cuda())
     of_layers = {"_Plain", "_Cudnn", "_CudnnPlaced", "_Kernel", "_PlainUp", "_ProductUp", "_KernelUp"}
-    assert set(times) == of_layers | {"_PlainHead", "_KernelHead"}
+    of_ends = {"_Plain _PlainHead", "_Plain _KernelHead", "_Cudnn _KernelHead", "_Kernel _KernelHead", "_KernelLast"}
+    assert set(times) == of_layers | of_ends
     assert all(0 < time < 100 for time in times.values())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import Layer, Parts, copied
-from .levels import Ends, PlainEnds, PlainLevel, Step, chain, matched, places
+from .levels import Ends, Level, PlainEnds, PlainLevel, Step, chain, matched, places
 from .replays import captures
 
 Route = Callable[..., Tensor]  # of a map, and of the place for the result where it is not in memory of its own
-Maker = Callable[[Layer, torch.dtype], Route]
+Maker = Callable[[Any, torch.dtype], Route]  # of a layer
 
 _ALIGNED = 8  # channels: 16 bytes, of which the kernels of tensor cores read whole ones
+_MOST_RESULTS = 16  # of a pixel, up to which the head is a small part of the layer before it
 _WIDEST = 128  # channels, up to which the bytes of a layer count as much as its arithmetic, which cuDNN does best
 logger = logging.getLogger("unetlib")
 
@@ -43,6 +44,7 @@ class CudaLevel(PlainLevel):
         super().__init__(parts.widened(self.channels), dtype)
         self.width = parts.width
         self.total = parts.up_convs[0].weight.shape[1] if parts.up_convs else self.width
+        self.last = parts.up_convs[1] if parts.up_convs else None
         self.up_conv: _Fastest | None = None
         if parts.upsample and isinstance(module := parts.upsample[0], nn.ConvTranspose2d):
             assert module.bias is not None
@@ -53,7 +55,7 @@ class CudaLevel(PlainLevel):
         """A layer as a function of its map, and of the place for the result."""
         if not layer.relu:
             return _Fastest(layer, self.dtype, (_Plain,))
-        own = (_Kernel,) if max(layer.weight.shape[:2]) <= _WIDEST else ()
+        own = (_Kernel,) if _is_narrow(layer) else ()
         return _Fastest(layer, self.dtype, (_Plain, _Cudnn, *own), (_Plain, _Cudnn, _CudnnPlaced, *own))
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -69,9 +71,12 @@ class CudaLevel(PlainLevel):
 
     def decode(self, deeper: Tensor, skip: Tensor) -> Tensor:
         """Upsample into the place beside the skip, and convolve."""
-        x, place = self.enter(deeper), places(skip, self.width, self.skip_first)[1]
-        self.fill(place, x)
-        return chain(self.up_convs, skip)
+        return self.up_convs[1](self.begin(deeper, skip))
+
+    def begin(self, deeper: Tensor, skip: Tensor) -> Tensor:
+        """The same but for the last convolution."""
+        self.fill(places(skip, self.width, self.skip_first)[1], self.enter(deeper))
+        return self.up_convs[0](skip)
 
     def fill(self, place: Tensor, x: Tensor) -> None:
         """Upsample a map into its place, which may have a row or a column more."""
@@ -94,7 +99,8 @@ class CudaLevel(PlainLevel):
 
     def ends(self, head: nn.Conv2d, side: int) -> Ends:
         """What comes before and after."""
-        return CudaEnds(head, side, self.dtype, self.channels)
+        assert self.last is not None
+        return CudaEnds(head, side, self.dtype, self.channels, self.last)
 
     def _aligned(self, x: Tensor) -> Tensor:
         """A map in this level's type and layout, with channels of zeros up to the next multiple of 8."""
@@ -107,20 +113,22 @@ class CudaLevel(PlainLevel):
 
 
 class CudaEnds(PlainEnds):
-    """Splits pictures, and joins logits, in one kernel of Triton each, where it is right.
+    """Splits pictures in one kernel of Triton, and makes logits in one or two, where that is right.
 
     Args:
         head: the last convolution.
         side: of the patches.
         dtype: of the maps.
         channels: of the first level.
+        last: the layer before the head.
     """
 
-    def __init__(self, head: nn.Conv2d, side: int, dtype: torch.dtype, channels: int) -> None:
+    def __init__(self, head: nn.Conv2d, side: int, dtype: torch.dtype, channels: int, last: Layer) -> None:
         super().__init__(head, side, dtype)
         self.channels = channels
         assert head.bias is not None
-        self.joined = _Fastest(Layer(head.weight.detach(), head.bias.detach(), ()), dtype, _heads(side))
+        both = _WithHead(last.weight, last.bias, last.after, Layer(head.weight.detach(), head.bias.detach(), ()))
+        self.last = _Fastest(both, dtype, _lasts(side, last.relu, _is_narrow(last), len(head.weight)))
         self._kernel_is_right: dict[torch.dtype, bool] = {}  # for each type of pictures
 
     def split(self, x: Tensor) -> Tensor:
@@ -147,9 +155,21 @@ class CudaEnds(PlainEnds):
             logger.debug("no kernel splits %s: %r", tuple(x.shape), error)
             return False
 
-    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of this size from the last map, (N, width, h, w) to float32 (N, C, *size)."""
-        return self.joined(x.to(self.dtype, memory_format=torch.channels_last))[..., : size[0], : size[1]]
+    def finish(self, first: Level, deeper: Tensor, skip: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits (N, C, *size), float32, from what the first level decodes."""
+        assert isinstance(first, CudaLevel)
+        return self.last(first.begin(deeper, skip))[..., : size[0], : size[1]]
+
+
+@dataclass(frozen=True)
+class _WithHead(Layer):
+    """The layer before the head, and the head."""
+
+    head: Layer
+
+
+def _is_narrow(layer: Layer) -> bool:
+    return max(layer.weight.shape[:2]) <= _WIDEST
 
 
 # --- routes: of a layer with a ReLU; with a place they fill it, and give the map pooled
@@ -251,7 +271,7 @@ class _KernelUp:
         return place
 
 
-# --- routes: of the last convolution; to float32 logits of the picture's pixels
+# --- routes: of the last layer and the head; to float32 logits of the picture's pixels
 
 
 class _PlainHead:
@@ -261,26 +281,53 @@ class _PlainHead:
         self.weight, self.bias = layer.weight.to(dtype, memory_format=torch.channels_last), layer.bias.to(dtype)
         self.side = side
 
-    def __call__(self, x: Tensor, place: None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias).float(), self.side)
 
 
 class _KernelHead:
-    """All in one kernel of Triton."""
+    """The head in one kernel of Triton."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype, *, side: int) -> None:
         from .cuda_kernels import Head
 
         self.convolve = Head(layer.weight.to(dtype), layer.bias, side)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.convolve(x)
+
+
+class _Last:
+    """The layer by one route, and the head by another."""
+
+    def __init__(
+        self, layer: _WithHead, dtype: torch.dtype, *, side: int, conv: Callable[..., Route], head: Callable[..., Route]
+    ):
+        self.conv, self.head = conv(layer, dtype), head(layer.head, dtype, side=side)
+
+    def __call__(self, x: Tensor, place: None = None) -> Tensor:
+        return self.head(self.conv(x))
+
+
+class _KernelLast:
+    """Both in one kernel of Triton."""
+
+    def __init__(self, layer: _WithHead, dtype: torch.dtype, *, side: int) -> None:
+        from .cuda_kernels import Conv3x3Head
+
+        self.convolve = Conv3x3Head(layer.weight.to(dtype), layer.bias, layer.head.weight, layer.head.bias, side)
+
     def __call__(self, x: Tensor, place: None = None) -> Tensor:
         return self.convolve(x)
 
 
 @cache
-def _heads(side: int) -> tuple[Maker, ...]:
+def _lasts(side: int, relu: bool, narrow: bool, results: int) -> tuple[Maker, ...]:
     """Always the same objects, by which trials are known."""
-    return partial(_PlainHead, side=side), partial(_KernelHead, side=side)
+    convs: list[Callable[..., Route]] = [_Plain, *([_Cudnn] if relu else []), *([_Kernel] if relu and narrow else [])]
+    apart = [partial(_Last, side=side, conv=conv, head=_KernelHead) for conv in convs]
+    fused = [partial(_KernelLast, side=side)] if relu and narrow and results <= _MOST_RESULTS else []
+    return partial(_Last, side=side, conv=_Plain, head=_PlainHead), *apart, *fused
 
 
 # --- the trial
@@ -385,8 +432,7 @@ class _Case:
 
     def __init__(self, layer: Layer, x: Tensor, place: Tensor | None) -> None:
         generator = torch.Generator(x.device).manual_seed(0)
-        weight, bias = (torch.empty_like(part).normal_(generator=generator) for part in (layer.weight, layer.bias))
-        self.layer = replace(layer, weight=weight / (weight.numel() / len(bias)) ** 0.5, bias=bias)
+        self.layer = _drawn(layer, generator)
         self.maps = [torch.empty_like(x).normal_(generator=generator)]
         self.whole: Tensor | None = None
         if place is not None:
@@ -410,6 +456,13 @@ class _Case:
             torch.allclose, rtol=(error := 1e-5 + 4 * torch.finfo(self.maps[0].dtype).eps), atol=error, equal_nan=True
         )
         return all(near(*pair) for results in zip(found, expected) for pair in zip(*results))  # picture by picture: less memory
+
+
+def _drawn(layer: Layer, generator: torch.Generator) -> Layer:
+    """The layer with other weights and biases, which make numbers about 1 of such numbers; so its head, if it has one."""
+    weight, bias = (torch.empty_like(part).normal_(generator=generator) for part in (layer.weight, layer.bias))
+    layer = replace(layer, weight=weight / (weight.numel() / len(bias)) ** 0.5, bias=bias)
+    return replace(layer, head=_drawn(layer.head, generator)) if isinstance(layer, _WithHead) else layer
 
 
 def _milliseconds(function: Callable[[], Tensor]) -> float:

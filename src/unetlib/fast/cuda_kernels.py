@@ -55,6 +55,40 @@ class Conv3x3(_Product):
         )  # fmt: skip
 
 
+class Conv3x3Head(Conv3x3):
+    """A 3x3 convolution with padding 1, its bias, its ReLU, and the last 1x1 convolution of the result, in one kernel.
+
+    Args:
+        weight: (out, in, 3, 3) in half precision, with up to 128 results.
+        bias: (out,).
+        head: (classes * side ** 2, out, 1, 1), a few.
+        head_bias: (classes * side ** 2,).
+        side: of the patches.
+        rows: of the tile, as for `Conv3x3`.
+        columns: of the tile.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, head: Tensor, head_bias: Tensor, side: int, *, rows: int = 8, columns: int = 16
+    ) -> None:
+        super().__init__(weight, bias, rows=rows, columns=columns)
+        self.results, self.side = len(head), side
+        self.head = F.pad(head.flatten(1).float(), (0, self.wide - self.out_channels)).contiguous()
+        self.head_bias = head_bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (N, classes, H * side, W * side), float32, of x (N, in, H, W)."""
+        count, _, height, width = x.shape
+        out = _logits(x, self.results, self.side)
+        unit, strides = _strides(x)
+        _conv3x3_head[(count * triton.cdiv(height, self.rows) * triton.cdiv(width, self.columns),)](
+            x, out, self.weight, self.bias, self.head, self.head_bias, height, width, *strides,
+            UNIT=unit, CHANNELS=self.channels, RESULTS=self.results, SIDE=self.side, ROWS=self.rows, COLUMNS=self.columns,
+            DEEP=self.deep, WIDE=self.wide, **self.options,
+        )  # fmt: skip
+        return out
+
+
 class UpConv2x2(_Product):
     """A transposed 2x2 convolution with stride 2 and its bias: a matrix product whose results go to four places each.
 
@@ -95,9 +129,7 @@ class Head(_Product):
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (N, out, h * side, w * side), float32, of x (N, in, h, w)."""
         count, _, height, width = x.shape
-        out = torch.empty(
-            count, self.results // self.side**2, height * self.side, width * self.side, dtype=torch.float32, device=x.device
-        )
+        out = _logits(x, self.results, self.side)
         unit, strides = _strides(x)
         _head[(triton.cdiv(count * height * width, 128) * triton.cdiv(self.results, self.wide),)](
             x, out, self.weight, self.bias, count * height * width, height, width, *strides,
@@ -132,6 +164,12 @@ def place_and_pool(x: Tensor, out: Tensor, pooled: Tensor) -> None:
     )
 
 
+def _logits(x: Tensor, results: int, side: int) -> Tensor:
+    """Uninitialised logits (N, classes, H * side, W * side) for a map (N, C, H, W)."""
+    count, _, height, width = x.shape
+    return torch.empty(count, results // side**2, height * side, width * side, dtype=torch.float32, device=x.device)
+
+
 def _wide(channels: int) -> int:
     """Channels that a program computes."""
     return min(128, max(16, 1 << (channels - 1).bit_length()))
@@ -155,6 +193,31 @@ def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _convolved(
+    x, weight, bias, n, top, left, row, column, filter, height, width, x_n, x_h, x_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PIXELS: tl.constexpr, DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A convolution with its bias and its ReLU, of some pixels and filters."""
+    x += (n.to(tl.int64) * x_n + top.to(tl.int64) * x_h + left * x_w) * UNIT
+    here = (row * x_h + column * x_w) * UNIT
+
+    # A product of (pixels, 9 * channels) by (9 * channels, filters), of which the first is read where it lies in the map.
+    total = tl.zeros((PIXELS, WIDE), tl.float32)
+    for first in range(0, 9 * CHANNELS, DEEP):
+        depth = first + tl.arange(0, DEEP)
+        tap, channel = depth // CHANNELS, depth % CHANNELS
+        below, beside = tap // 3 - 1, tap % 3 - 1
+        y, z = top + row[:, None] + below[None, :], left + column[:, None] + beside[None, :]
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (depth < 9 * CHANNELS)[None, :]
+        there = (below * x_h + beside * x_w) * UNIT + channel
+        pixels = tl.load(x + here[:, None] + there[None, :], mask=inside, other=0.0)
+        filters = tl.load(weight + depth[:, None] * FILTERS + filter[None, :])
+        total = tl.dot(pixels, filters, total)
+    return _larger(total + tl.load(bias + filter)[None, :], 0.0)
+
+
 @_compiled
 def _conv3x3(
     x, out, pooled, weight, bias, height, width,
@@ -172,22 +235,10 @@ def _conv3x3(
     pixel = tl.arange(0, ROWS * COLUMNS)
     row, column = pixel // (2 * COLUMNS) * 2 + pixel % 4 // 2, pixel // 4 % (COLUMNS // 2) * 2 + pixel % 2
     filter = block * WIDE + tl.arange(0, WIDE)
-    x += (n.to(tl.int64) * x_n + top.to(tl.int64) * x_h + left * x_w) * UNIT
-    here = (row * x_h + column * x_w) * UNIT
-
-    # A product of (pixels, 9 * channels) by (9 * channels, filters), of which the first is read where it lies in the map.
-    total = tl.zeros((ROWS * COLUMNS, WIDE), tl.float32)
-    for first in range(0, 9 * CHANNELS, DEEP):
-        depth = first + tl.arange(0, DEEP)
-        tap, channel = depth // CHANNELS, depth % CHANNELS
-        below, beside = tap // 3 - 1, tap % 3 - 1
-        y, z = top + row[:, None] + below[None, :], left + column[:, None] + beside[None, :]
-        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (depth < 9 * CHANNELS)[None, :]
-        there = (below * x_h + beside * x_w) * UNIT + channel
-        pixels = tl.load(x + here[:, None] + there[None, :], mask=inside, other=0.0)
-        filters = tl.load(weight + depth[:, None] * (blocks * WIDE) + filter[None, :])
-        total = tl.dot(pixels, filters, total)
-    total = _larger(total + tl.load(bias + filter)[None, :], 0.0)
+    total = _convolved(
+        x, weight, bias, n, top, left, row, column, filter, height, width, x_n, x_h, x_w,
+        UNIT, CHANNELS, blocks * WIDE, ROWS * COLUMNS, DEEP, WIDE,
+    )  # fmt: skip
 
     wanted = (filter < FILTERS)[None, :]
     inside = ((top + row < height) & (left + column < width))[:, None] & wanted
@@ -202,6 +253,33 @@ def _conv3x3(
         pooled += (n.to(tl.int64) * pooled_n + (top // 2).to(tl.int64) * pooled_h + left // 2 * pooled_w) * UNIT
         places = ((row * pooled_h + column * pooled_w) * UNIT)[:, None] + filter[None, :]
         tl.store(pooled + places, best.to(pooled.dtype.element_ty), mask=inside)
+
+
+@_compiled
+def _conv3x3_head(
+    x, out, weight, bias, head, head_bias, height, width, x_n, x_h, x_w,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, RESULTS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
+    tile = tl.program_id(0)
+    n, top, left = tile // across // down, tile // across % down * ROWS, tile % across * COLUMNS
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row, column = pixel // COLUMNS, pixel % COLUMNS
+    filter = tl.arange(0, WIDE)
+    total = _convolved(
+        x, weight, bias, n, top, left, row, column, filter, height, width, x_n, x_h, x_w,
+        UNIT, CHANNELS, WIDE, ROWS * COLUMNS, DEEP, WIDE,
+    )  # fmt: skip
+
+    # Few results: a sum over the filters for each, stored where it lies in its patch, and the patch in the picture.
+    inside = (top + row < height) & (left + column < width)
+    classes: tl.constexpr = RESULTS // (SIDE * SIDE)
+    for result in tl.static_range(RESULTS):
+        logit = tl.sum(total * tl.load(head + result * WIDE + filter)[None, :], 1) + tl.load(head_bias + result)
+        channel, below, beside = result // (SIDE * SIDE), result // SIDE % SIDE, result % SIDE
+        line = ((n.to(tl.int64) * classes + channel) * height + top + row) * SIDE + below
+        tl.store(out + (line * width + left + column) * SIDE + beside, logit, mask=inside)
 
 
 @_compiled

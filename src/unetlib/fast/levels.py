@@ -24,7 +24,7 @@ class Level(Protocol):
 
     Attributes:
         hides_nan: NaN that comes in may not come out, as where a ReLU inside a convolution makes 0 of it; so it is looked for
-            before. On CUDA it is not, though cuDNN may make 0 of it too: looking waits for the device.
+            before. On CUDA it is not, though cuDNN need not keep it: looking waits for the device.
     """
 
     hides_nan: bool
@@ -46,13 +46,13 @@ class Level(Protocol):
 
 
 class Ends(Protocol):
-    """What comes before the first level and after the last one."""
+    """What comes before the first level's encoder, and after its decoder."""
 
     def split(self, x: Tensor) -> Tensor:
         """A picture's patches as pixels, (N, C, H, W) to (N, C * side ** 2 or more, h, w)."""
 
-    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
+    def finish(self, first: Level, deeper: Tensor, skip: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits (N, C, *size) from what the first level decodes."""
 
 
 class PlainLevel:
@@ -101,7 +101,7 @@ class PlainLevel:
 
 
 class PlainEnds:
-    """What comes before the first level and after the last, by PyTorch's own operations.
+    """What comes before the first level's encoder, and after its decoder, by PyTorch's own operations.
 
     Args:
         head: the last convolution.
@@ -118,9 +118,9 @@ class PlainEnds:
             x = x.to(self.dtype, memory_format=torch.channels_last)
         return split_patches(x, self.side)
 
-    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
-        return join_patches(self.convolve(x.to(self.dtype)), self.side, size)
+    def finish(self, first: Level, deeper: Tensor, skip: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits (N, C, *size) from what the first level decodes."""
+        return join_patches(self.convolve(first.decode(deeper, skip).to(self.dtype)), self.side, size)
 
 
 def check_finite(x: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import Layer, Parts
-from .levels import Ends, Step, chain, matched
+from .levels import Ends, Level, Step, chain, matched
 from .native_kernels import NativeConv, NativeDoubling, NativeHead, has_halves, lanes, split_picture
 from .onednn import OnednnLevel, max_pool_channels_last
 from .pool import empty
@@ -120,9 +120,9 @@ class NativeEnds:
         """A picture's patches as pixels, (N, C, H, W) to (N, channels, h, w)."""
         return split_picture(x.float(), self.side, self.channels)
 
-    def head(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits of this size from the last map, (N, width, h, w) to (N, C, *size)."""
-        return self.apply_head(_laid_out(x), size)
+    def finish(self, first: Level, deeper: Tensor, skip: Tensor, size: Sequence[int]) -> Tensor:
+        """Logits (N, C, *size) from what the first level decodes."""
+        return self.apply_head(_laid_out(first.decode(deeper, skip)), size)
 
 
 def _is_whole(weight: Tensor) -> bool:

@@ -221,9 +221,9 @@ class FastUNet(nn.Module):
             skip, x = level.encode(x)
             skips.append(skip)
         x = bottom.convolve(x)
-        for level, skip in zip(reversed(levels), reversed(skips)):
+        for level, skip in zip(reversed(levels[1:]), reversed(skips[1:])):
             x = level.decode(x, skip)
-        return ends.head(x, size)
+        return ends.finish(levels[0], x, skips[0], size)
 
     def _levels_for(self, size: torch.Size) -> list[Level]:
         """The levels for pictures of a size, each in the way that suits its map; made when first wanted, and kept."""
