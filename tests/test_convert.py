@@ -738,6 +738,19 @@ def test_upsampling_without_weights_must_be_told():
         convert(state)
 
 
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [(lambda: monai(norm=None), {"norm": "none"}), (lambda: fepegar(upsampling="nearest"), {"upsample": "nearest"})],
+)
+def test_what_to_type_for_what_a_file_does_not_tell_reads_it(tmp_path, build, told):
+    path = tmp_path / "unet.pt"
+    torch.save(build().state_dict(), path)
+    with pytest.raises(ValueError, match="tell it: ") as error:
+        UNet.from_pretrained(path)
+    advice = re.findall(r"tell it: (convert\(.*?\)),? or ", str(error.value))[0]
+    assert eval(advice, {"convert": convert, "torch": torch}).config == convert(torch.load(path), **told).config
+
+
 def test_an_option_that_does_not_fit_the_tensors_is_refused():
     with pytest.raises(ValueError, match=r"tells no network: decoder_features must hold 3 widths, .* got \(4, 8\)"):
         convert(STATE, features=(4, 8, 16))

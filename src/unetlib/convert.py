@@ -303,18 +303,33 @@ def convert(checkpoint: Mapping[str, Any], **options: Any) -> Converted:
         leejunhyun, 4uiiurz1, usuyama, jaxony; none has any of its keys: 'features.0.weight'; networks with pretrained
         encoders (segmentation_models.pytorch), nnU-Net's, residual, attention and 3-D ones run in their own library
     """
-    state, source = _peel(checkpoint)
+    return converted(checkpoint, "checkpoint", options)
+
+
+def converted(checkpoint: Mapping[str, Any], source: str, options: Mapping[str, Any]) -> Converted:
+    """As `convert`, with an expression for the checkpoint, `source`, that advice in errors is written with.
+
+    Example:
+        >>> converted({"ema": {"bottleneck.conv1.weight": torch.zeros(1)}}, "torch.load('unet.pt')", {})
+        Traceback (most recent call last):
+        ...
+        ValueError: this checkpoint of 1 entries is of no known family; tried study, milesial, mateuszbuda, fepegar, monai,
+        leejunhyun, 4uiiurz1, usuyama, jaxony; it looks like a unetlib UNet's, without its config: build that network as
+        model = UNet(...), then type model.load_state_dict(torch.load('unet.pt')['ema']) and model.save_pretrained('folder'),
+        which from_pretrained reads
+    """
+    state, inside = _peel(checkpoint, source)
     for family in FAMILIES:
         entries = {key: value for key, value in state.items() if key not in family.ignored}
         modules = _modules_of(family, entries)
         if modules is not None and all(isinstance(value, Tensor) for value in entries.values()):
             break
     else:
-        raise ValueError(_unknown_message(state, source))
+        raise ValueError(_unknown_message(state, inside))
     for key in state.keys() & set(family.ignored):
         logger.info("%s=%.80r of the %s checkpoint is left out: masks here are class indices", key, state[key], family.name)
     tensors = _rename(family, entries, modules)
-    config = _infer_config(family, tensors, options)
+    config = _infer_config(family, tensors, options, source)
     tensors = _strict(family, config, tensors)
     logger.info("recognised a checkpoint of the family %s: %s", family.name, config)
     if family.unknown:
@@ -388,14 +403,14 @@ def export_state_dict(model: UNet, family: str, *, any_size: bool = True) -> dic
     return exported
 
 
-def _peel(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _peel(checkpoint: Mapping[str, Any], source: str) -> tuple[dict[str, Any], str]:
     """The state dict inside a checkpoint, without the prefixes of wrapped models, and what to type for it."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
             f"expected a state dict, got a {type(checkpoint).__name__}; of a model it is model.state_dict(), and "
             "UNet.from_pretrained reads a file"
         )
-    found = _inside(checkpoint)
+    found = _inside(checkpoint, source)
     if found is None:
         raise ValueError(
             "the checkpoint holds no state dict: expected a dictionary of tensors, bare or under one of "
@@ -420,9 +435,7 @@ def _peeled(source: str, prefix: str) -> str:
     return f"{{key[{len(prefix)}:]: value for key, value in {source}.items() if key.startswith({prefix!r})}}"
 
 
-def _inside(
-    checkpoint: Mapping[str, Any], source: str = "checkpoint", wrappers: int = MAX_WRAPPERS
-) -> tuple[Mapping[str, Any], str] | None:
+def _inside(checkpoint: Mapping[str, Any], source: str, wrappers: int = MAX_WRAPPERS) -> tuple[Mapping[str, Any], str] | None:
     """The first dictionary of tensors under the names of `WRAPPERS`, or the checkpoint itself, and its place; None without."""
     for name in WRAPPERS if wrappers else ():
         inner = checkpoint.get(name)
@@ -483,7 +496,9 @@ def _rename(family: Family, entries: Mapping[str, Tensor], modules: Mapping[str,
     return tensors
 
 
-def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> UNetConfig:
+def _infer_config(
+    family: Family, tensors: Mapping[str, Tensor], options: Mapping[str, Any], source: str = "checkpoint"
+) -> UNetConfig:
     """The network that these tensors, under our names, belong to: read off their shapes; `options` come first."""
 
     def shape(name: str) -> torch.Size:
@@ -521,7 +536,7 @@ def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mappin
     if "norm" not in options and (unlikely or inferred["norm"] not in family.norms):
         raise ValueError(
             f"the {family.name} checkpoint has no tensors of norm {' or '.join(family.norms)}; if you know its norm, tell it: "
-            "convert(checkpoint, norm='none'), or norm='group', or norm='instance', affine=False"
+            f"convert({source}, norm='none'), or norm='group', or norm='instance', affine=False"
         )
     if "decoder.0.upsample.weight" in tensors:
         inferred |= {"upsample": "transpose", "up_features": widths("decoder.{step}.upsample.weight", dimension=1)}
@@ -532,7 +547,7 @@ def _infer_config(family: Family, tensors: Mapping[str, Tensor], options: Mappin
     elif "upsample" not in options:
         raise ValueError(
             f"the {family.name} checkpoint has no weights for upsampling; if you know how it upsamples, tell it: "
-            "convert(checkpoint, upsample='nearest') or upsample='bilinear'"
+            f"convert({source}, upsample='nearest') or upsample='bilinear'"
         )
     try:
         return UNetConfig.from_dict({**inferred, **options})

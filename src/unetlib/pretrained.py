@@ -28,7 +28,7 @@ from .adapt import FIRST, adapt
 from .arguments import check_device, check_unet
 from .cards import model_card, read_card
 from .config import Preprocessing, UNetConfig
-from .convert import convert
+from .convert import converted
 from .structure import changed_module, parts_of
 from .version import installed_version
 
@@ -373,17 +373,17 @@ def _interpret(weights: trust.Weights, source: Path | str, config: Path | None) 
 
 
 def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
+    typed = "checkpoint"
+    if isinstance(source, Path):
+        load = (
+            "safetensors.torch.load_file({!r})" if source.suffix == ".safetensors" else "torch.load({!r}, map_location='cpu')"
+        )
+        typed = load.format(str(source))
     try:
-        converted = convert(checkpoint)
+        found = converted(checkpoint, typed, {})
     except ValueError as error:
-        said = f"{source}: {error}"
-        # In what to type, the word stands for what `convert` was given.
-        if isinstance(source, Path) and re.search(r"\bcheckpoint[\[.,)]", str(error)):
-            safe = source.suffix == ".safetensors"
-            load = "safetensors.torch.load_file({!r})" if safe else "torch.load({!r}, map_location='cpu')"
-            said += f"; here checkpoint = {load.format(str(source))}"
-        raise ValueError(said) from error
-    return Pretrained(converted.config, converted.state_dict, converted.preprocessing)
+        raise ValueError(f"{source}: {error}") from error
+    return Pretrained(found.config, found.state_dict, found.preprocessing)
 
 
 def _short_card(model: UNet, folder: Path) -> str:
