@@ -57,7 +57,7 @@ class WithObjects(SegmentationMetrics):
         logits, target = logits.cpu(), target.cpu()
         counting = torch.ones_like(target, dtype=torch.bool) if self.ignore_index is None else target != self.ignore_index
         above = math.log(self.threshold / (1 - self.threshold))  # this decides as `predict` does
-        found = (logits[:, 0] > above if self.num_classes == 1 else logits.argmax(dim=1) > 0) & counting
+        found = (logits[:, 0] > above if self.num_classes == 1 else logits[:, 1:].amax(dim=1) > logits[:, 0]) & counting
         true = (target > 0) & counting
         self.objects.update(found[0].numpy(), true[0].numpy())
         self.edges.append(boundary_f_score(20.0 * found[:, None] - 10, true))

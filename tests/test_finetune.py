@@ -208,6 +208,15 @@ def test_what_does_not_count_is_no_object(example):
         assert (scores["ap"] == scores["edge_f"] == scores["rand"] == scores["dice"] == 1) == (ignore_index == 255)
 
 
+def test_objects_are_of_any_class_but_the_background(example):
+    target = torch.zeros(1, 40, 56, dtype=torch.int64)
+    target[:, 4:12, 4:12], target[:, 20:30, 20:30] = 1, 2
+    metrics = example("evaluate").WithObjects(3)
+    metrics.update(torch.stack([torch.zeros(target.shape), target == 2, target == 1], dim=1), target)  # one class for the other
+    scores = metrics.compute()
+    assert scores["ap"] == scores["edge_f"] == 1 > scores["dice"]
+
+
 def test_each_picture_is_read_and_predicted_once_whatever_is_scored(example, tmp_path, monkeypatch):
     data = write(tmp_path / "mine", values=(0, 1, 2))
     UNet(features=(8,), out_channels=3).save_pretrained(tmp_path / "model")
