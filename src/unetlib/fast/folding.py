@@ -77,7 +77,7 @@ class Parts:
         convs = tuple(layers(block))
         if up is None:
             return cls(convs)
-        upsample: tuple[nn.Module | Layer, ...] = (copy.deepcopy(up.upsample).eval().requires_grad_(False),)
+        upsample: tuple[nn.Module | Layer, ...] = (copy.deepcopy(up.upsample).eval(),)
         if isinstance(up.upsample, nn.Sequential):  # "nearest_conv"
             upsample = (up.upsample[0], *layers(up.upsample))
         return cls(convs, tuple(layers(up.conv)), upsample, up.match, up.skip_first)
@@ -124,7 +124,7 @@ def _layer(conv: nn.Module, *after: nn.Module) -> Layer:
         scale = _wide(norm.weight) / (_wide(norm.running_var) + norm.eps).sqrt()
         shift = (_wide(bias) - _wide(norm.running_mean)) * scale + _wide(norm.bias)
         weight, bias = (_wide(weight) * scale.view(-1, 1, 1, 1)).to(weight), shift.to(bias)
-    return Layer(weight.clone(), bias.clone(), tuple(copy.deepcopy(module).eval().requires_grad_(False) for module in after))
+    return Layer(weight.clone(), bias.clone(), tuple(copy.deepcopy(module).eval() for module in after))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
