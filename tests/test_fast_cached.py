@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from unetlib import UNet
-from unetlib.fast import cached
+from unetlib.fast import cached, network as fast_network, pool
 from unetlib.fast.cached import fast_copy, free_memory
+from unetlib.fast.pool import Pool
 from unetlib.inference import optimize_for_inference, predict
 from unetlib.structure import difference
 
@@ -367,12 +368,27 @@ def test_predict_takes_a_copy_made_by_hand():
     np.testing.assert_allclose(probabilities(optimize_for_inference(network)), probabilities(network), atol=1e-6)
 
 
-def test_memory_for_maps_is_given_back_after_predict():
-    network = model()
-    fast = fast_copy(network)
-    fast(torch.rand(1, 3, 40, 56))
-    predict(network, picture())
-    assert not fast._memory.pool._free
+def test_memory_for_maps_is_given_back_after_predict_where_it_is_much(monkeypatch):
+    """Of all copies together, in all threads."""
+    monkeypatch.setattr(pool, "_pools", weakref.WeakSet())  # those of other tests may go at any time
+    monkeypatch.setattr(fast_network, "keep_freed", lambda: True)
+    monkeypatch.setattr(fast_network, "release_freed", lambda: released.append(1))
+    unet, other, released = model(), Pool(), []
+    fast = fast_copy(unet)
+    assert fast is not None
+    predict(unet, picture())
+
+    def kept_after(*, most: int) -> int:
+        monkeypatch.setattr(cached, "_MOST_KEPT", most)
+        fast._memory.pool.empty(1000)
+        predict(unet, picture())
+        return fast.kept_bytes
+
+    assert kept_after(most=2**20) >= 4000
+    assert kept_after(most=4000) == 0
+    other.empty(2**18)
+    assert kept_after(most=2**20) == 0
+    assert released == [1] * 4  # what is kept for the whole process is given back always
     free_memory(UNet(features=(2,)))  # without a copy there is nothing to do
 
 

@@ -14,6 +14,7 @@ from ..structure import difference
 from ..unet import UNet
 from .network import FastUNet, optimize_for_inference
 
+_MOST_KEPT = 2**28  # bytes for maps, in all: taking them anew is a third of a call with a small picture, and more
 _ROW = 4095 * 8  # bytes: sums over columns stay in a core's first cache; an even number of words would hide changed signs
 
 
@@ -55,9 +56,9 @@ def fast_copy(model: UNet, *, look_closely: bool = False) -> FastUNet | None:
 
 
 def free_memory(model: nn.Module) -> None:
-    """Give back the memory for maps that the network's copy holds in this thread, where there is a copy."""
+    """Give back the memory for maps that the network's copy holds in this thread, where all copies hold much."""
     if (kept := _copies.get(model)) is not None:
-        kept.copy.free_memory()
+        kept.copy.free_memory(most=_MOST_KEPT)
 
 
 def _state(model: UNet) -> tuple[Any, ...]:

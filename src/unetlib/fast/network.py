@@ -25,7 +25,7 @@ from .native import NativeLevel
 from .native_replay import NativeReplay, NotNative
 from .openvino import OpenVINO
 from .planner import Way
-from .pool import Pool, pooled
+from .pool import Pool, kept_in_all, pooled
 from .replays import Replays
 
 _Args = ParamSpec("_Args")
@@ -255,9 +255,14 @@ class FastUNet(nn.Module):
         """What the calls of this thread have kept for the maps of the next one, beside what glibc keeps for all."""
         return self._memory.pool.free_bytes if hasattr(self._memory, "pool") else 0
 
-    def free_memory(self) -> None:
-        """Give back what the calls of this thread have kept for their maps; the next call takes it anew."""
-        self._take_memory()
+    def free_memory(self, *, most: int = 0) -> None:
+        """Give back what the calls of this thread have kept for their maps; the next call takes it anew.
+
+        Args:
+            most: bytes; while all copies in all threads keep less, these maps' memory stays.
+        """
+        if kept_in_all() >= most:
+            self._take_memory()
         if self._release:  # by this copy, and not by a training run around it
             self._release()
         if isinstance(self._run, (Replays, OpenVINO)):

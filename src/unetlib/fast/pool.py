@@ -26,6 +26,8 @@ _HUGE_PAGE = 2**21  # bytes
 _MOST_SPARE = 2  # how many times too large a block may be: else a small tensor would occupy what the next large map needs
 _numbers = operator.itemgetter(0)  # of a block and the numbers in it
 _local = threading.local()
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_counted = threading.Lock()  # held while a pool joins them, or they are gone through
 
 
 class Pool:
@@ -33,6 +35,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: list[tuple[int, Tensor]] = []  # numbers in a block, and the block; the smallest first
+        with _counted:
+            _pools.add(self)
 
     @property
     def free_bytes(self) -> int:
@@ -51,6 +55,20 @@ class Pool:
 
     def _take_back(self, block: tuple[int, Tensor]) -> None:
         insort(self._free, block, key=_numbers)
+
+
+def kept_in_all() -> int:
+    """Bytes that all pools, of all threads, have to hand out again.
+
+    Example:
+        >>> pool, before = Pool(), kept_in_all()
+        >>> pool.empty(2**20).shape  # gone at once
+        torch.Size([1048576])
+        >>> kept_in_all() - before
+        4194304
+    """
+    with _counted:
+        return sum(pool.free_bytes for pool in _pools)
 
 
 @contextmanager
