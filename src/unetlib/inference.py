@@ -210,7 +210,8 @@ def evaluate(
     Args:
         model: the network; its `preprocessing` applies, as in `predict`.
         dataset: pairs of a picture, as in `predict`, and its mask (H, W), or (C, H, W) where the `preprocessing` says
-            `multilabel`: an `ImageMaskDataset` without a transform, for one.
+            `multilabel`: an `ImageMaskDataset` without a transform, for one, or a `DataLoader` of it, with `batch_size=None`
+            and `collate_fn=tuple`, that reads in other processes.
         tile: as in `predict`.
         overlap: as in `predict`.
         tta: as in `predict`.
