@@ -453,9 +453,9 @@ def test_an_autocast_around_a_copy_changes_nothing(monkeypatch, way):
 def test_maps_beyond_32_bits_are_resized_by_what_counts_in_64(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, **options: asked.append(options) or x)
-    for pictures_of in (2**20, 2**21):
-        x = torch.zeros(1, 1, 1, 1).expand(pictures_of, 2**8, 2, 2)
-        levels.matched(x, torch.zeros(1, 1, 1, 1).expand(1, 1, 2, 3), "resize")
+    for count, channels, height, width in ((99962, 341, 9, 7), (2**31 - 1, 1, 1, 1)):  # numbers: 2**31 - 2 and one more
+        x = torch.zeros(1, 1, 1, 1).expand(count, channels, height + 1, width)
+        levels.matched(x, torch.zeros(1, 1, height, width), "resize")
     assert [options.get("antialias", False) for options in asked] == [False, True]
 
 
@@ -568,6 +568,16 @@ def test_pictures_whose_nan_would_be_hidden_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"the pictures hold NaN or infinity, .*; mend them, or take the UNet"):
         fast(x)
     assert fast(x[1:]).isfinite().all()
+    with pytest.raises(ValueError, match="the pictures hold NaN or infinity"):
+        fast(x.double().nan_to_num(1e39))  # infinity in float32
+
+
+def test_nan_is_not_looked_for_where_it_is_not_hidden(monkeypatch):
+    """On CUDA that would wait for the device."""
+    monkeypatch.setattr(planner, "plan", lambda device, dtype: lambda *_: PlainLevel)
+    fast, x = optimize_for_inference(trained()), pictures(trained(), 40, 56)
+    x[0, 0, 0, 0] = float("nan")
+    assert fast(x)[0].isnan().any()
 
 
 def test_integers_and_other_devices_are_refused():

@@ -49,6 +49,14 @@ def test_the_copy_is_kept_and_goes_with_the_network():
     assert len(cached._copies) == count - 1
 
 
+def test_a_change_that_counters_show_is_seen_without_a_closer_look():
+    network = model()
+    before = fast_copy(network)
+    with torch.no_grad():
+        network.head.bias.add_(1)
+    assert fast_copy(network) is not before
+
+
 def step(network):
     torch.optim.SGD(network.parameters(), lr=1.0).step()
 
@@ -354,6 +362,13 @@ def test_weights_made_in_inference_mode():
     with torch.inference_mode():
         network = model()
     assert fast_copy(network) is fast_copy(network)
+
+
+def test_weights_that_do_not_lie_side_by_side():
+    network = model()
+    network.encoder[0].norm1.weight = nn.Parameter(torch.arange(1.0, 9.0)[::2])
+    assert fast_copy(network) is not None
+    np.testing.assert_allclose(probabilities(network), by_hand(network), atol=1e-5)
 
 
 def test_weights_that_are_views_of_others_with_their_signs_changed():
