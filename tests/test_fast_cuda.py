@@ -268,6 +268,36 @@ def test_an_autocast_around_it_changes_nothing(cuda_level, stand_ins):
     assert error(found, model(x)) <= 3e-2
 
 
+@pytest.mark.parametrize("channels", [8, 256])
+def test_a_trial_is_of_numbers_about_1(channels):
+    """Of which errors are told from roundings."""
+    case = cuda._Case(layer(channels, channels), a_map(channels), None)
+    (found,) = case.run(cuda._Plain(replace(case.layer, after=()), torch.float32))
+    assert 1 < found.std() < 2
+
+
+def test_what_is_timed_lies_between_two_events_behind_a_wait(monkeypatch):
+    called, times = [], iter([3.0, 2.0, 1.0, 5.0, 4.0])
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            called.append("record")
+
+        def synchronize(self):
+            called.append("synchronize")
+
+        def elapsed_time(self, ended):
+            return next(times)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: called.append("wait"))
+    assert cuda._milliseconds(lambda: called.append("run")) == 1.0
+    assert called == ["wait", "record", "run", "record", "synchronize"] * 5
+
+
 def test_a_trial_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(cuda, "_milliseconds", lambda function: 1.0)
     before, state, of_layer = a_map(20), torch.get_rng_state(), layer()

@@ -30,6 +30,14 @@ def test_the_block_that_fits_best_is_taken():
     assert pool.empty(90).data_ptr() == place
 
 
+def test_blocks_of_one_size_come_back_all():
+    pool = Pool()
+    first, second = pool.empty(30), pool.empty(30)
+    del first, second
+    gc.collect()
+    assert pool.free_bytes == 2 * 4 * 30
+
+
 def test_a_block_much_too_large_is_kept_for_a_tensor_of_its_size():
     pool = Pool()
     large = pool.empty(1000)
