@@ -68,12 +68,11 @@ def _state(model: UNet) -> tuple[Any, ...]:
     return (model.config, *of_tensors)
 
 
-@torch.inference_mode()
 def _contents(model: UNet) -> int:
     """A checksum of the weights; of large ones by the sums over rows and columns of their words, in half of the time."""
     checksum = 0
     for tensor in (*model.parameters(), *model.buffers()):
-        content = tensor.detach().resolve_neg().flatten().contiguous().view(torch.uint8).numpy()
+        content = tensor.resolve_neg().flatten().contiguous().view(torch.uint8).numpy()
         whole = len(content) // _ROW * _ROW
         if whole:
             table = content[:whole].view(np.uint64).reshape(-1, _ROW // 8)
