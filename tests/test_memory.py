@@ -17,7 +17,7 @@ from unetlib.memory import available_memory, bytes_per_pixel, pixels_in_one_pass
 
 def container(root: Path, line: str, folder: str, **files: str) -> Path:
     (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(f"3:cpu:/a\n{line}\n")
+    (root / "proc/self/cgroup").write_text(f"3:cpu:/a\n2:cpuset:/a:1\n{line}\n")  # containerd's groups have such names
     (root / folder).mkdir(parents=True)
     for name, text in files.items():
         (root / folder / name.replace("__", ".")).write_text(text + "\n")
@@ -135,6 +135,7 @@ def test_half_of_the_free_memory_and_no_map_of_2_to_the_31(monkeypatch):
     assert pixels_in_one_pass(config, held=10**9) == 0
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**15)
     assert pixels_in_one_pass(config) * 16 < 2**31 <= (pixels_in_one_pass(config) + 1) * 16
+    assert pixels_in_one_pass(UNetConfig(features=(8, 256))) == (2**31 - 1) // (2 * 256 // 4)  # the second level's map
     for channels in ("in_channels", "out_channels"):
         assert pixels_in_one_pass(UNetConfig(features=(8, 16), **{channels: 150})) == (2**31 - 1) // 150
 
@@ -172,6 +173,11 @@ print((resident("VmHWM") - before) / side**2)
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     taken = float(re.findall(r"[\d.]+", done.stdout)[0])
     assert taken / 1.15 < bytes_per_pixel(UNetConfig(**options)) < 3 * taken
+
+
+def test_elsewhere_than_on_linux_glibc_is_not_looked_for(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory._glibc.__wrapped__() is None
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="needs glibc on Linux")
