@@ -302,7 +302,7 @@ class _Last:
 
     def __init__(
         self, layer: _WithHead, dtype: torch.dtype, *, side: int, conv: Callable[..., Route], head: Callable[..., Route]
-    ):
+    ) -> None:
         self.conv, self.head = conv(layer, dtype), head(layer.head, dtype, side=side)
 
     def __call__(self, x: Tensor, place: None = None) -> Tensor:
