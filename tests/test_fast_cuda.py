@@ -360,12 +360,13 @@ class WrongHead(cuda._PlainHead):
 
 
 def test_a_wrong_head_is_left_out(monkeypatch):
+    """By drawn weights: beside numbers as large as these, its error would be a rounding."""
     monkeypatch.setattr(cuda, "_milliseconds", lambda function: -float(type(function.func.head) is not cuda._PlainHead))
     plain, wrong, right = (
         partial(cuda._Last, side=1, conv=cuda._Plain, head=head)
         for head in (cuda._PlainHead, WrongHead, type("Other", (cuda._PlainHead,), {}))
     )
-    both = cuda._WithHead(*vars(layer()).values(), Layer(torch.full((1, 8, 1, 1), 1e4), torch.zeros(1), ()))
+    both = cuda._WithHead(*vars(layer()).values(), Layer(torch.full((1, 8, 1, 1), 1e6), torch.full((1,), 1e6), ()))
     assert fastest((plain, wrong), both, a_map(), None) is plain
     assert fastest((plain, wrong, right), both, a_map(), None) is right
 
