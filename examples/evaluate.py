@@ -15,10 +15,13 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 from training_options import ignored, mask_suffix, set_aside
 from training_runs import without_traceback
 
@@ -30,7 +33,7 @@ from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import render_scene
 
 
-class Scenes:
+class Scenes(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8]]]):
     """Rendered scenes of one car each, under a seed that training does not use."""
 
     def __init__(self, count: int, size: tuple[int, int]) -> None:
@@ -39,7 +42,7 @@ class Scenes:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         if index >= self.count:
             raise IndexError(index)
         return render_scene(index, 1 + 5 * index % 16, size=self.size, seed=2026)
@@ -50,7 +53,8 @@ class WithObjects(SegmentationMetrics):
 
     def reset(self) -> None:
         super().reset()
-        self.objects, self.edges = ObjectMetrics(), []
+        self.objects = ObjectMetrics()
+        self.edges: list[Tensor] = []
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         super().update(logits, target)
@@ -75,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         names = model.preprocessing.class_names or [str(k) for k in range(max(2, model.config.out_channels))]
         dataset = load_data(parser, args, model, names)
     start = time.perf_counter()
-    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
-    metrics = (WithObjects if args.objects else SegmentationMetrics)(model.config.out_channels, **options)
+    kind = WithObjects if args.objects else SegmentationMetrics
+    metrics = kind(model.config.out_channels, threshold=model.preprocessing.threshold, ignore_index=ignored(args))
     with without_traceback():  # pictures are read on the way
         scores: dict[str, Any] = evaluate(model, dataset, batch_size=1, progress=True, tta=args.tta, metrics=metrics)
     if model.config.out_channels > 1:
@@ -108,11 +112,11 @@ def load_data(
             f"--mask-values {' '.join(map(str, range(len(names))))}; where colours are the classes, score in Python: "
             "docs/finetune.md"
         )
-    mode = "L" if model.config.in_channels == 1 else "RGB"
     values: Any = "nonzero" if args.nonzero else args.mask_values
     if args.ignore is not None:
         values = set_aside(values, args.ignore)
     suffix = mask_suffix(args.mask_suffix, args.masks)
+    mode: Literal["RGB", "L"] = "L" if model.config.in_channels == 1 else "RGB"
     return ImageMaskDataset(args.images, args.masks, mask_suffix=suffix, mode=mode, mask_values=values)
 
 

@@ -72,7 +72,7 @@ def load_data(args: argparse.Namespace, say: Callable[[str], Any]) -> tuple[list
         dataset.mask_values = mask_values
         dataset.check()
     if own_val:
-        return names, *sets
+        return names, sets[0], sets[1]
     val = held_out(sets[0].images, args.val_last, args.val_share or 0.1)
     say(f"held out for validation: {', '.join(sets[0].images[i] for i in val[:4])}{', ...' * (len(val) > 4)}")
     return names, sets[0].subset(sorted({*range(len(sets[0]))}.difference(val))), sets[0].subset(val)
@@ -127,10 +127,10 @@ def values_of(masks: list[Path]) -> tuple[list[Any], set[tuple[int, Any]]]:
                 numbers = np.unique(np.asarray(mask)).tolist()
                 found |= {int(number) if number == number // 1 else number for number in numbers}  # whole ones of floats
                 if mask.mode == "P":
-                    palette = [*mask.getpalette("RGB"), *[0] * 768]  # entries that the file leaves out are black
+                    palette = [*(mask.getpalette("RGB") or ()), *[0] * 768]  # entries that the file leaves out are black
                     palettes |= {(number, tuple(palette[3 * number : 3 * number + 3])) for number in numbers}
             else:
-                found |= {colour for _, colour in mask.convert("RGB").getcolors(mask.width * mask.height)}
+                found |= {colour for _, colour in mask.convert("RGB").getcolors(mask.width * mask.height) or ()}
     if found in ({255}, {0, 255}):
         bits.discard(1)  # white, as their 255 is
     found |= bits
@@ -215,8 +215,9 @@ def make_model(args: argparse.Namespace, class_names: list[str], say: Callable[[
         changes = [f"{key} {getattr(before, key)} -> {n}" for key, n in needed.items() if getattr(before, key) != n]
         say(f"starting from {args.init}, " + (f"its ends replaced: {', '.join(changes)}" if changes else "its head kept"))
     size = None if args.own_size or args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
-    decision = {"threshold": 0.5, "class_names": tuple(class_names), "multilabel": False}
-    model.preprocessing = replace(model.preprocessing, size=size, scale=None, **decision)
+    model.preprocessing = replace(
+        model.preprocessing, size=size, scale=None, threshold=0.5, class_names=tuple(class_names), multilabel=False
+    )
     return model
 
 

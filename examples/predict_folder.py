@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
 from unetlib.console import add_tta, print_any_letter, printable
 from unetlib.datasets import IMAGE_SUFFIXES
+from unetlib.fast import FastUNet
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
 from unetlib.inference import network_inputs, optimize_for_inference, predict
@@ -45,7 +46,10 @@ from unetlib.rasters import Raster, is_huge_tiff, open_raster
 from unetlib.tiling import plan_tiles
 from unetlib.visualize import mask_to_image
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Network: TypeAlias = UNet | FastUNet
+
 PARTIAL = ".unetlib-partial-"  # how the names of files begin that are being written; no suffix, as glob takes hidden files too
 FAILED = "failed.json"
 CALIBRATION = 32  # pictures that int8 takes its ranges from
@@ -57,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     print_any_letter()
     args = parse_args(argv)
     model = checked_model(args)
-    outcomes = predict_with_ray if args.ray else predict_files
     written = 0
     try:
         with only_writer(args.masks):  # another run would take what this one is writing for what was left of a killed one
@@ -65,10 +68,12 @@ def main(argv: list[str] | None = None) -> int:
             if not (names or present or failed):
                 sys.exit(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {args.pictures}")
             write_failed(args.masks, failed)  # finds out at once whether the folder can be written to
-            if names and not args.ray:  # Ray's actors do that themselves
-                model = prepared(model, names, args)
+            if args.ray:  # whose actors prepare the model themselves
+                outcomes = predict_with_ray(model, names, args)
+            else:
+                outcomes = predict_files(prepared(model, names, args) if names else model, names, args)
             try:
-                for name, reason in tqdm(outcomes(model, names, args), total=len(names), unit=" pictures"):
+                for name, reason in tqdm(outcomes, total=len(names), unit=" pictures"):
                     if reason:
                         failed[name] = reason
                     else:
@@ -181,7 +186,7 @@ class Unprepared(Exception):
 ENDS = {"/Unprepared": Unprepared, "/OSError": OSError}
 
 
-def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
+def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> Network:
     """The model on its device, or a fast copy; int8 takes its ranges from the first pictures to be read."""
     try:
         model.to(args.device)
@@ -189,10 +194,10 @@ def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
         raise Unprepared(f"--device {args.device}: {error}") from error
     if args.precision == "float32" and torch.device(args.device).type != "cpu":
         return model
-    dtype, options = getattr(torch, args.precision), {}
+    dtype = getattr(torch, args.precision)
+    options: dict[str, Any] = {}
     if dtype == torch.int8:
-        mode = "L" if model.config.in_channels == 1 else "RGB"
-        pictures = (read(args.pictures, mode, name)[1] for name in names)
+        pictures = (read(args.pictures, mode_of(model), name)[1] for name in names)
         first = list(islice((picture for picture in pictures if isinstance(picture, np.ndarray)), CALIBRATION))
         if not first and any(is_huge_tiff(args.pictures / name) for name in names):
             raise Unprepared(
@@ -207,17 +212,16 @@ def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> UNet:
         raise Unprepared(f"--precision {args.precision}: {error}") from error
 
 
-def predict_files(model: UNet, names: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def predict_files(model: Network, names: Iterable[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Write the masks of pictures; yields each name with the reason why it has none, or "".
 
     Threads read pictures ahead of the model and write masks behind it. Only `ahead` of each are under way, so that memory
     does not grow with the number of pictures.
     """
     ahead = args.threads + args.batch_size
-    mode = "L" if model.config.in_channels == 1 else "RGB"
     classes = model.config.out_channels
     with ThreadPoolExecutor(args.threads) as pool:
-        pictures = in_turn(pool, partial(read, args.pictures, mode), names, ahead)
+        pictures = in_turn(pool, partial(read, args.pictures, mode_of(model)), names, ahead)
         options = {name: getattr(args, name) for name in ("threshold", "tile", "overlap", "tta")}
         masks = segment(model, pictures, args.batch_size, options)
         yield from in_turn(pool, partial(write, args.masks, classes), masks, ahead)
@@ -234,7 +238,11 @@ def in_turn(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Ite
         yield waiting.popleft().result()
 
 
-def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | Raster | str]:
+def mode_of(model: Network) -> Literal["RGB", "L"]:
+    return "L" if model.config.in_channels == 1 else "RGB"
+
+
+def read(pictures: Path, mode: Literal["RGB", "L"], name: str) -> tuple[str, np.ndarray | Raster | str]:
     """A picture, to be read by region if it is huge, or the reason why there is none."""
     path = pictures / name
     try:
@@ -246,7 +254,7 @@ def read(pictures: Path, mode: str, name: str) -> tuple[str, np.ndarray | Raster
 
 
 def segment(
-    model: UNet, pictures: Iterator[tuple[str, np.ndarray | Raster | str]], batch_size: int, options: dict[str, Any]
+    model: Network, pictures: Iterator[tuple[str, np.ndarray | Raster | str]], batch_size: int, options: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray | str]]:
     """The masks of pictures, in batches; reasons pass through."""
     while batch := list(islice(pictures, batch_size)):
@@ -256,7 +264,7 @@ def segment(
             yield name, picture if isinstance(picture, str) else next(masks)
 
 
-def predict_each(model: UNet, pictures: list[np.ndarray | Raster], options: dict[str, Any]) -> list[np.ndarray | str]:
+def predict_each(model: Network, pictures: list[np.ndarray | Raster], options: dict[str, Any]) -> list[np.ndarray | str]:
     """Masks of one batch, of its pictures apart if that fails, and a reason for one that alone does.
 
     A batch may be too much for the memory; a huge picture may be broken where it is read only now, or need tiles that the
@@ -264,7 +272,8 @@ def predict_each(model: UNet, pictures: list[np.ndarray | Raster], options: dict
     """
     reason, memory = "", "of the GPU; use --device cpu for it"
     try:
-        return predict(model, pictures, batch_size=max(1, len(pictures)), **options)
+        masks: list[np.ndarray | str] = predict(model, pictures, batch_size=max(1, len(pictures)), **options)
+        return masks
     except ValueError as error:
         reason = str(error)
     except torch.OutOfMemoryError:

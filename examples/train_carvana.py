@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     with joined_processes(args.device) as process, only_run(args, process):
         torch.manual_seed(args.seed)
         with without_traceback():
-            model = starting_model(args, in_channels=3, out_channels=1)
+            model = starting_model(args)
             train_sets, val_set = load_data(args, process)
         size = None if args.window else tuple(args.size)  # windows are cut out at the pictures' own scale
         class_names = ("background", "car")
@@ -113,12 +113,12 @@ def train(
     # Model, loss, optimizer, schedule.
     if device.type == "cpu":
         keep_freed()  # the maps of a step lie where those of the last one lay, and need no fresh pages
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.checkpoint_gradients = args.checkpoint_gradients
     average = copy.deepcopy(model) if args.ema else None
-    forward: nn.Module = DistributedDataParallel(model) if world > 1 else model
+    forward: Any = DistributedDataParallel(model) if world > 1 else model
     if args.compile:
         forward = torch.compile(forward)
     loss_fn = make_loss(args)
@@ -152,7 +152,7 @@ def train(
         return total, logits.detach()
 
     # Where the run stands: all that a checkpoint holds.
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     stateful |= {"average": average} if average else {}
     history: dict[str, Any] = {"loss": [], "epochs": []}
     epoch = step = 0  # `step` counts within the epoch
@@ -243,8 +243,9 @@ def train(
                     with room_asked_for(args.out):
                         judged.save_pretrained(args.out / "model", dtype=torch.float16, card=card)
         history["epochs"].append(entry)
-        for key, value in entry.items() if writer else ():
-            writer.add_scalar(key, value, epoch)
+        if writer:
+            for key, value in entry.items():
+                writer.add_scalar(key, value, epoch)
         save()
 
     if rank == 0:
@@ -268,8 +269,8 @@ def validate(args: argparse.Namespace, process: Process, model: UNet, val_set: I
             return picture, shares.round()  # shares of pixels: yes or no
 
         share.transform = at_size
-    options = {"threshold": model.preprocessing.threshold, "ignore_index": ignored(args)}
-    metrics = SegmentationMetrics(model.config.out_channels, **options)
+    threshold = model.preprocessing.threshold
+    metrics = SegmentationMetrics(model.config.out_channels, threshold=threshold, ignore_index=ignored(args))
     evaluate(model, share, metrics=metrics, progress=process.rank == 0)
     return metrics.all_gather().compute()
 
@@ -283,12 +284,12 @@ def write_results(args: argparse.Namespace, history: dict[str, Any], val_set: Im
         else:
             print("no curves.png without matplotlib: pip install 'unetlib[examples]'")
     model = UNet.from_pretrained(args.out / "model", device=device)
-    images, masks, predicted = [], [], []
+    shown = []
     for number in range(min(32, len(val_set))):
         image, mask = val_set[number]
         every = max(1, len(image) // 320)  # of its rows: all pictures at full size may be more than the memory
-        for kept, part in ((images, image), (masks, mask), (predicted, model.predict(image))):
-            kept.append(part[::every, ::every].copy())
+        shown.append([part[::every, ::every].copy() for part in (image, mask, model.predict(image))])
+    images, masks, predicted = map(list, zip(*shown))
     if args.ignore is not None:  # what does not count is shown as background
         masks = [mask * (mask != ignored(args)) for mask in masks]
     sheet = comparison(images, masks, predicted, classes=max(2, model.config.out_channels))

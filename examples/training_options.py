@@ -41,7 +41,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Options of `unetlib.transforms.train_transform`.
-AUGMENTATION = ("rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale")
+AUGMENTATION: tuple[str, ...] = (
+    "rotation",
+    "horizontal_flip",
+    "vertical_flip",
+    "color_jitter",
+    "grayscale",
+    "invert",
+    "crop",
+    "scale",
+)
 AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "jpeg", "noise")
 
 IGNORED = 255  # the class of pixels that do not count
@@ -56,7 +65,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *
     add_training_options(parser)
     parser.set_defaults(**{"ignore": None, **defaults})
     given = parser.parse_args(argv)
-    recipe = dict(PRESETS.get(getattr(given, "preset", None), {}))
+    recipe = dict(PRESETS[given.preset]) if getattr(given, "preset", None) else {}
     if given.features:
         recipe.pop("bottleneck", None)  # which goes with the recipe's features
     parser.set_defaults(**recipe)
@@ -177,11 +186,14 @@ def typed(name: str, value: Any = True) -> str:
     return option if value is True else shlex.join([option, *map(str, value if isinstance(value, list) else [value])])
 
 
-def starting_model(args: argparse.Namespace, **ends: int) -> UNet:
-    """A new network, or a trained one, which grows where that is asked for; `ends` are its numbers of channels."""
+def starting_model(args: argparse.Namespace, in_channels: int = 3, out_channels: int = 1) -> UNet:
+    """A new network, or a trained one, which grows where that is asked for."""
     names = ("features", "bottleneck", "patch_size", "match")
     shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    model = grow(UNet.from_pretrained(args.init, **ends), **shape) if args.init else UNet(**ends, **shape)
+    if args.init:
+        model = grow(UNet.from_pretrained(args.init, in_channels=in_channels, out_channels=out_channels), **shape)
+    else:
+        model = UNet(in_channels, out_channels, **shape)
     if min(args.size) < (least := model.config.stride):
         raise ValueError(
             f"--size {args.size[0]} {args.size[1]} is too small for the network, which takes {least}x{least} pixels or more; "
@@ -243,7 +255,7 @@ def ignored(args: argparse.Namespace) -> int | None:
 
 def set_aside(values: Iterable[Any], ignore: int) -> dict[Any, int]:
     """The `mask_values` of classes, value by value in their order, but of one whose pixels do not count."""
-    return {**class_of_value([*values]), ignore: IGNORED}
+    return {**(class_of_value([*values]) or {}), ignore: IGNORED}
 
 
 def mask_suffix(given: str | None, masks: Path) -> str:

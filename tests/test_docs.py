@@ -109,6 +109,17 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert names["scores"]["dice"] > 0.7  # type: ignore[index]  # it has learned something
 
 
+def test_code_fits_the_types_of_the_library(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    options = "# mypy: allow-redefinition, allow-untyped-calls, allow-untyped-defs, disable-error-code=import-untyped"
+    for page in RUNNING:
+        program = "\n".join([options, *(block.code for block in blocks(page) if block.runs)])
+        (tmp_path / re.sub(r"\W", "_", path_of(page))).with_suffix(".py").write_text(program, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--pretty", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @needs_data
 def test_small_pictures_of_carvana_are_made_as_the_training_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Path(os.environ["UNETLIB_DATA"])

@@ -104,8 +104,8 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         class_of_value(mask_values)  # wrong ones are refused here rather than in a worker
         self.image_dir, self.mask_dir = (_folder_and_pattern(Path(where))[0] for where in (image_dir, mask_dir))
         self.transform = transform
-        self.mode = mode
-        self.mask_values = mask_values
+        self.mode: Literal["RGB", "L"] = mode
+        self.mask_values: MaskValues = mask_values
         self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix, names)
 
     def __len__(self) -> int:

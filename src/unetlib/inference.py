@@ -18,22 +18,23 @@ from torch import Tensor
 
 from .fast import optimize_for_inference as optimize_for_inference
 from .fast.network import untraced
-from .passes import check_model, input_size, iter_predictions, normalized
+from .passes import Network, check_model, input_size, iter_predictions, normalized
 from .pictures import Picture as Picture, check_several, open_picture, resize
 from .rasters import check_output, is_read_from, write_raster
 from .targets import check_threshold, read as read_target
 from .tiling import Piece, iter_bands, join
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from .metrics import SegmentationMetrics
-    from .unet import UNet
 
 _Item = TypeVar("_Item")
 
 
 @untraced
 def predict(
-    model: UNet,
+    model: Network,
     images: Picture | Sequence[Picture],
     *,
     threshold: float | None = None,
@@ -129,7 +130,7 @@ def predict(
 
 
 def iter_logits(
-    model: UNet,
+    model: Network,
     images: Iterable[Picture],
     *,
     batch_size: int = 4,
@@ -166,7 +167,7 @@ def iter_logits(
         yield logits.clone() if logits.is_inference() else logits  # a tensor that may be changed, and derived from
 
 
-def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
+def network_inputs(model: Network, images: Iterable[Picture]) -> Iterator[Tensor]:
     """Yield each picture as the network sees it: what `predict` passes to it.
 
     Args:
@@ -194,8 +195,8 @@ def network_inputs(model: UNet, images: Iterable[Picture]) -> Iterator[Tensor]:
 
 
 def evaluate(
-    model: UNet,
-    dataset: Iterable[tuple[Picture, ArrayLike]],
+    model: Network,
+    dataset: Iterable[tuple[Picture, ArrayLike]] | Dataset[tuple[Picture, ArrayLike]],
     *,
     tile: int | tuple[int, int] | None = None,
     overlap: int | None = None,
@@ -301,7 +302,7 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     return picture, mask.float() if mask.dtype == torch.float64 else mask  # MPS takes no float64
 
 
-def _softmax(model: UNet) -> bool:
+def _softmax(model: Network) -> bool:
     return model.config.out_channels > 1 and not model.preprocessing.multilabel
 
 

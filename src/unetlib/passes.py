@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from .tiling import Piece, choose_tile, join, plan_tiles, run_tiles, why_whole
 if TYPE_CHECKING:
     from .unet import UNet
 
+Network: TypeAlias = "UNet | FastUNet"
+
 _MOST_ON_CPU = 2**20  # pixels of a batch: a larger one keeps the cores no busier, and takes memory
 _modes_lent = threading.RLock()  # held while a network in training is in evaluation mode, which all threads see
 
 
 def iter_predictions(
-    model: UNet,
+    model: Network,
     images: Iterable[Picture],
     *,
     batch_size: int,
@@ -67,7 +69,7 @@ def check_model(model: object) -> None:
         raise not_a_unet(model)
 
 
-def input_size(model: UNet, size: tuple[int, int]) -> tuple[int, int]:
+def input_size(model: Network, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width at which the network sees a picture of this size."""
     preprocessing = model.preprocessing
     if preprocessing.size is not None:
@@ -78,7 +80,7 @@ def input_size(model: UNet, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def normalized(model: UNet, batch: Tensor) -> Tensor:
+def normalized(model: Network, batch: Tensor) -> Tensor:
     """The network's input, in its type and on its device, for a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
     weight = next(model.parameters())
     there = batch.to(weight.device)  # bytes, a quarter of what floats would be
@@ -97,7 +99,7 @@ def normalized(model: UNet, batch: Tensor) -> Tensor:
 class _Passes:
     """How the pictures of one call go through the network."""
 
-    model: UNet
+    model: Network
     fast: FastUNet | None  # its copy
     tile: tuple[int, int] | None
     overlap: int | None
@@ -152,7 +154,7 @@ class _Passes:
         """Logits of a picture, at its own size, by so many tiles at a time."""
         seen = source if size == source.size else in_memory(resize(source.whole(), size))
         plan = plan_tiles(self.model.config, size, window, self.overlap, mirrored=bool(self.tta))
-        if plan.exact and self.fast is None and (otherwise := difference(self.model)):
+        if plan.exact and not isinstance(self.model, FastUNet) and (otherwise := difference(self.model)):
             warnings.warn(
                 f"tiles give the whole picture's result for a UNet of the model's config, but {otherwise}; where a pixel then "
                 f"depends on more than the {plan.overlap} around its tile, the result is approximate",
@@ -205,12 +207,11 @@ def _with_bar(forward: Callable[[Tensor], Tensor], tiles: int) -> Callable[[Tens
 
 
 @torch.inference_mode()
-def _forward(model: UNet, batch: Tensor) -> Tensor:
+def _forward(model: Network, batch: Tensor) -> Tensor:
     """Float32 logits of a batch (N, C, h, w) of uint8 or [0, 1] pixels."""
     inputs = normalized(model, batch)
     if (fast := fast_copy(model)) is not None:
-        logits: Tensor = fast(inputs)
-        return logits.float()
+        return fast(inputs).float()
     with _eval_mode(model):
         logits = model(inputs)
     return logits.float()

@@ -27,7 +27,7 @@ class _Kept(NamedTuple):
 _copies: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def fast_copy(model: UNet, *, look_closely: bool = False) -> FastUNet | None:
+def fast_copy(model: nn.Module, *, look_closely: bool = False) -> FastUNet | None:
     """The copy of a network as its weights are now, made where there is none yet; None where a copy may not stand for it.
 
     That weights were changed is seen in their version counters, which every operation of PyTorch moves on, except those on

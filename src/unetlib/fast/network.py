@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,11 @@ class FastUNet(nn.Module):
             torch.cuda.current_stream(self.device).synchronize()
             this = weakref.proxy(self)  # else it is a cycle, as with `compile`, and graphs wait for the collector
             self._run = Replays(self._run or (lambda x: this._logits(x)))
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, x: Tensor) -> Tensor:
+            """Logits for a batch of pictures: `forward`, and hooks."""
 
     @untraced
     def forward(self, x: Tensor) -> Tensor:
