@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +116,8 @@ def load_data(
     if args.ignore is not None:
         values = set_aside(values, args.ignore)
     suffix = mask_suffix(args.mask_suffix, args.masks)
-    mode: Literal["RGB", "L"] = "L" if model.config.in_channels == 1 else "RGB"
-    return ImageMaskDataset(args.images, args.masks, mask_suffix=suffix, mode=mode, mask_values=values)
+    grey = model.config.in_channels == 1
+    return ImageMaskDataset(args.images, args.masks, mask_suffix=suffix, mode="L" if grey else "RGB", mask_values=values)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,17 +38,15 @@ from unetlib import UNet, list_pretrained
 from unetlib.arguments import check_device
 from unetlib.console import add_tta, print_any_letter, printable
 from unetlib.datasets import IMAGE_SUFFIXES
-from unetlib.fast import FastUNet
 from unetlib.files import only_writer
 from unetlib.imaging import read_image
-from unetlib.inference import network_inputs, optimize_for_inference, predict
+from unetlib.inference import Network, network_inputs, optimize_for_inference, predict
 from unetlib.rasters import Raster, is_huge_tiff, open_raster
 from unetlib.tiling import plan_tiles
 from unetlib.visualize import mask_to_image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Network: TypeAlias = UNet | FastUNet
 
 PARTIAL = ".unetlib-partial-"  # how the names of files begin that are being written; no suffix, as glob takes hidden files too
 FAILED = "failed.json"

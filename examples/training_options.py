@@ -41,17 +41,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Options of `unetlib.transforms.train_transform`.
-AUGMENTATION: tuple[str, ...] = (
-    "rotation",
-    "horizontal_flip",
-    "vertical_flip",
-    "color_jitter",
-    "grayscale",
-    "invert",
-    "crop",
-    "scale",
-)
-AUGMENTATION += ("elastic", "quarter_turns", "reflect", "low_resolution", "least_resolution", "jpeg", "noise")
+AUGMENTATION = (
+    "rotation", "horizontal_flip", "vertical_flip", "color_jitter", "grayscale", "invert", "crop", "scale", "elastic",
+    "quarter_turns", "reflect", "low_resolution", "least_resolution", "jpeg", "noise",
+)  # fmt: skip
 
 IGNORED = 255  # the class of pixels that do not count
 

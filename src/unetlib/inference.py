@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .fast import optimize_for_inference as optimize_for_inference
 from .fast.network import untraced
-from .passes import Network, check_model, input_size, iter_predictions, normalized
+from .passes import Network as Network, check_model, input_size, iter_predictions, normalized
 from .pictures import Picture as Picture, check_several, open_picture, resize
 from .rasters import check_output, is_read_from, write_raster
 from .targets import check_threshold, read as read_target
