@@ -49,7 +49,7 @@ MEANS = {  # of one first epoch and later ones
 ROWS = (STUDY, FIRST, LATER, FIRST_BYTES, LATER_BYTES, *MEANS)
 
 
-class StudyDataset(Dataset):
+class StudyDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """The study's data set as it is described: everything decoded each time, 255 of the grey mask made 1."""
 
     def __init__(self, images: Path, masks: Path, names: Sequence[str], transform: Any) -> None:
@@ -80,9 +80,9 @@ def study_transform(size: Size) -> Any:
     return A.Compose([*resize, *augment, A.Normalize(mean=[0.0] * 3, std=[1.0] * 3, max_pixel_value=255.0), ToTensorV2()])
 
 
-def contestants(carvana: CarvanaDataset, size: Size) -> dict[str, Dataset]:
+def contestants(carvana: CarvanaDataset, size: Size) -> dict[str, StudyDataset | CachedDataset]:
     """Each as it is at the start of an epoch: the first epoch's caches are empty, those of later ones full."""
-    found: dict[str, Dataset] = {
+    found: dict[str, StudyDataset | CachedDataset] = {
         STUDY: StudyDataset(carvana.image_dir, carvana.mask_dir, carvana.images, study_transform(size)),
         FIRST: CachedDataset(carvana, size, transform=train_transform(None)),
         LATER: CachedDataset(carvana, size, transform=train_transform(None)),
@@ -95,10 +95,10 @@ def contestants(carvana: CarvanaDataset, size: Size) -> dict[str, Dataset]:
     return found
 
 
-def time_epoch(datasets: dict[str, Dataset], workers: int) -> dict[str, tuple[float, float]]:
+def time_epoch(datasets: dict[str, StudyDataset | CachedDataset], workers: int) -> dict[str, tuple[float, float]]:
     """Wall and CPU seconds a sample of each data set; the CPU time of workers is not known."""
     pairs = len(next(iter(datasets.values())))
-    spent = {}
+    spent: dict[str, tuple[float, float]] = {}
     for name, dataset in datasets.items():
         release_freed() if name == STUDY else keep_freed()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -118,7 +118,8 @@ def compare(carvana: CarvanaDataset, size: Size, repeats: int, workers: int) -> 
     for _ in range(repeats):
         spent = time_epoch(contestants(carvana, size), workers)
         for name, (count, first, later) in MEANS.items():
-            spent[name] = tuple((one + (count - 1) * other) / count for one, other in zip(spent[first], spent[later]))
+            wall, cpu = ((one + (count - 1) * other) / count for one, other in zip(spent[first], spent[later]))
+            spent[name] = wall, cpu
         epochs.append(spent)
     rows = []
     for name in ROWS:
@@ -149,7 +150,7 @@ def busy_share(carvana: CarvanaDataset, size: Size, args: argparse.Namespace, mo
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=count)
     loader = DataLoader(dataset, args.batch, sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda")
     per_picture = PerPicture(augment)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def load(batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

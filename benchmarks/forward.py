@@ -10,6 +10,7 @@ README.md beside this file says what is measured, and how to read the table.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import tempfile
@@ -174,7 +175,7 @@ def measure(
     if STUDY not in found:
         return []
     x = example(case).to(args.device)
-    seconds = time_turns([lambda forward=forward: forward(x) for forward, _, _ in found.values()], args.rounds, args.device)
+    seconds = time_turns([functools.partial(forward, x) for forward, _, _ in found.values()], args.rounds, args.device)
     peaks = {peer: (error, peak) for peer, (_, error, peak) in found.items()}
     del found
     free(args.device)

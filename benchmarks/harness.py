@@ -198,7 +198,7 @@ def traffic(model: nn.Module, batch: int, height: int, width: int) -> int:
     """Numbers that the convolutions must read and write in one pass: each input, weight and output once, all else fused."""
     moved = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: nn.Conv2d | nn.ConvTranspose2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal moved
         moved += inputs[0].numel() + output.numel() + module.weight.numel()
 

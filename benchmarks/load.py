@@ -17,6 +17,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import (
@@ -41,10 +42,10 @@ from unetlib.pretrained import ZOO
 STUDY = "study"
 
 
-class MixinUNet(PyTorchModelHubMixin, UNet):
+class MixinUNet(PyTorchModelHubMixin, UNet):  # type: ignore[misc]  # the mixin's methods take other arguments than ours
     """Our network as the mixin saves and loads it."""
 
-    def __init__(self, options: dict) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(**options)
 
 
@@ -143,7 +144,7 @@ def measure(model: str, rounds: int, warm: Path) -> dict[str, object]:
         }
 
 
-def table(row: dict) -> str:
+def table(row: dict[str, Any]) -> str:
     lines = []
     for name in CONTESTANTS:
         memory, ours = row["memory"][name], row["memory"]["unetlib"]

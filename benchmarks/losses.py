@@ -15,6 +15,7 @@ import argparse
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import add_device, check, command, machine, peak_allocated, print_machine, spread, time_turns, write_json
@@ -31,8 +32,8 @@ def contestants() -> dict[tuple[str, str], dict[str, Loss]]:
     import segmentation_models_pytorch.losses as smp
     from monai import losses as monai
 
-    sigmoid = {"sigmoid": True, "batch": True}
-    softmax = {"softmax": True, "to_onehot_y": True, "batch": True}
+    sigmoid: dict[str, Any] = {"sigmoid": True, "batch": True}
+    softmax: dict[str, Any] = {"softmax": True, "to_onehot_y": True, "batch": True}
 
     def channel(loss: Loss) -> Loss:
         """MONAI wants (N, 1, H, W) masks."""
@@ -102,10 +103,10 @@ def step(loss: Loss, logits: Tensor, target: Tensor) -> None:
     loss(logits, target).backward()
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, object]]:
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     shape = (args.size, args.size)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     table = contestants()
     names = sorted({name for name, _ in table})
     if unknown := sorted({*(args.only or ())}.difference(names)):
@@ -129,7 +130,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def line(row: dict[str, object]) -> str:
+def line(row: dict[str, Any]) -> str:
     median, memory = row["seconds"], row["peak_bytes"]
     cells = [f"{row['loss']} ({row['kind']})", f"{median['unetlib'] * 1e3:.2f}"]
     cells += [f"{median[other] / median['unetlib']:.2f}" if other in median else "" for other in LIBRARIES[1:]]

@@ -55,7 +55,7 @@ class Network(NamedTuple):
 def load_network(name: str) -> Network:
     """The study's network with random weights for "study" and "narrow"; else what `UNet.from_pretrained` finds by the name."""
     if name in (STUDY, NARROW):
-        widths = {"features": (16, 32, 64, 128)} if name == NARROW else {}
+        widths: dict[str, Any] = {"features": (16, 32, 64, 128)} if name == NARROW else {}
         network = Network(randomize(StudyUNet(**widths)), UNet(**widths).eval())
         network.ours.load_state_dict(convert(network.study.state_dict()).state_dict)
         return network
@@ -92,12 +92,12 @@ class MilesialUNet(nn.Module):
             up.up = nn.ConvTranspose2d(below, width, kernel_size=2, stride=2)
             up.conv = self.block(2 * width, width)
             setattr(self, f"up{level}", up)
-        self.outc = nn.Module()
+        self.outc: Any = nn.Module()
         self.outc.conv = nn.Conv2d(widths[0], out_channels, kernel_size=1)
         self.depth = len(features)
 
     @staticmethod
-    def block(before: int, width: int) -> nn.Module:
+    def block(before: int, width: int) -> Any:
         """Two convolutions under the name that they have there."""
         block = nn.Module()
         block.double_conv = DoubleConv(before, width).conv
@@ -147,7 +147,7 @@ def monai_module(network: Network) -> nn.Module:
 
 def run(module: nn.Module, precision: str, device: str, layout: str = "contiguous") -> Forward:
     """Weights and pictures in the precision and layout, without autocast."""
-    to = {"dtype": PRECISIONS[precision], "memory_format": LAYOUTS[layout]}
+    to: dict[str, Any] = {"dtype": PRECISIONS[precision], "memory_format": LAYOUTS[layout]}
     module = copy.deepcopy(module).to(device, **to)
     return lambda x: module(x.to(**to))
 
@@ -175,12 +175,12 @@ def autocast(network: Network, case: Case, device: str, folder: Path) -> Forward
 
 def compiled(network: Network, case: Case, device: str, folder: Path) -> Forward:
     """Each in the way that is known to be its fastest; Triton's own convolutions were wrong in torch 2.11."""
-    options = {"freezing": True}
+    options: dict[str, Any] = {"freezing": True}
     if is_cuda(device):
         from torch._inductor import list_mode_options
 
         options = {**list_mode_options("max-autotune"), "max_autotune_conv_backends": "ATEN"}
-    to = {"dtype": PRECISIONS[case.precision], "memory_format": torch.channels_last}
+    to: dict[str, Any] = {"dtype": PRECISIONS[case.precision], "memory_format": torch.channels_last}
     module = torch.compile(copy.deepcopy(network.study).to(device, **to), dynamic=False, options=options)
     return lambda x: module(x.to(**to))
 
@@ -209,6 +209,7 @@ def onnxruntime(network: Network, case: Case, device: str, folder: Path) -> Forw
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(network.ours, (example(case),), input_names=["x"], dynamo=True, verbose=False)
+        assert program is not None  # as `dynamo` is asked for
         program.save(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -102,13 +103,12 @@ def staged(module: nn.Module, way: Way, path: Path, device: str) -> dict[str, fl
             decoding += time.perf_counter() - began
 
     hooks = module.register_forward_pre_hook(mark), module.register_forward_hook(mark)
-    ImageFile.ImageFile.load = timed_load
     try:
-        mark()
-        way(path)
-        mark()
+        with mock.patch.object(ImageFile.ImageFile, "load", timed_load):
+            mark()
+            way(path)
+            mark()
     finally:
-        ImageFile.ImageFile.load = load
         for hook in hooks:
             hook.remove()
     start, before, after, end = marks

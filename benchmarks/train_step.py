@@ -131,7 +131,7 @@ def measure(table: dict[str, Step], shape: tuple[int, int, int], rounds: int, de
     for name, step in table.items():  # warm-up, and the memory of a step
         losses = [step(images, masks) for _ in range(2 if is_cuda(device) else 1)]
         rows[name] = {"first_loss": next(loss for loss in [*losses, step(images, masks)] if loss == loss)}
-        rows[name]["peak_bytes"] = peak_allocated(lambda step=step: step(images, masks), device)
+        rows[name]["peak_bytes"] = peak_allocated(functools.partial(step, images, masks), device)
 
     def turn(name: str) -> None:
         keep_freed() if name.endswith(KEPT) else release_freed()

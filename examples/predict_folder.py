@@ -22,7 +22,7 @@ import sys
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -184,7 +184,7 @@ class Unprepared(Exception):
 ENDS = {"/Unprepared": Unprepared, "/OSError": OSError}
 
 
-def prepared(model: UNet, names: list[str], args: argparse.Namespace) -> Network:
+def prepared(model: UNet, names: Sequence[str], args: argparse.Namespace) -> Network:
     """The model on its device, or a fast copy; int8 takes its ranges from the first pictures to be read."""
     try:
         model.to(args.device)

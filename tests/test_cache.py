@@ -77,6 +77,18 @@ def test_own_sizes_are_exact_and_need_no_files_the_second_time(folders):
         cached[4]
 
 
+def test_a_loop_over_pairs_has_all_of_them_and_stops_at_a_transforms_index_error(folders):
+    cached = CachedDataset(CarvanaDataset(*folders))
+    for pair, expected in zip(cached, [cached[i] for i in range(4)], strict=True):
+        assert_equal(pair, expected)
+
+    def broken(image, mask):
+        raise IndexError("of the transform")
+
+    with pytest.raises(IndexError, match="of the transform"):
+        list(CachedDataset(CarvanaDataset(*folders), transform=broken))
+
+
 @pytest.mark.parametrize("size", [None, SMALL])
 @pytest.mark.parametrize("transform", [None, eval_transform(SMALL)])
 def test_items_are_on_the_cpu_whatever_the_default_device(folders, size, transform):

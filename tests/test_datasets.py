@@ -95,6 +95,19 @@ def test_carvana_reads_as_the_study_does(folders):
     assert repr(dataset).endswith("train_masks'): 6 pairs")
 
 
+def test_a_loop_over_pairs_has_all_of_them_and_stops_at_a_transforms_index_error(folders):
+    dataset = CarvanaDataset(*folders)
+    assert all(np.array_equal(image, dataset[index][0]) for index, (image, _) in enumerate(dataset))
+    assert len(list(dataset)) == 6
+
+    def broken(image, mask):
+        raise IndexError("of the transform")
+
+    dataset.transform = broken
+    with pytest.raises(IndexError, match="of the transform"):
+        list(dataset)
+
+
 @needs_data
 @pytest.mark.parametrize("folder", ["carvana", "carvana_240x160"])
 def test_real_pictures_read_as_the_study_does(folder):

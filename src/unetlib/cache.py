@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,10 @@ class CachedDataset(Dataset[tuple[Any, Any]]):
         if self.transform is None:
             return tv_tensors.Image(to_tensor(image), device="cpu"), tv_tensors.Mask(mask, device="cpu")
         return apply_transform(self.transform, image, mask.numpy())
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """The pairs in order; an `IndexError` of a transform is raised, where Python's own loop would take it for the end."""
+        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         """One line with the count, the size and how much can be kept."""

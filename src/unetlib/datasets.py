@@ -8,7 +8,7 @@ import inspect
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path, PurePath
@@ -130,6 +130,10 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         if image.shape[:2] != mask.shape:
             raise ValueError(size_clash(image_path, image.shape[:2], mask_path, mask.shape))
         return (image, mask) if self.transform is None else apply_transform(self.transform, image, mask)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """The pairs in order; an `IndexError` of a transform is raised, where Python's own loop would take it for the end."""
+        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         """One line with the folders and the count."""
