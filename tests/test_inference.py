@@ -16,10 +16,12 @@ from PIL import Image, ImageSequence
 from pretended_mps import OnMps
 from torch.optim.swa_utils import AveragedModel
 
-from unetlib import Preprocessing, UNet, passes, pictures, rasters
+from unetlib import ImageMaskDataset, Preprocessing, UNet, passes, pictures, rasters
+from unetlib.cache import CachedDataset
 from unetlib.imaging import read_image
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.metrics import SegmentationMetrics
+from unetlib.synthetic import write_carvana
 from unetlib.tiling import plan_tiles
 
 
@@ -837,10 +839,22 @@ def test_evaluate_says_what_pairs_it_takes(model, picture, data):
 
 def test_evaluate_takes_no_batches(model, picture):
     pairs = [(torch.from_numpy(picture).permute(2, 0, 1), picture[..., 0] > 127)]
-    with pytest.raises(TypeError, match="got a batch; give the data set, not its DataLoader"):
+    with pytest.raises(TypeError, match=r"got a batch; give the data set, or DataLoader\(\.\.\., batch_size=None\)"):
         evaluate(model, torch.utils.data.DataLoader(pairs))
     assert evaluate(model, torch.utils.data.DataLoader(pairs, batch_size=None)) == evaluate(model, pairs)
     assert evaluate(model, iter(pairs)) == evaluate(model, pairs)
+
+
+@pytest.mark.parametrize("classes", [None, (0, 1)])
+def test_evaluate_reads_in_other_processes_and_what_they_have_decoded(model, tmp_path, classes):
+    write_carvana(tmp_path, cars=1, views=4, size=(36, 50))
+    scenes = ImageMaskDataset(tmp_path / "train", tmp_path / "train_masks", mask_suffix="_mask", mask_values=classes)
+    cached = CachedDataset(scenes)
+    expected = evaluate(model, scenes)
+    assert evaluate(model, torch.utils.data.DataLoader(cached, batch_size=None, num_workers=1)) == expected
+    for path in scenes.paths(0):
+        path.unlink()
+    assert evaluate(model, cached) == expected
 
 
 def test_no_float64_is_sent_to_the_device(model, picture, monkeypatch):

@@ -211,8 +211,8 @@ def evaluate(
     Args:
         model: the network; its `preprocessing` applies, as in `predict`.
         dataset: pairs of a picture, as in `predict`, and its mask (H, W), or (C, H, W) where the `preprocessing` says
-            `multilabel`: an `ImageMaskDataset` without a transform, for one, or a `DataLoader` of it, with `batch_size=None`
-            and `collate_fn=tuple`, that reads in other processes.
+            `multilabel`: an `ImageMaskDataset` without a transform, for one; or a `DataLoader` of a `CachedDataset`, with
+            `batch_size=None`, that reads in other processes.
         tile: as in `predict`.
         overlap: as in `predict`.
         tta: as in `predict`.
@@ -289,7 +289,9 @@ def _picture_and_mask(pair: object) -> tuple[Any, Tensor]:
     """A pair of a data set, the mask as a tensor."""
     picture, mask = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (None, None)
     if getattr(picture, "ndim", 0) == 4:
-        raise TypeError("expected pairs of one picture and its mask, got a batch; give the data set, not its DataLoader")
+        raise TypeError(
+            "expected pairs of one picture and its mask, got a batch; give the data set, or DataLoader(..., batch_size=None)"
+        )
     if not isinstance(mask, Tensor):
         array = np.asarray(mask)
         if array.dtype.kind not in "biuf":
