@@ -7,7 +7,7 @@ read off the tensors' shapes. What a table does not match exactly is refused, ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,6 +83,7 @@ class Family:
         ignored: keys that hold no weights.
         preprocessing: what the project does to a picture before its network.
         unknown: what remains unknown to who loads a checkpoint; a warning says it.
+        assumed: instead, what is not in the file, thing by thing, and what stands for it; a field of `UNetConfig` may be told.
     """
 
     name: str
@@ -100,6 +101,20 @@ class Family:
     ignored: tuple[str, ...] = ()
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     unknown: str = ""
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+    def warning(self, told: Mapping[str, Any]) -> str:
+        """What remains unknown where these fields of `UNetConfig` are told.
+
+        Example:
+            >>> MONAI.warning({"activation": "elu"})
+            'its pictures are not in the file; assumed are pixels in [0, 1]'
+        """
+        if not self.assumed:
+            return self.unknown
+        left = {thing: stand_in for thing, stand_in in self.assumed.items() if thing not in told}
+        more = "" if "activation" in told else f". {ANOTHER_ACTIVATION}"
+        return f"its {_and(left)} are not in the file; assumed are {_and(left.values())}{more}"
 
     def modules(self, depth: int) -> dict[str, str]:
         """The family's module names and ours, for a network of `depth` levels.
@@ -197,8 +212,7 @@ FEPEGAR = Family(
     },
     norms=("batch", "none"),
     open=("match", "activation", "negative_slope", "upsample", "align_corners", "affine"),
-    unknown="its padding, pooling, activation and pictures are not in the file; assumed are padding=1, max pooling, ReLU and "
-    f"pixels in [0, 1]. {ANOTHER_ACTIVATION}",
+    assumed={"padding": "padding=1", "pooling": "max pooling", "activation": "ReLU", "pictures": "pixels in [0, 1]"},
 )
 
 # MONAI BasicUNet in two dimensions, with its default `upsample="deconv"`.
@@ -213,8 +227,7 @@ MONAI = Family(
     norms=("batch", "instance"),
     options={"match": "replicate", "activation": "leaky_relu", "negative_slope": 0.1},
     open=("norm", "affine", "activation", "negative_slope"),
-    unknown="its activation and pictures are not in the file; assumed are the default LeakyReLU(0.1) and pixels in [0, 1]. "
-    + ANOTHER_ACTIVATION,
+    assumed={"activation": "the default LeakyReLU(0.1)", "pictures": "pixels in [0, 1]"},
 )
 
 # U_Net of LeeJunHyun/Image_Segmentation.
@@ -332,8 +345,8 @@ def converted(checkpoint: Mapping[str, Any], source: str, options: Mapping[str, 
     config = _infer_config(family, tensors, options, source)
     tensors = _strict(family, config, tensors)
     logger.info("recognised a checkpoint of the family %s: %s", family.name, config)
-    if family.unknown:
-        logger.warning("checkpoint of the family %s: %s", family.name, family.unknown)
+    if warning := family.warning(options):
+        logger.warning("checkpoint of the family %s: %s", family.name, warning)
     return Converted(family.name, config, tensors, family.preprocessing)
 
 
@@ -583,6 +596,11 @@ def _upsamplings(family: Family) -> str:
     with_weights = {"": "transpose", ".conv": "nearest_conv"}
     names = [name for part, name in with_weights.items() if part in family.upsample]
     return " or ".join([*names, *filter(None, [family.weightless.get("upsample")])])
+
+
+def _and(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _list(names: list[str]) -> str:
