@@ -202,7 +202,8 @@ def available() -> bool:
         with native_library.one_at_a_time, torch.device("cpu"):
             return _agrees()
     except (OSError, AttributeError, KeyError, ValueError, subprocess.SubprocessError) as reason:  # ValueError: of a `CXX`
-        logger.info("no native operations: %r %s", reason, (getattr(reason, "stderr", None) or b"").decode(errors="replace"))
+        said = (getattr(reason, "stderr", None) or b"").decode(errors="replace")
+        logger.info("no native operations: %s: %s %s", type(reason).__name__, reason, said)
         return False
 
 
