@@ -188,9 +188,10 @@ def starting_model(args: argparse.Namespace, in_channels: int = 3, out_channels:
     else:
         model = UNet(in_channels, out_channels, **shape)
     if min(args.size) < (least := model.config.stride):
+        fewer = "" if args.init else ", or fewer --features"  # trained weights keep their levels
         raise ValueError(
             f"--size {args.size[0]} {args.size[1]} is too small for the network, which takes {least}x{least} pixels or more; "
-            "give a larger --size, or fewer --features"
+            f"give a larger --size{fewer}"
         )
     return model
 

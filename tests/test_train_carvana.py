@@ -979,6 +979,13 @@ def test_what_there_is_none_of_is_one_clear_error_before_scenes_are_rendered(scr
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_features_are_no_way_out_where_weights_have_theirs(script, data, tmp_path):
+    start = UNet(features=(8, 16)).save_pretrained(tmp_path / "start")
+    options = ["--init", str(start), "--size", "2", "48", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"--size 2 48 is too small for .* takes 4x4 pixels or more; give a larger --size$"):
+        script.main(["--data", str(data), *TINY[3:], *options])
+
+
 @pytest.mark.parametrize("place", ["train", "val"])
 @pytest.mark.parametrize("options", ["", "--augment-on device", "--workers 1"])
 def test_a_picture_that_cannot_be_read_is_named(script, data, tmp_path, place, options):
