@@ -231,7 +231,7 @@ def train(
             entry["pictures_per_second"] = pictures / seconds
         if judge:
             judged = average or model
-            with autocast:
+            with without_traceback(f"validation of epoch {epoch}: "), autocast:  # finite weights may overflow in fp16
                 scores = validate(args, process, judged, val_set)
             entry |= {key: scores[key] for key in ("dice", "iou", "accuracy")}
             say(f"epoch {epoch}: " + ", ".join(f"{key} {entry[key]:.5f}" for key in ("loss", "dice", "iou", "accuracy")))

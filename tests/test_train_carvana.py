@@ -797,6 +797,21 @@ def test_weights_that_are_not_finite_are_not_saved(script, data, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_overflow_where_they_are_validated_are_one_clear_error(script, data, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def diverged(optimizer, *args, **options):
+        step(optimizer, *args, **options)
+        torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], 6e4)  # finite in half precision, unlike what it gives
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverged)
+    options = ["--batch-size", "8", "--epochs", "1", "--ema", "0", "--precision", "fp16"]  # one step, whose loss is finite
+    expected = "validation of epoch 1: logits must hold numbers, found nan; the network diverged, or overflowed in half"
+    with pytest.raises(SystemExit, match=expected):
+        script.main(["--data", str(data), "--out", str(tmp_path), *TINY, *options])
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_full_disk_and_an_unwritable_folder_are_found_before_training(script, data, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for source in (["--data", str(data)], ["--synthetic", "8"]):
