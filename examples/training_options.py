@@ -183,7 +183,7 @@ def starting_model(args: argparse.Namespace, in_channels: int = 3, out_channels:
     """A new network, or a trained one, which grows where that is asked for."""
     names = ("features", "bottleneck", "patch_size", "match")
     shape = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.init:
+    if args.init is not None:  # an empty name, as of a variable that is not set, is an error and no random weights
         model = grow(UNet.from_pretrained(args.init, in_channels=in_channels, out_channels=out_channels), **shape)
     else:
         model = UNet(in_channels, out_channels, **shape)

@@ -984,6 +984,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_read(script, monkeyp
     ("options", "message"),
     [
         ("--init nosuch", "nosuch"),
+        ("--init ''", "no model is called ''"),
         ("--size 8 48 --features 8 8 8 8", "--size 8 48 is too small for the network, which takes 16x16 pixels or more"),
         ("--data nosuch", "there is no folder 'nosuch/train'"),
     ],
