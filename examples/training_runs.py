@@ -55,7 +55,9 @@ def only_run(args: argparse.Namespace, process: Process) -> Iterator[None]:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # Ctrl-C reaches all processes of one machine
                 print(f"interrupted; the same command {again(args.out)}", file=sys.stderr)
             raise SystemExit(130) from None  # as the shell has it
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
             raise SystemExit(
                 f"the device has not enough memory for a step ({str(error).splitlines()[0]}); try --checkpoint-gradients, "
                 "--accumulate 2 or more, or a smaller --batch-size, --size or --features"

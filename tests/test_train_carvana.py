@@ -579,15 +579,31 @@ def test_a_batch_larger_than_the_data_is_named(script, data, tmp_path):
         script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out"), "--batch-size", "100"])
 
 
-def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it"), "CUDA out.*2.00 GiB."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "DefaultCPUAll.*9 bytes."),
+    ],
+)
+def test_too_little_memory_for_a_step_says_what_to_try(script, data, tmp_path, monkeypatch, error, said):
     def loss(logits, masks):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+        raise error
 
     monkeypatch.setattr(script, "make_loss", lambda args: loss)
     with pytest.raises(
         SystemExit,
-        match=r"not enough memory for a step \(CUDA out of memory.* 2\.00 GiB\.\); try --checkpoint-gradients, --accumulate 2",
+        match=rf"not enough memory for a step \({said}\); try --checkpoint-gradients, --accumulate 2",
     ):
+        script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(script, data, tmp_path, monkeypatch):
+    def loss(logits, masks):
+        raise RuntimeError("a mistake in the code")
+
+    monkeypatch.setattr(script, "make_loss", lambda args: loss)
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
         script.main([*TINY, "--data", str(data), "--out", str(tmp_path / "out")])
 
 
