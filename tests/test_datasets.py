@@ -252,7 +252,11 @@ def test_other_wildcards_than_the_star_are_told_of(tmp_path, pattern):
     [
         ("{}_segmentation", "", "give mask_suffix='_segmentation' (--mask-suffix)."),
         ("{}", "_mask", "give mask_suffix='' (--mask-suffix)."),
-        ("mask_{}", "", "write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*' (--images, --masks)."),
+        (
+            "mask_{}",
+            "",
+            "write * for what their names share, as in 'pictures/img_*' and 'masks/mask_*' (evaluate.py: --images, --masks).",
+        ),
     ],
 )
 def test_where_nothing_pairs_the_error_says_what_to_type(tmp_path, mask, mask_suffix, advice):
@@ -263,6 +267,16 @@ def test_where_nothing_pairs_the_error_says_what_to_type(tmp_path, mask, mask_su
     with pytest.raises(ValueError) as error:
         ImageMaskDataset(tmp_path / "i", tmp_path / "m", mask_suffix=mask_suffix)
     assert str(error.value).endswith(advice)
+
+
+def test_where_nothing_is_named_as_carvanas_no_option_is_advised_that_there_is_not(tmp_path):
+    for folder in ("i", "m"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "a_01.png")
+    with pytest.raises(ValueError, match="1 x picture without a mask") as error:
+        CarvanaDataset(tmp_path / "i", tmp_path / "m")
+    assert "suffix" not in str(error.value)
+    assert str(error.value).endswith("ImageMaskDataset takes others, as examples/finetune.py does.")
 
 
 def test_grey_pictures_and_class_masks(tmp_path):

@@ -106,7 +106,7 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         self.transform = transform
         self.mode: Literal["RGB", "L"] = mode
         self.mask_values: MaskValues = mask_values
-        self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix, names)
+        self.images, self.masks = _pair(Path(image_dir), Path(mask_dir), mask_suffix, names, self._advice)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -201,6 +201,16 @@ class ImageMaskDataset(Dataset[tuple[Any, Any]]):
         """The files of the picture and mask number `index`."""
         return self.image_dir / self.images[index], self.mask_dir / self.masks[index]
 
+    @staticmethod
+    def _advice(image: str, masks: Iterable[str]) -> str:
+        """What to type where no mask has the name of a picture."""
+        if longer := [mask for mask in masks if mask.startswith(image)]:
+            return f"If they belong together, give mask_suffix={min(longer, key=len).removeprefix(image)!r} (--mask-suffix)."
+        return (
+            "If they belong together, give them the same names, or write * for what their names share, as in 'pictures/img_*' "
+            "and 'masks/mask_*' (evaluate.py: --images, --masks)."
+        )
+
 
 class CarvanaDataset(ImageMaskDataset):
     """Kaggle's Carvana Image Masking Challenge: `<car>_<view>.jpg` pairs with `<car>_<view>_mask.gif` (or `.png`).
@@ -233,6 +243,10 @@ class CarvanaDataset(ImageMaskDataset):
                 f"{error}. For Carvana, accept the competition's rules on Kaggle, download train_hq.zip and train_masks.zip, "
                 "and unpack both."
             ) from None
+
+    @staticmethod
+    def _advice(image: str, masks: Iterable[str]) -> str:  # no mask_suffix, which is Carvana's here
+        return "Carvana's masks are <car>_<view>_mask.gif or .png; ImageMaskDataset takes others, as examples/finetune.py does."
 
 
 @overload
@@ -455,7 +469,9 @@ def _binds(transform: Callable[..., Any], *args: None, **kwargs: None) -> bool:
     return True
 
 
-def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str] | None) -> tuple[list[str], list[str]]:
+def _pair(
+    image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str] | None, advise: Callable[[str, Iterable[str]], str]
+) -> tuple[list[str], list[str]]:
     """The sorted names of the pictures and of their masks, or one error about all that does not pair up."""
     (image_folder, image_pattern), (mask_folder, mask_pattern) = map(_folder_and_pattern, (image_dir, mask_dir))
     image_files, mask_files = _list_folder(image_folder, image_pattern), _list_folder(mask_folder, mask_pattern)
@@ -498,7 +514,7 @@ def _pair(image_dir: Path, mask_dir: Path, mask_suffix: str, names: Iterable[str
         "mask in a lossy format (draw or save it as PNG)": [str(path) for path in lossy],
         "stray file or folder": [str(path) for path in [*other_images, *other_masks] if path not in lossy],
     }
-    advice = _advice(min(images), masks) if images and masks and len(unmasked) == len(images) else ""
+    advice = advise(min(images), masks) if images and masks and len(unmasked) == len(images) else ""
     _raise_problems(problems, image_dir, mask_dir, advice)
     if not images:
         raise ValueError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {image_dir}")
@@ -564,16 +580,6 @@ def _by_key(files: Mapping[Path, str], suffixes: Sequence[str]) -> tuple[dict[st
         else:
             rest.append(path)
     return found, rest
-
-
-def _advice(image: str, masks: Iterable[str]) -> str:
-    """What to type where no mask has the name of a picture."""
-    if longer := [mask for mask in masks if mask.startswith(image)]:
-        return f"If they belong together, give mask_suffix={min(longer, key=len).removeprefix(image)!r} (--mask-suffix)."
-    return (
-        "If they belong together, give them the same names, or write * for what their names share, as in 'pictures/img_*' and "
-        "'masks/mask_*' (--images, --masks)."
-    )
 
 
 def size_clash(image_path: Path, image: tuple[int, ...], mask_path: Path, mask: tuple[int, ...]) -> str:
