@@ -41,7 +41,8 @@ def test_the_card_of_a_run_says_what_was_run_and_what_it_scores(tmp_path):
 def test_the_card_of_a_run_says_at_which_size_it_scores(size, said):
     scores = {"epoch": 3, "dice": 0.98, "iou": 0.961, "accuracy": 0.99}
     card = training_card(UNet(features=(2,)), "cars", "Finds cars.", scores, "python train.py", (90, 10), size)
-    assert f"| 10 validation pictures {said}, mean of each |" in card
+    # Accuracy is that of all pixels together, as `SegmentationMetrics` has it.
+    assert f"| 10 validation pictures {said} | Dice, mean of each | IoU, mean of each | accuracy of all pixels |" in card
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def training_card(
 
 ## Results
 
-| {pictures[1]} validation pictures {scored_at}, mean of each | Dice | IoU | pixel accuracy |
+| {pictures[1]} validation pictures {scored_at} | Dice, mean of each | IoU, mean of each | accuracy of all pixels |
 |---|---|---|---|
 | epoch {scores["epoch"]:.0f}, the best by Dice | {scores["dice"]:.4f} | {scores["iou"]:.4f} | {scores["accuracy"]:.2%} |
 """)
