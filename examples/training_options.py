@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from unetlib import BCEDiceLoss, CrossEntropyLoss, ImageMaskDataset, UNet
 from unetlib.adapt import grow
 from unetlib.arguments import at_least, check_device, height_and_width, whole
 from unetlib.config import MATCHES
+from unetlib.console import printable
 from unetlib.imaging import class_of_value, image_size
 from unetlib.transforms import train_transform
 
@@ -163,6 +165,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "with --window and --own-size the model predicts at the pictures' own size; give --validate-at original beside them"
         )
+    try:
+        os.fsencode(args.out).decode()
+    except UnicodeDecodeError:
+        name = printable(str(args.out))
+        raise ValueError(f"--out {name} is not UTF-8, and weights in such a folder cannot be read; give another name") from None
     check_device(args.device)
     if args.sync_batch_norm and torch.device(args.device).type != "cuda":
         raise ValueError(f"--sync-batch-norm is for GPUs, not for --device {args.device}; leave it out")

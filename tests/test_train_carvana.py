@@ -986,6 +986,7 @@ def test_one_cycle_rises_for_any_number_of_steps(script, training_options, warmu
         ("--tensorboard", "--tensorboard needs tensorboard: pip install 'unetlib[examples]'"),
         ("--synthetic -1", "--synthetic must be 0 or more, not -1"),
         ("--window --validate-at size", "give --validate-at original beside them"),
+        ("--out runs/\udce9", r"--out runs/\udce9 is not UTF-8, and weights in such a folder cannot be read; give"),
     ],
 )
 def test_what_cannot_be_right_is_refused_before_anything_is_read(script, monkeypatch, capsys, options, message):
