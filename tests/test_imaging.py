@@ -565,8 +565,9 @@ def test_a_mask_of_one_value(tmp_path, value, suffix):
 def test_a_binary_mask_of_three_values_is_refused(tmp_path, image, found):
     path = tmp_path / "odd.tif"
     image.save(path)
-    with pytest.raises(ValueError, match=rf"odd\.tif holds {found}"):
+    with pytest.raises(ValueError, match=rf"odd\.tif holds {found}") as error:
         read_mask(path)
+    assert ("(--mask-values, of numbers alone)" in str(error.value)) == ("colours" in found)
     np.testing.assert_array_equal(read_mask(path, "nonzero"), (np.array(image).reshape(1, image.width, -1) != 0).any(2))
 
 

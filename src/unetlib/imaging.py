@@ -521,10 +521,11 @@ def _foreground_of_bytes(image: Image.Image, source: Source, any_values: bool) -
 
 
 def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> ValueError:
-    zero = "(0, 0, 0)" if are_colors else "0"
+    # The option takes numbers, as palettes have them beside their colours.
+    zero, option = ("(0, 0, 0)", "--mask-values, of numbers alone") if are_colors else ("0", "--mask-values")
     return ValueError(
         f"{_name(source)} holds {_describe(values, are_colors)}, but a binary mask holds {zero} and one other. "
-        f"If these are classes, name them: mask_values=({zero}, ...) (--mask-values). If all but {zero} is foreground: "
+        f"If these are classes, name them: mask_values=({zero}, ...) ({option}). If all but {zero} is foreground: "
         'mask_values="nonzero" (--nonzero). If a lossy format (JPEG) made them, draw or save the mask again as PNG.'
     )
 
