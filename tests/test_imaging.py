@@ -396,6 +396,13 @@ def test_an_index_counts_beside_transparency():
     assert read_mask(mask.convert("PA"), (0, 1, 2)).tolist() == [[2, 1]]
 
 
+def test_an_index_counts_where_all_look_alike_beside_transparency(tmp_path):
+    mask = palette_mask(np.array([[0, 1]]), (0, 0, 0), (0, 0, 0))
+    mask.convert("PA").save(tmp_path / "mask.tif")
+    for source in (mask, tmp_path / "mask.tif"):
+        assert read_mask(source).tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("levels", [(0, 1000, 2048, 4095), (0, 20000, 65535)])
 def test_the_pages_of_a_stack_are_read_as_files_of_their_own_would_be(tmp_path, levels):
     """By the way that the error names; `Image.copy` would lose what the tags say."""

@@ -181,6 +181,8 @@ def read_labels(source: Source, mask_values: MaskValues = None) -> NDArray[Any]:
     """
     image, _ = _load(source, exact=True)
     _check_alpha(image, source)
+    if image.mode == "PA":
+        image = image.convert("P")  # what counts of a palette counts beside transparency too
     classes = class_of_value(mask_values)
     if classes is None:
         return _foreground(image, source, any_values=mask_values is not None)
@@ -532,7 +534,7 @@ def _several_values(values: NDArray[Any], are_colors: bool, source: Source) -> V
 
 def _stored_values(image: Image.Image, source: Source) -> NDArray[Any]:
     """The number a file stores for each pixel: the index in a palette mask, 0 and 1 in a 1-bit one."""
-    if image.mode in ("LA", "PA"):
+    if image.mode == "LA":
         return np.asarray(image.getchannel(0))
     if _is_grey(image) or image.mode == "P":
         return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
