@@ -21,6 +21,7 @@ from unetlib.cache import CachedDataset
 from unetlib.imaging import read_image
 from unetlib.inference import evaluate, iter_logits, network_inputs, predict
 from unetlib.metrics import SegmentationMetrics
+from unetlib.objects import ObjectMetrics
 from unetlib.synthetic import write_carvana
 from unetlib.tiling import plan_tiles
 
@@ -126,6 +127,12 @@ def test_classes_that_overlap_are_decided_one_by_one(overlapping, picture):
     np.testing.assert_allclose(overlapping.predict(picture, probabilities=True), logits.sigmoid().numpy(), atol=1e-6)
     with pytest.raises(ValueError, match="threshold is a probability"):
         overlapping.predict(picture, threshold=1)
+
+
+@pytest.mark.parametrize("metrics", ["dice", ["dice", "iou"], SegmentationMetrics, ObjectMetrics()])
+def test_what_is_no_metrics_of_pixels_is_refused(model, picture, metrics):
+    with pytest.raises(TypeError, match=r"must be a SegmentationMetrics, such as SegmentationMetrics\(1\), got "):
+        evaluate(model, [(picture, np.zeros((37, 50), np.uint8))], metrics=metrics)
 
 
 def test_metrics_of_the_other_kind_are_refused(overlapping, picture):

@@ -227,7 +227,8 @@ def evaluate(
         What `SegmentationMetrics.compute` gives: "dice" is the mean over pictures, "dice_pooled" of all pixels together, ...
 
     Raises:
-        TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks, or batches.
+        TypeError: for something else than pairs of a picture and its mask as an array, such as paths of masks, or batches; for
+            `metrics` that are no `SegmentationMetrics`.
         ValueError: as `predict`; for a mask of another shape than its picture, or with other values than the classes; for
             `metrics` that are multilabel and a model that is not, or the other way round; for an `ignore_index` beside them.
 
@@ -239,14 +240,19 @@ def evaluate(
         True
     """
     check_model(model)
-    if metrics is None:
-        from .metrics import SegmentationMetrics
+    from .metrics import SegmentationMetrics
 
+    if metrics is None:
         how = model.preprocessing
         options: Any = {"threshold": how.threshold, "multilabel": how.multilabel, "ignore_index": ignore_index}
         metrics = SegmentationMetrics(model.config.out_channels, **options)
     elif ignore_index is not None:
         raise ValueError(f"give SegmentationMetrics(..., ignore_index={ignore_index}), or leave out metrics")
+    elif not isinstance(metrics, SegmentationMetrics):
+        raise TypeError(
+            f"metrics must be a SegmentationMetrics, such as SegmentationMetrics({model.config.out_channels}), "
+            f"got {metrics!r}; leave it out for all scores"
+        )
     if model.config.out_channels > 1 and metrics.multilabel != model.preprocessing.multilabel:
         raise ValueError(
             f"the model's preprocessing says multilabel={model.preprocessing.multilabel}, metrics {metrics.multilabel}; give "
