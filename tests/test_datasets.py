@@ -703,7 +703,7 @@ def test_a_split_dataset_is_two_datasets(folders):
 def test_splits_that_cannot_be(folders):
     with pytest.raises(ValueError, match=r"two or more cars, but there are 1 in 16"):
         split_by_car(NAMES[:16])
-    for fraction in (0, 1, 1.5, -0.1, float("nan")):
+    for fraction in (0, 1, 1.5, -0.1, float("nan"), "0.1", None):
         with pytest.raises(ValueError, match="val_fraction must lie between"):
             split_by_car(NAMES, fraction)
     for wrong in ("train", Subset(CarvanaDataset(*folders), [0]), iter(NAMES), {*NAMES}, 5):

@@ -328,7 +328,8 @@ def test_edge_scores_equal_loops() -> None:
         p95 = max(np.percentile(there, 95), np.percentile(back, 95))
         assert hausdorff_distance(*pair, percentile=95).item() == pytest.approx(p95)
         a, b = (there <= 1.5).mean(), (back <= 1.5).mean()
-        assert boundary_f_score(*pair, tolerance=1.5).item() == pytest.approx(2 * a * b / (a + b))
+        for tolerance in (1.5, torch.tensor(1.5)):
+            assert boundary_f_score(*pair, tolerance=tolerance).item() == pytest.approx(2 * a * b / (a + b))
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (20, 31), (54, 67)])

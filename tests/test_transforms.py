@@ -836,6 +836,16 @@ def test_color_jitter_changes_the_picture_alone():
     assert 79 <= min(means) < 95 < 105 < max(means) <= 121
 
 
+@pytest.mark.parametrize("number", [np.float32, torch.tensor])
+def test_numbers_of_numpy_and_pytorch_are_numbers(number):
+    image, mask = torch.rand(3, 8, 8), torch.ones(8, 8)
+    seen = []
+    for kind in (float, number):
+        torch.manual_seed(0)
+        seen.append(train_transform((8, 8), rotation=kind(30), color_jitter=kind(0.25))(image, mask)[0])
+    assert torch.equal(*seen)
+
+
 def test_zoom_changes_sizes_within_its_range_about_the_middle():
     torch.manual_seed(0)
     square = torch.zeros(80, 80)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from .arguments import height_and_width
+from .arguments import height_and_width, is_number
 from .imaging import MaskValues, class_of_value, read_image, read_labels, read_mask, to_tensor
 
 MASK_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm")
@@ -279,8 +279,8 @@ def split_by_car(dataset: Any, val_fraction: float = 0.1, seed: int = 0) -> tupl
 
         With a data set: `train, val = split_by_car(dataset)`, then `val.transform = eval_transform((160, 240))`.
     """
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+    if not is_number(val_fraction) or not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction!r}")
     names = dataset.images if isinstance(dataset, ImageMaskDataset) else dataset
     if not isinstance(names, Sequence) or isinstance(names, str):
         raise TypeError(
@@ -291,7 +291,7 @@ def split_by_car(dataset: Any, val_fraction: float = 0.1, seed: int = 0) -> tupl
     ranked = sorted(set(cars), key=lambda car: hashlib.sha256(f"{seed}/{car}".encode()).digest())
     if len(ranked) < 2:
         raise ValueError(f"a split by car needs two or more cars, but there are {len(ranked)} in {len(names)} pictures")
-    held_back = set(ranked[: min(max(round(val_fraction * len(ranked)), 1), len(ranked) - 1)])
+    held_back = set(ranked[: min(max(round(float(val_fraction) * len(ranked)), 1), len(ranked) - 1)])
     train = [i for i, car in enumerate(cars) if car not in held_back]
     val = [i for i, car in enumerate(cars) if car in held_back]
     if isinstance(dataset, ImageMaskDataset):

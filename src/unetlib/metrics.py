@@ -335,6 +335,7 @@ def boundary_f_score(logits: Tensor, target: Tensor, *, tolerance: float = 2.0, 
         1.0
     """
     at_least("tolerance", tolerance, 0)
+    tolerance = float(tolerance)  # a tensor is no number to NumPy
 
     def score(to_true: NDArray[np.float64], to_predicted: NDArray[np.float64]) -> float:
         right = (to_true <= tolerance).mean(), (to_predicted <= tolerance).mean()

@@ -126,7 +126,7 @@ def train_transform(
         warps = [Mirrored(v2.Compose(warps), rotation=rotation, zoom=scale[0] if scale else 1.0, shift=3 * elastic)]
     steps += warps
     if color_jitter:
-        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        steps.append(v2.ColorJitter(*[float(color_jitter)] * 3))  # it takes no number of NumPy's or PyTorch's
     if grayscale:
         steps.append(v2.RandomGrayscale(grayscale))
     if invert:
@@ -424,7 +424,7 @@ class RandomAffine(v2.RandomAffine):  # type: ignore[misc]
     def __init__(self, rotation: float, scale: Sequence[float] | None = None, *, outside: int = 0) -> None:
         at_least("rotation", rotation, 0)
         scale = None if scale is None else rising("scale", scale, 0)
-        super().__init__(rotation, scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
+        super().__init__(float(rotation), scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
         self.outside = whole("outside", outside, 0, 255)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
