@@ -439,6 +439,12 @@ def test_calibration_of_infinite_logits() -> None:
     assert calibration_error(torch.cat([logits, logits], 1), torch.tensor([[1, 0]])).isnan()  # as its softmax is
 
 
+def test_no_score_keeps_the_graph_of_a_training_step() -> None:
+    logits, target = torch.randn(2, 1, 4, 4, requires_grad=True), torch.ones(2, 4, 4)
+    for score in (calibration_error, dice_score, boundary_iou, pixel_accuracy):
+        assert not score(logits, target).requires_grad
+
+
 @pytest.mark.parametrize(
     "score", [pixel_accuracy, dice_score, boundary_iou, boundary_f_score, hausdorff_distance, calibration_error]
 )

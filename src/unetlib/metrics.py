@@ -385,6 +385,7 @@ def hausdorff_distance(
     return _mean_distance(score, math.inf, spacing, logits, target, **options)
 
 
+@torch.no_grad()
 def calibration_error(
     logits: Tensor, target: Tensor, *, bins: int = 15, ignore_index: int | None = None, multilabel: bool = False
 ) -> Tensor:
