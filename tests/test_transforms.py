@@ -531,6 +531,14 @@ def test_classes_outside_that_cannot_be(transform, outside, error):
         transform(outside=outside)
 
 
+@pytest.mark.parametrize("transform", [partial(RandomAffine, 45, (0.5, 0.5)), RandomElastic])
+def test_a_class_outside_that_a_mask_cannot_hold_is_refused(transform):
+    mask = tv_tensors.Mask(torch.ones(16, 24, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"torch\.int8 cannot hold outside=200; give a wider one, such as mask\.short\(\)"):
+        transform(outside=200)(mask)
+    assert set(transform(outside=127)(mask).unique().tolist()) <= {1, 127}
+
+
 def test_outside_is_background_unless_another_class_is_asked_for_and_of_a_picture_always_black():
     white = torch.full((1, 20, 20), 255, dtype=torch.uint8)
     for outside in ({}, {"outside": 255}):

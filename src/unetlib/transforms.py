@@ -81,8 +81,9 @@ def train_transform(
         TypeError: `size` is no pair of integers, or `outside` no integer; when called, for what is no tensor, and for a
             picture of other integers, whose range is unknown.
         ValueError: Only one of `mean` and `std` is given, `crop` without `size`, `jpeg` without `low_resolution`, or a number
-            is out of its range; when called, for floats outside [0, 1], for a mask of another size than the picture, and for
-            a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or `jpeg`.
+            is out of its range; when called, for floats outside [0, 1], for a mask of another size than the picture, or whose
+            integers do not reach `outside`, and for a picture of neither 1 nor 3 channels with `color_jitter`, `grayscale` or
+            `jpeg`.
 
     Example:
         >>> transform = train_transform((16, 24), rotation=10, color_jitter=0.2)
@@ -507,6 +508,8 @@ def _sample(inpt: torch.Tensor, grid: torch.Tensor, outside: int) -> Any:
     channels = channels.to(dtype)
     if not isinstance(inpt, tv_tensors.Mask) or inpt.is_floating_point() or inpt.dtype == torch.bool:
         outside = 0
+    elif outside > torch.iinfo(inpt.dtype).max:
+        raise ValueError(f"a mask of {inpt.dtype} cannot hold outside={outside}; give a wider one, such as mask.short()")
     if outside:
         channels = channels - outside  # so that the 0 of grid_sample stands for it
     sampled = torch.nn.functional.grid_sample(
