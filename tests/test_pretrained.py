@@ -604,8 +604,12 @@ def test_a_folder_lacking_a_file_is_told_which(folder, missing):
 def test_the_folder_of_a_training_is_told_where_its_model_is(folder, tmp_path):
     (tmp_path / "run").mkdir()
     folder.rename(tmp_path / "run" / "model")
-    with pytest.raises(FileNotFoundError, match=r"run is no model folder: it lacks .*safetensors; .*run.model is one$"):
+    lacking = r"run is no model folder: it lacks .*safetensors; .*run.model is a model folder$"
+    with pytest.raises(FileNotFoundError, match=lacking):
         UNet.from_pretrained(tmp_path / "run")
+    torch.save({"model": UNet(features=(8,)).state_dict(), "step": 3}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"run.checkpoint\.pt: .* without its config.*; .*run.model is a model folder$"):
+        UNet.from_pretrained(tmp_path / "run" / "checkpoint.pt")
 
 
 def test_a_folder_without_a_model_is_told_both_files(tmp_path):

@@ -333,8 +333,7 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
     if path.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing:
-            inside = f"; {path / 'model'} is one" if (path / "model" / CONFIG).is_file() else ""  # of the training scripts
-            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{inside}")
+            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{_model_of_run(path)}")
         path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
         repo, _, revision = path.as_posix().partition("@")
@@ -382,8 +381,14 @@ def _convert(checkpoint: Mapping[str, Any], source: Path | str) -> Pretrained:
     try:
         found = converted(checkpoint, typed, {})
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        beside = _model_of_run(source.parent) if isinstance(source, Path) else ""
+        raise ValueError(f"{source}: {error}{beside}") from error
     return Pretrained(found.config, found.state_dict, found.preprocessing)
+
+
+def _model_of_run(folder: Path) -> str:
+    """What to say of a training run's folder, or of its checkpoint."""
+    return f"; {folder / 'model'} is a model folder" if (folder / "model" / CONFIG).is_file() else ""
 
 
 def _short_card(model: UNet, folder: Path) -> str:
