@@ -68,6 +68,41 @@ def test_the_types_of_constructors_are_there_at_run_time(name):
     assert "return" in typing.get_type_hints(getattr(unetlib, name).__init__)
 
 
+def test_type_checkers_know_what_comes_out(tmp_path):
+    pytest.importorskip("mypy")
+    types = {
+        "UNet.from_pretrained('carvana')": "UNet",
+        "model.eval()(x)": "Tensor",
+        "model.predict('car.jpg')": "NDArray[Any]",
+        "model.predict(['car.jpg'])": "list[NDArray[Any]]",
+        "model.predict('car.jpg', out='car.tif')": "Path",
+        "optimize_for_inference(model)(x)": "Tensor",
+        "model.config.features": "tuple[int, ...]",
+        "BCEDiceLoss()(x, x)": "Tensor",
+        "(BCEDiceLoss() + 0.5 * DiceLoss())(x, x)": "Tensor",
+        "SegmentationMetrics().compute()": "dict[str, float]",
+        "evaluate(model, CarvanaDataset('train', 'train_masks'))": "dict[str, float]",
+        "split_by_car(CarvanaDataset('train', 'train_masks'))[0].subset([0])": "CarvanaDataset",
+        "next(iter(CarvanaDataset('train', 'train_masks')))": "tuple[Any, Any]",
+    }
+    program = """
+from pathlib import Path
+from typing import Any
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import assert_type
+from unetlib import BCEDiceLoss, CarvanaDataset, DiceLoss, SegmentationMetrics, UNet, split_by_car
+from unetlib.inference import evaluate, optimize_for_inference
+
+def check(model: UNet, x: Tensor) -> None:
+"""
+    program += "".join(f"    assert_type({value}, {kind})\n" for value, kind in types.items())
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "mypy", "--strict", str(tmp_path / "program.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_public_names_are_listed_once():
     assert len(set(unetlib.__all__)) == len(unetlib.__all__)
 

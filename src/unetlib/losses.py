@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, SupportsFloat
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -578,6 +578,11 @@ class Loss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits, (N, C, *spatial), and a mask as [`unetlib.targets`][] describes it."""
         return type(self).function(logits, target, **self.options, **dict(self.named_buffers()))
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+            """The loss: `forward`, and hooks."""
 
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
