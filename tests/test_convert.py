@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import unetlib
 from unetlib import Preprocessing, UNet, UNetConfig
 from unetlib.convert import FAMILIES, convert, export_state_dict
+from unetlib.losses import DiceLoss
 
 # --- the peers, each read from a description of its layout: a table of named layers and a forward pass over it
 
@@ -783,6 +784,8 @@ def test_keys_of_different_depths_are_refused():
         lambda model: nn.DataParallel(model).state_dict(),
         lambda model: {"epoch": 3, "model": {"state_dict": torch.compile(model).state_dict()}},
         lambda model: {"ema": AveragedModel(nn.DataParallel(model)).state_dict()},
+        lambda model: {"state_dict": nn.ModuleDict({"model": model, "loss_fn": DiceLoss(weight=[2])}).state_dict()},
+        lambda model: nn.DataParallel(nn.ModuleDict({"segmenter": model, "head": nn.Linear(2, 1)})).state_dict(),
     ],
 )
 def test_a_state_dict_of_unetlibs_own_is_pointed_to_load_state_dict(wrap):

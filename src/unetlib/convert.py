@@ -31,6 +31,7 @@ WRAPPERS = (
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "net.", "network.", "unet.")
 NO_WEIGHTS = ("n_averaged",)  # torch.optim.swa_utils.AveragedModel counts here
+OUR_KEY = "bottleneck.conv1.weight"  # each UNet has it
 
 
 class Converted(NamedTuple):
@@ -479,15 +480,17 @@ def _unknown_message(state: Mapping[str, Any], source: str) -> str:
     nearest = min(unmatched, key=lambda name: len(unmatched[name]))
     keys = unmatched[nearest] or list(state)  # each key is of some depth, but no depth has them all
     message = f"this checkpoint of {len(state)} entries is of no known family; tried {', '.join(unmatched)}; "
-    for prefix in PREFIXES:  # of a training module that has more than the network, such as the weights of its loss
-        others = [key for key in state if not key.startswith(prefix)]
-        if 0 < len(others) < len(state) / 2:
-            return f"{message}{_list(others)} are not under {prefix!r}: call convert on the rest, {_peeled(source, prefix)}"
-    if "bottleneck.conv1.weight" in state:  # what stands in its config cannot be told from tensors
+    if ours := next((key for key in state if f".{key}".endswith(f".{OUR_KEY}")), None):  # its config is not in the tensors
+        if prefix := ours.removesuffix(OUR_KEY):  # of a training module, under whatever name it has the network
+            source = _peeled(source, prefix)
         return (
             f"{message}it looks like a unetlib UNet's, without its config: build that network as model = UNet(...), then type "
             f"model.load_state_dict({source}) and model.save_pretrained('folder'), which from_pretrained reads"
         )
+    for prefix in PREFIXES:  # of a training module that has more than the network, such as the weights of its loss
+        others = [key for key in state if not key.startswith(prefix)]
+        if 0 < len(others) < len(state) / 2:
+            return f"{message}{_list(others)} are not under {prefix!r}: call convert on the rest, {_peeled(source, prefix)}"
     if len(unmatched[nearest]) < len(state):
         return message + f"the nearest, {nearest}, has no {_list(keys)}"
     return (
