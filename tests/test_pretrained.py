@@ -187,7 +187,7 @@ class Deeper(UNet):
 
 class Doubled(UNet):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return 2 * UNet.forward(self, x)
 
 
 class Another(UNet):
@@ -237,6 +237,24 @@ def test_subclasses_are_saved_as_they_or_a_unet_load(tmp_path, caplog):
     another = Another({"features": (4,)})
     assert_same(another, UNet.from_pretrained(another.save_pretrained(tmp_path / "another")))
     assert not caplog.text
+    with pytest.raises(ValueError, match=r"Another\.from_pretrained needs a constructor .*, UNet\.from_pretrained does not$"):
+        Another.from_pretrained(tmp_path / "another")
+
+
+def test_what_neither_its_class_nor_a_unet_would_load_is_not_saved(tmp_path):
+    class Both(Another):
+        forward = Doubled.forward
+
+    class Wider(UNet):
+        def __init__(self, width=2, **options):
+            super().__init__(**options)
+            self.auxiliary = torch.nn.Linear(width, 1)
+
+    with pytest.raises(ValueError, match=r"A Both is built from its config alone, .*, and a UNet has another forward$"):
+        Both({"features": (4,)}).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"unexpected auxiliary.* A Wider is built from its config alone, without arguments"):
+        Wider(3, features=(4,)).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_what_is_saved_must_load(model, tmp_path):

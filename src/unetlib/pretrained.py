@@ -416,13 +416,17 @@ def _stored(model: UNet, dtype: torch.dtype | None) -> dict[str, Tensor]:
     # A subclass may have more layers, or a constructor of another kind, of which a UNet reads what it has in common.
     base: Any = next(cls for cls in type(model).__mro__ if "from_config" in vars(cls))
     problems = [_misfit(cls, model, tensors) for cls in dict.fromkeys((type(model), base))]
+    name, own_forward = type(model).__name__, type(model).forward is not base.forward
+    own = type(model).__init__ is not base.__init__
+    alone = f". A {name} is built from its config alone, without arguments of its own" if own else ""
     if all(problems):
         raise ValueError(
             f"{problems[-1]}. A layer was replaced, or wraps another: build a UNet with the options that it has now, as with "
-            "out_channels=5, or undo that before saving"
+            f"out_channels=5, or undo that before saving{alone}"
         )
-    if problems[-1] or type(model).forward is not base.forward:
-        name = type(model).__name__
+    if problems[0] and own_forward:
+        raise ValueError(f"{problems[0]}{alone}, and a {base.__name__} has another forward")
+    if problems[-1] or own_forward:
         logger.warning(
             "a %s is more than its config says: load it by %s.from_pretrained, not by %s's", name, name, base.__name__
         )
@@ -452,4 +456,8 @@ def _skeleton(cls: type[Model], config: UNetConfig, name: str) -> Model:
         with torch.device("meta"):
             return cls.from_config(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # what torch says of numbers beyond 2**63
-        raise ValueError(f"the config of {name!r} asks for a network that cannot be ({error})") from error
+        needs = (
+            f"; {cls.__name__}.from_pretrained needs a constructor that takes what UNet's takes, UNet.from_pretrained does not"
+        )
+        hint = "" if "from_config" in vars(cls) else needs
+        raise ValueError(f"the config of {name!r} asks for a network that cannot be ({error}){hint}") from error
