@@ -612,10 +612,14 @@ def test_a_link_to_something_endless_is_not_read(folder, name):
 # --- what does not fit
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_folder_lacking_a_file_is_told_which(folder, missing):
-    (folder / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"saved is no model folder: it lacks {missing}"):
+def test_a_folder_lacking_a_file_is_told_which_and_of_the_other_what_it_is_good_for(folder, model):
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"saved is no model folder: it lacks config\.json; .* enough: give ") as error:
+        UNet.from_pretrained(folder)
+    assert_same(model, UNet.from_pretrained(str(error.value).rpartition("give ")[2]))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"saved is no model folder: it lacks model\.safetensors$"):
         UNet.from_pretrained(folder)
 
 

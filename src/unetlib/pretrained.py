@@ -332,8 +332,9 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[Pretrained, int]:
     config = None
     if path.is_dir():
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{_model_of_run(path)}")
+        if missing:  # weights alone are what accelerate and transformers write, too
+            alone = f"; its weights may be enough: give {path / WEIGHTS}" if missing == [CONFIG] else ""
+            raise FileNotFoundError(f"{path} is no model folder: it lacks {' and '.join(missing)}{alone}{_model_of_run(path)}")
         path, config = path / WEIGHTS, path / CONFIG
     if not path.is_file():
         repo, _, revision = path.as_posix().partition("@")
