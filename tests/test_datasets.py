@@ -356,6 +356,9 @@ def test_wrong_arguments(folders):
     for transform in (v1.Compose([v1.Resize((8, 8))]), v1.Resize((8, 8)), torch.nn.Identity(), ByName()):
         with pytest.raises(TypeError, match=r"(Compose|Resize|Identity|ByName) does not take a picture and its mask; give"):
             CarvanaDataset(*folders, transform)
+    of_monai = type("Compose", (), {"__module__": "monai.transforms.compose", "__call__": lambda self, data, start=0: data})()
+    with pytest.raises(TypeError, match="Compose of MONAI takes one dictionary; give an object with it as"):
+        CarvanaDataset(*folders, of_monai)
     with pytest.raises(ValueError, match="mode must be"):
         ImageMaskDataset(*folders, mask_suffix="_mask", mode="RGBA")
     with pytest.raises(TypeError, match=r'mask_suffix must be a string, such as "_mask", or "" for none, not None'):

@@ -400,6 +400,11 @@ def check_transform(transform: Any) -> None:
         return
     if not callable(transform):
         raise TypeError(f"transform must be callable or None, not {transform!r}")
+    if type(transform).__module__.startswith("monai."):  # would take the mask for another option
+        raise TypeError(
+            f"{type(transform).__name__} of MONAI takes one dictionary; give an object with it as self.transform, and whose "
+            '__call__(self, image, mask) returns self.transform({"image": image.transpose(2, 0, 1), "mask": mask[None]})'
+        )
     if not (_by_keyword(transform) or _binds(transform, None, None)):
         raise TypeError(
             f"{type(transform).__name__} does not take a picture and its mask; give a preset of unetlib.transforms, "
