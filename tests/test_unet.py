@@ -268,6 +268,10 @@ def test_another_shape_is_refused_with_the_expected_one():
         hint += rf"UNet\.from_pretrained\(\.\.\., in_channels={other}\)$"
         with pytest.raises(ValueError, match=rf"got \(2, {other}, 16, 16\){hint}"):
             small(in_channels=channels)(pictures(16, 16, channels=other))
+    for last in (torch.rand(2, 16, 24, 3), torch.rand(16, 24, 3)):  # as pictures are outside of PyTorch
+        with pytest.raises(ValueError, match=r"; its channels come last: give ") as error:
+            small()(last)
+        assert small()(eval(str(error.value).rpartition("give ")[2], {"x": last})).shape[-2:] == (16, 24)
     with pytest.raises(ValueError, match=r"got \(3, 16, 16\); add the batch dimension with x\[None\]"):
         small()(pictures(16, 16)[0])
 

@@ -417,6 +417,8 @@ def check_input(x: Tensor, config: UNetConfig) -> None:
         )
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         hint = "; add the batch dimension with x[None]" if x.ndim == 3 else ""
+        if x.ndim in (3, 4) and x.shape[-1] == config.in_channels != x.shape[-3]:
+            hint = f"; its channels come last: give x.movedim(-1, -3){'[None]' if x.ndim == 3 else ''}"
         if x.ndim == 4 and (x.shape[1], config.in_channels) in ((1, 3), (3, 1)):
             hint = f'; read pictures with mode="{"RGB" if config.in_channels == 3 else "L"}", or take a network for these: '
             hint += f"UNet(in_channels={x.shape[1]}), or UNet.from_pretrained(..., in_channels={x.shape[1]})"
